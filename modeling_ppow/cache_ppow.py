@@ -1,0 +1,166 @@
+"""Key/value storage in which every batch row writes where it likes: what speculative decoding needs of a cache.
+
+A stock dynamic cache appends the same number of entries to every row, and a sliding-window cache forgets entries
+that a rejected window may bring back. :class:`SlotCache` keeps every key in a preallocated buffer. Verification writes
+a window of nodes into the slots after each row's own length; :meth:`SlotCache.keep` then moves the accepted nodes to
+the front of the window and forgets the rest. Sliding windows are expressed in the attention mask instead of the
+storage, so all target families look alike and rolling back is a matter of not counting an entry.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer: buffers of shape (batch B, kv heads, capacity S, head size)."""
+
+    is_croppable = True
+
+    def __init__(self, capacity: int = 256):
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0  # entries that an append (stock use: prefill, later turns) counts
+        self.slots = None  # (B, N) int64 slots of the next window, or None: append after `length`
+        self.view = 0  # entries attention reads in window mode
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads = key_states.shape[:2]
+        # zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN would poison the row
+        self.keys = key_states.new_zeros(batch, heads, self.capacity, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def reserve(self, needed: int) -> None:
+        """Grow the buffers to at least ``needed`` slots, doubling so that long outputs copy each entry O(1) times."""
+        if needed <= self.capacity:
+            return
+        self.capacity = max(needed, 2 * self.capacity)
+        if self.is_initialized:
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = old.new_zeros(*old.shape[:2], self.capacity, old.shape[-1])
+                new[:, :, : old.shape[2]] = old
+                setattr(self, name, new)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write new entries (B, heads, N, d) and return what attention reads: (B, heads, view, d)."""
+        if self.slots is None:
+            count = key_states.shape[-2]
+            self.reserve(self.length + count)
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            start, self.length = self.length, self.length + count
+            self.keys[:, :, start : self.length] = key_states
+            self.values[:, :, start : self.length] = value_states
+            return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        if not self.is_initialized:
+            self.reserve(self.view)
+            self.lazy_initialization(key_states, value_states)
+        slots = self.slots if self.slots.device == self.device else self.slots.to(self.device)
+        if slots.shape[0] == 1:
+            self.keys.index_copy_(2, slots[0], key_states)
+            self.values.index_copy_(2, slots[0], value_states)
+        else:
+            index = slots[:, None, :, None].expand(-1, key_states.shape[1], -1, key_states.shape[-1])
+            self.keys.scatter_(2, index, key_states)
+            self.values.scatter_(2, index.expand(-1, -1, -1, value_states.shape[-1]), value_states)
+        return self.keys[:, :, : self.view], self.values[:, :, : self.view]
+
+    def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy entries (B, M) from slots ``source`` to slots ``destination``, row by row."""
+        source, destination = source.to(self.device), destination.to(self.device)
+        for buffer in (self.keys, self.values):
+            shape = (-1, buffer.shape[1], -1, buffer.shape[-1])
+            moved = buffer.gather(2, source[:, None, :, None].expand(shape))
+            buffer.scatter_(2, destination[:, None, :, None].expand(shape), moved)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.length, self.slots = 0, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` entries (negative, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass the number of entries to remove as a negative integer.")
+        self.length = max(0, self.length + tokens_to_remove)
+
+
+class SlotCache(Cache):
+    """A cache of :class:`SlotLayer` s with a window mode for verification.
+
+    In stock use (no window open) it behaves like a dynamic cache, so a cache returned by ``generate`` can be passed to
+    any other call. ``drafter_cache`` carries the drafter's side of a conversation from turn to turn.
+
+    Args:
+        num_layers: decoder layers of the model.
+        capacity: slots to allocate at first; grows when needed.
+    """
+
+    def __init__(self, num_layers: int, capacity: int = 256):
+        super().__init__(layers=[SlotLayer(capacity) for _ in range(num_layers)])
+        self.drafter_cache: SlotCache | None = None
+        self.valid: torch.Tensor | None = None  # (B, S) bool over prompt slots; None: every written slot counts
+
+    def open_window(self, slots: torch.Tensor, view: int) -> None:
+        """Send the next updates to ``slots`` (B, N) int64 and let attention read the first ``view`` slots."""
+        for layer in self.layers:
+            layer.reserve(view)
+            layer.slots, layer.view = slots, view
+
+    def close_window(self) -> None:
+        for layer in self.layers:
+            layer.slots = None
+
+    def keep(self, lengths: torch.Tensor, path: torch.Tensor) -> None:
+        """Move the accepted nodes of a verified window behind each row's kept entries.
+
+        Args:
+            lengths: (B,) entries kept so far; node ``j`` of the window lies in slot ``lengths + j``.
+            path: (B, M) window nodes to keep, in order. Surplus columns do no harm: they only write slots that the
+                next window overwrites.
+        """
+        source = lengths[:, None] + path
+        destination = lengths[:, None] + torch.arange(path.shape[1], device=path.device)
+        for layer in self.layers:
+            layer.move(source, destination)
+
+    def set_length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+            layer.slots = None
+
+
+def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
+    """A :class:`SlotCache` holding what a user's cache holds.
+
+    Args:
+        cache: None, an empty cache, one of ours (used as it is), or a dynamic cache that still has every key.
+        num_layers: decoder layers of the target.
+        capacity: slots to allocate.
+
+    Raises:
+        ValueError: for a cache that cannot be rolled back, or that has already forgotten keys.
+    """
+    if cache is not None and hasattr(cache, "drafter_cache"):
+        return cache
+    slots = SlotCache(num_layers, capacity)
+    if cache is None or cache.get_seq_length() == 0:
+        return slots
+    length = cache.get_seq_length()
+    for index, layer in enumerate(cache.layers):
+        keys = getattr(layer, "keys", None)
+        if not isinstance(layer, DynamicLayer) or keys is None or keys.shape[-2] != length:
+            held = None if keys is None else keys.shape[-2]
+            raise ValueError(
+                f"past_key_values holds {held} of {length} keys in layer {index} ({type(layer).__name__}), so it "
+                "cannot be rolled back. Pass a full DynamicCache, the cache of an earlier PPOW call, or none."
+            )
+        slots.layers[index].update(layer.keys, layer.values)
+    return slots

@@ -1,0 +1,222 @@
+"""Configuration of a PPOW drafter: an EAGLE-3 style feature drafter and the target it was made for.
+
+The drafter reads hidden states of its target ("taps") and drafts windows of tokens that the target verifies.
+Taps are stored as Hugging Face hidden-state indices: index ``i`` is the residual stream that enters block ``i`` of the
+target, as in ``output_hidden_states``. (The peers' explicit tap fields do not agree with each other on this point.)
+"""
+
+import difflib
+import os
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+# Keys that transformers itself may hand to a configuration besides the declared fields.
+_LIBRARY_KEYS = {
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "_from_auto",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "tie_last_hidden_states",
+    "torch_dtype",
+    "use_return_dict",
+}
+
+
+def default_taps(num_layers: int) -> list[int]:
+    """The three taps of EAGLE-3: an early, a middle and a late layer of the target.
+
+    Args:
+        num_layers: blocks of the target, L.
+
+    Returns:
+        ``[2, L // 2, L - 3]``, the choice of EAGLE-3 and of every peer, for L >= 7. Shallower (toy) targets get
+        ``[1, L // 2, L - 1]``, which is ours.
+
+    Raises:
+        ValueError: for a target of fewer than 4 layers, where three distinct taps do not exist.
+    """
+    taps = [2, num_layers // 2, num_layers - 3] if num_layers >= 7 else [1, num_layers // 2, num_layers - 1]
+    if sorted(set(taps)) != taps:
+        raise ValueError(
+            f"A target of {num_layers} layers has no three distinct default taps (got {taps}); "
+            "pass target_taps=[...], hidden-state indices in increasing order."
+        )
+    return taps
+
+
+class PPOWConfig(PreTrainedConfig):
+    """Configuration of :class:`PPOWDrafter`.
+
+    Args:
+        vocab_size: V, the target's vocabulary (what ``generate`` compares).
+        draft_vocab_size: D <= V, the tokens the drafter can draft. Tensors ``d2t``/``t2d`` exist when D < V.
+        hidden_size: H, width of the drafter.
+        intermediate_size: width of its MLPs.
+        num_hidden_layers: decoder layers; the first reads embedding and hidden state side by side (2H wide).
+        num_attention_heads, num_key_value_heads, head_dim: attention geometry.
+        hidden_act: activation of the MLPs.
+        rms_norm_eps: epsilon of all norms.
+        max_position_embeddings: longest position, at least the target's.
+        rope_parameters: as in transformers (``rope_type``, ``rope_theta``, ...).
+        initializer_range: standard deviation of fresh weights.
+        attention_bias: biases on q, k, v (no published EAGLE-3 drafter has them).
+        qk_norm: RMS norm on the heads of q and k ("Qwen3 style"); False is "Llama style".
+        target_hidden_size: Ht, width of the target's residual stream.
+        target_num_layers: L, blocks of the target.
+        target_taps: hidden-state indices in increasing order, each in ``0 .. L - 1``. At least one; default EAGLE-3's.
+        target_model_type: ``config.model_type`` of the target, for messages.
+        target_name_or_path: Hub id of the target it was trained for, or None when it has none.
+        share_target_embeddings: keep no embedding of its own and read the target's (needs H == Ht).
+        norm_before_fc: RMS norm over the concatenated taps before ``fc``.
+        fc_norm: RMS norm on each tap before ``fc``.
+        norm_before_residual: the first layer's residual is the normed hidden state instead of the raw one.
+        norm_output: what is fed back to the next draft step is normed (default: pre-norm).
+    """
+
+    model_type = "ppow"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    draft_vocab_size: int | None = None
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 131072
+    rope_parameters: dict | None = None
+    initializer_range: float = 0.02
+    attention_bias: bool = False
+    qk_norm: bool = False
+    target_hidden_size: int | None = None
+    target_num_layers: int = 32
+    target_taps: list | None = None
+    target_model_type: str | None = None
+    target_name_or_path: str | None = None
+    share_target_embeddings: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+
+    def __post_init__(self, **kwargs):
+        self._reject_unknown_keys(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = self.vocab_size
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.target_taps is None:
+            self.target_taps = default_taps(self.target_num_layers)
+        self.target_taps = [int(tap) for tap in self.target_taps]
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 10000.0)}
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _reject_unknown_keys(self, kwargs: dict) -> None:
+        # Old configurations carry generation parameters; transformers drops those itself.
+        known = set(self.__dataclass_fields__) | _LIBRARY_KEYS | set(GenerationConfig().to_dict())
+        for key in kwargs:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, set(self.__dataclass_fields__), n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"Unknown configuration key {key!r} for a PPOW drafter; the nearest known key is {nearest!r}. "
+                    "Correct or remove it."
+                )
+
+    def _check(self) -> None:
+        if not 0 < self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}: the drafter "
+                "drafts a subset of the target's vocabulary."
+            )
+        taps = self.target_taps
+        if not taps or sorted(set(taps)) != taps or taps[0] < 0 or taps[-1] >= self.target_num_layers:
+            raise ValueError(
+                f"target_taps={taps} must be strictly increasing hidden-state indices in "
+                f"0..{self.target_num_layers - 1} (index i is the residual stream entering block i of the target)."
+            )
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: a drafter has at least one decoder layer.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings.")
+        if self.share_target_embeddings and self.hidden_size != self.target_hidden_size:
+            raise ValueError(
+                f"share_target_embeddings needs equal widths, got hidden_size={self.hidden_size} and "
+                f"target_hidden_size={self.target_hidden_size}; use share_target_embeddings=False."
+            )
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=True is not supported: lm_head speaks the draft vocabulary.")
+
+    @classmethod
+    def from_target(cls, target_config: PreTrainedConfig, **overrides) -> "PPOWConfig":
+        """A drafter configuration in the shape of its target: same widths, heads, RoPE and norm epsilon.
+
+        Args:
+            target_config: configuration of the target (the text part is used for multimodal ones).
+            **overrides: any field of :class:`PPOWConfig`.
+
+        Returns:
+            The configuration of a fresh one-layer drafter with EAGLE-3's default taps.
+
+        Raises:
+            ValueError: for a target without the fields of a decoder-only transformer.
+        """
+        text = target_config.get_text_config(decoder=True)
+        missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not hasattr(text, k)]
+        if missing:
+            raise ValueError(f"{type(text).__name__} lacks {missing}: not the configuration of a decoder-only target.")
+        heads = text.num_attention_heads
+        rope = getattr(text, "rope_parameters", None) or {}
+        if "rope_type" not in rope:  # targets with one RoPE per layer type: take the full-attention one
+            rope = rope.get("full_attention") or {"rope_type": "default", "rope_theta": 10000.0}
+        rope = {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
+        eps = next((getattr(text, k) for k in ("rms_norm_eps", "layer_norm_eps") if hasattr(text, k)), 1e-6)
+        name = getattr(target_config, "_name_or_path", None)
+        fields = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "rms_norm_eps": eps,
+            "max_position_embeddings": text.max_position_embeddings,
+            "rope_parameters": dict(rope),
+            "qk_norm": text.model_type.startswith("qwen3"),
+            "target_hidden_size": text.hidden_size,
+            "target_num_layers": text.num_hidden_layers,
+            "target_model_type": text.model_type,
+            "target_name_or_path": name if name and not os.path.isdir(name) else None,  # a local path is no id
+        }
+        return cls(**{**fields, **overrides})

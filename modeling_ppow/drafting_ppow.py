@@ -1,0 +1,284 @@
+"""Drafting: how a drafter turns the target's taps into a window of tokens, as a chain or as a tree.
+
+A window is a small tree whose node 0 is the *root*, the last committed token x_n; a chain is a tree of one branch.
+Drawn from EAGLE-2 (arXiv 2406.16858): expand the ``tree_top_k`` most probable nodes per level by their joint draft
+probability, then keep the ``tree_nodes`` most probable of all that were expanded.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .cache_ppow import SlotCache
+from .masks_ppow import additive_mask, ancestors_of, window_allowed
+
+DEFAULT_WINDOW_SIZE = 10  # K of the paper
+DEFAULT_TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}  # EAGLE's protocol
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """How to draft: a chain of ``window_size`` tokens, or a dynamic tree when ``tree_nodes`` is set.
+
+    Attributes:
+        window_size: K, drafted tokens per chain.
+        tree_depth: levels of the tree, i.e. the longest window.
+        tree_top_k: nodes expanded per level, and children per expanded node.
+        tree_nodes: drafted nodes verified per cycle (the root comes on top).
+        draft_threshold: end a chain early once its joint draft probability is below this (0: never). Saves draft steps
+            that would hardly be accepted, at the price of one host synchronisation per step; meant for CPUs.
+    """
+
+    window_size: int = DEFAULT_WINDOW_SIZE
+    tree_depth: int | None = None
+    tree_top_k: int | None = None
+    tree_nodes: int | None = None
+    draft_threshold: float = 0.0
+
+    def __post_init__(self):
+        for name in ("window_size", *DEFAULT_TREE):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: expected an integer of at least 1.")
+        if not 0 <= self.draft_threshold < 1:
+            raise ValueError(f"draft_threshold={self.draft_threshold!r}: expected a probability in [0, 1).")
+        tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
+        if any(v is not None for v in tree) and None in tree:
+            raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
+
+    @property
+    def is_tree(self) -> bool:
+        return self.tree_nodes is not None
+
+    @classmethod
+    def resolve(cls, *configs) -> "DraftOptions":
+        """The first of ``configs`` (objects with attributes, e.g. generation configs) that says how to draft wins.
+
+        A config that names any ``tree_*`` asks for a tree (what it leaves out comes from later configs, then from
+        EAGLE's protocol); one that names only ``window_size`` asks for a chain.
+        """
+        named = [{f.name: getattr(c, f.name, None) for f in dataclasses.fields(cls)} for c in configs]
+        threshold = next((v["draft_threshold"] for v in named if v["draft_threshold"] is not None), 0.0)
+        for position, values in enumerate(named):
+            if any(values[key] is not None for key in DEFAULT_TREE):
+                tree = {
+                    key: next((v[key] for v in named[position:] if v[key] is not None), default)
+                    for key, default in DEFAULT_TREE.items()
+                }
+                return cls(**tree)
+            if values["window_size"] is not None:
+                return cls(window_size=values["window_size"], draft_threshold=threshold)
+        return cls(draft_threshold=threshold)
+
+
+@dataclass
+class DraftWindow:
+    """A drafted window of N nodes, node 0 being the root; parents come before children.
+
+    Attributes:
+        tokens: (B, N) int64 target ids; ``tokens[:, 0]`` is the root token.
+        parents: (B, N) int64; the root is its own parent.
+        depth: (B, N) int64; 0 for the root.
+        ancestors: (B, N, N) bool, itself included.
+        max_depth: longest way from the root.
+        draft_ids: (B, N - 1) the nodes of a *sampled* chain as draft-vocabulary ids, and
+        draft_probs: (B, N - 1, D) the distributions they were drawn from; None when tokens were chosen without chance.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depth: torch.Tensor
+    ancestors: torch.Tensor
+    max_depth: int
+    draft_ids: torch.Tensor | None = None
+    draft_probs: torch.Tensor | None = None
+
+    @classmethod
+    def chain(cls, tokens: torch.Tensor, draft_ids=None, draft_probs=None) -> "DraftWindow":
+        """A window of one branch from tokens (B, 1 + K), the root first."""
+        batch, count = tokens.shape
+        index = torch.arange(count, device=tokens.device)
+        return cls(
+            tokens,
+            (index - 1).clamp_(min=0).expand(batch, -1),
+            index.expand(batch, -1),
+            (index[:, None] >= index).expand(batch, -1, -1),
+            count - 1,
+            draft_ids,
+            draft_probs,
+        )
+
+
+class DrafterState:
+    """The drafter's side of a running generation: its cache and the features it drafts from next.
+
+    Pair t = (taps of x_t, embedding of x_{t+1}) lives in slot t, so drafter and target count the same slots.
+
+    Args:
+        drafter: the drafter.
+        embed: module that embeds token ids.
+        cache: a cache with one layer per drafter layer.
+        lengths: (B,) int64 slots already taken (0 for a fresh text).
+        valid: (B, S) bool over prompt slots, False where no pair exists (padding); None when all exist.
+    """
+
+    def __init__(self, drafter, embed, cache: SlotCache, lengths: torch.Tensor, valid: torch.Tensor | None):
+        self.drafter, self.embed, self.cache = drafter, embed, cache
+        self.lengths, self.valid = lengths, valid
+        self.hidden: torch.Tensor | None = None  # (B, 1, H) output at the newest pair
+        self.positions: torch.Tensor | None = None  # (B,) RoPE position of the newest pair
+
+    def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
+        """Add pairs with true taps.
+
+        Args:
+            taps: (B, M, n_taps * Ht) taps of x_t.
+            tokens: (B, M) x_{t+1}.
+            positions: (B, M) RoPE position of x_t.
+            counts: (B,) how many of the M columns exist per row; the rest is padding on the right.
+        """
+        hidden = self.drafter.fuse(taps.to(device=self.drafter.device, dtype=self.drafter.dtype))
+        hidden = self._run(self.embed(tokens).to(hidden), hidden, positions)
+        last = (counts - 1).clamp(min=0)[:, None]  # a row that has ended adds nothing; its features are not used
+        self.hidden = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        self.positions = positions.gather(1, last)[:, 0]
+        self.lengths = self.lengths + counts
+
+    def _run(self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """New pairs, each row's columns in order behind its own length -> features (B, M, H)."""
+        batch, count = positions.shape
+        index = torch.arange(count, device=positions.device)
+        slots = self.lengths[:, None] + index
+        view = int(self.lengths.max()) + count
+        mask = None
+        if count > 1 or self.valid is not None or batch > 1:
+            chain = (index[:, None] >= index).expand(batch, -1, -1)
+            prefix = self.lengths[:, None].expand(-1, count)
+            mask = window_allowed(prefix, chain, index.expand(batch, -1), slots, view, self.valid)
+        return self._step(embeds, hidden, self.drafter.rotary(hidden, positions), slots, view, mask)
+
+    def _step(self, embeds, hidden, rotary, slots, view, allowed) -> torch.Tensor:
+        self.cache.open_window(slots, view)
+        mask = None if allowed is None else additive_mask(allowed, hidden.dtype)
+        return self.drafter.step(embeds, hidden, rotary, self.drafter.attend(self.cache, mask))
+
+    def chain(
+        self, root: torch.Tensor, size: int, sample: Callable | None = None, threshold: float = 0.0
+    ) -> DraftWindow:
+        """Draft at most ``size`` tokens after ``root`` (B,), one after the other.
+
+        Args:
+            threshold: stop behind the token that brings every row's joint draft probability below this. The decision
+                rests on tokens that stay in the window, so rejection sampling remains exact.
+            sample: None to take the most probable token; else a function from logits (B, D) to
+                (ids (B,), probabilities (B, D)) that draws one.
+        """
+        tokens, ids, probs, joint = [root], [], [], 1.0
+        hidden = self.hidden
+        batch = root.shape[0]
+        steps = torch.arange(1, size + 1, device=root.device)
+        cos, sin = self.drafter.rotary(hidden, self.positions[:, None] + steps)  # (B, size, d)
+        longest = int(self.lengths.max())
+        allowed = None
+        if self.valid is not None or batch > 1:
+            # step i sees the pairs below its own slot, lengths + i, and that slot
+            index = torch.arange(longest + size, device=root.device)
+            allowed = index < (self.lengths[:, None] + steps)[:, :, None]  # (B, size, longest + size)
+            if self.valid is not None:
+                allowed[:, :, : self.valid.shape[1]] &= self.valid[:, None]
+        for i in range(size):
+            logits = self.drafter.logits(hidden[:, -1])  # (B, D)
+            if sample is None:
+                draft = logits.argmax(-1)
+            else:
+                draft, distribution = sample(logits)
+                ids.append(draft)
+                probs.append(distribution)
+            tokens.append(self.drafter.to_target_ids(draft))
+            if threshold > 0:
+                distribution = logits.float().softmax(-1) if sample is None else distribution
+                joint = joint * distribution.gather(1, draft[:, None])
+                if bool((joint < threshold).all()):
+                    break
+            if i + 1 < size:
+                view = longest + i + 1
+                hidden = self._step(
+                    self.embed(tokens[-1])[:, None].to(hidden),
+                    hidden[:, -1:],
+                    (cos[:, i : i + 1], sin[:, i : i + 1]),
+                    (self.lengths + i)[:, None],
+                    view,
+                    None if allowed is None else allowed[:, None, i : i + 1, :view],
+                )
+        if not ids:
+            return DraftWindow.chain(torch.stack(tokens, 1))
+        return DraftWindow.chain(torch.stack(tokens, 1), torch.stack(ids, 1), torch.stack(probs, 1))
+
+    def tree(self, root: torch.Tensor, depth: int, top_k: int, nodes: int) -> DraftWindow:
+        """Draft a dynamic tree of at most ``nodes`` nodes under ``root`` (B,); see EAGLE-2, section 4."""
+        drafter, device, batch = self.drafter, root.device, root.shape[0]
+        width = min(top_k, drafter.config.draft_vocab_size)
+        longest, span = int(self.lengths.max()), (depth - 1) * width
+        view = longest + span
+        score, draft = drafter.logits(self.hidden[:, -1]).float().log_softmax(-1).topk(width)  # (B, width)
+        token = drafter.to_target_ids(draft)
+        hidden = self.hidden[:, -1:].expand(-1, width, -1)  # every first-level node continues the same features
+        # candidates in order of creation, number 0 being the root
+        ids, scores, tokens = torch.arange(1, width + 1, device=device).expand(batch, -1), [score], [token]
+        parents, levels, total = [torch.zeros_like(ids)], [1] * width, width
+        seen = torch.zeros(batch, width, max(span, 1), dtype=torch.bool, device=device)  # expanded ancestors
+        for level in range(1, depth):
+            first = (level - 1) * width
+            own = torch.arange(first, first + width, device=device)
+            seen.scatter_(2, own.expand(batch, -1)[:, :, None], True)
+            slots = self.lengths[:, None] + own
+            position = (self.positions + level)[:, None].expand(-1, width)
+            allowed = self._tree_allowed(seen, view)
+            rotary = drafter.rotary(hidden, position)
+            hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, view, allowed)
+            child_score, child = drafter.logits(hidden).float().log_softmax(-1).topk(width)  # (B, width, width)
+            child_score = (score[:, :, None] + child_score).flatten(1)
+            child = drafter.to_target_ids(child).flatten(1)
+            scores.append(child_score)
+            tokens.append(child)
+            parents.append(ids.repeat_interleave(width, dim=1))
+            levels += [level + 1] * width * width
+            score, best = child_score.topk(width)  # the next frontier
+            token, ids, total = child.gather(1, best), total + 1 + best, total + width * width
+            parent = best // width
+            seen = seen.gather(1, parent[:, :, None].expand_as(seen))
+            hidden = hidden.gather(1, parent[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        return _best_nodes(root, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1), levels, nodes)
+
+    def _tree_allowed(self, seen: torch.Tensor, view: int) -> torch.Tensor:
+        """Prefix pairs and expanded ancestors (B, width, span) -> (B, 1, width, view) bool."""
+        batch, width, span = seen.shape
+        slots = self.lengths[:, None] + torch.arange(span, device=seen.device)
+        allowed = torch.arange(view, device=seen.device) < self.lengths[:, None, None]
+        allowed = allowed.expand(batch, width, -1).clone()
+        if self.valid is not None:
+            allowed[:, :, : self.valid.shape[1]] &= self.valid[:, None]
+        return allowed.scatter_(2, slots[:, None].expand(-1, width, -1), seen)[:, None]
+
+
+def _best_nodes(root, tokens, scores, parents, levels, nodes) -> DraftWindow:
+    """Keep the ``nodes`` candidates (B, C) of highest joint probability and renumber them, parents first."""
+    batch, count = tokens.shape
+    # A child never scores above its parent; on a tie the stable sort keeps the earlier one, which is the parent.
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(nodes, count)]
+    chosen = order.sort(dim=1).values  # (B, n)
+    number = torch.zeros(batch, count + 1, dtype=torch.long, device=tokens.device)
+    number.scatter_(1, chosen + 1, torch.arange(1, chosen.shape[1] + 1, device=tokens.device).expand(batch, -1))
+    zero = torch.zeros(batch, 1, dtype=torch.long, device=tokens.device)
+    parent = torch.cat((zero, number.gather(1, parents.gather(1, chosen))), 1)
+    level = torch.tensor(levels, device=tokens.device).expand(batch, -1).gather(1, chosen)
+    depth = levels[-1]
+    return DraftWindow(
+        torch.cat((root[:, None], tokens.gather(1, chosen)), 1),
+        parent,
+        torch.cat((zero, level), 1),
+        ancestors_of(parent, depth),
+        depth,
+    )

@@ -1,0 +1,351 @@
+"""The PPOW drafter: EAGLE-3's feature drafter, tensor-compatible with the published checkpoints.
+
+    h = fc(cat(tapped hidden states of the target))          # (.., n_taps * Ht) -> (.., H)
+    layer 0: attention over cat(norm(embedding), norm(h)), residual h, MLP
+    layers 1..: ordinary pre-norm decoder layers
+    logits = lm_head(norm(out)) over the draft vocabulary; ``out`` itself is what the next draft step gets as ``h``
+
+The pair at position t is (taps of x_t, embedding of x_{t+1}) and predicts x_{t+2}. After the first drafted token the
+target's taps are not known yet and the drafter continues on its own output.
+
+How queries find keys differs between decoding (a cache), training-time test and rollouts (a shared prefix plus each
+window's own steps), so the layers take an ``attend`` callable and stay free of bookkeeping.
+
+Not included: dropout, gradient checkpointing, tied heads. Architecture: EAGLE-3 (arXiv 2503.01840).
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.utils import ModelOutput
+
+from .cache_ppow import SlotCache
+from .configuration_ppow import PPOWConfig
+from .drafting_ppow import DEFAULT_WINDOW_SIZE
+from .generation_ppow import decode, register_assisted_decoding
+from .masks_ppow import additive_mask
+
+CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
+from .generation_ppow import generate  # noqa: F401
+"""
+
+# (layer index, queries (B, A, N, d), keys (B, K, N, d), values (B, K, N, d)) -> attended (B, A, N, d)
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class CachedAttention:
+    """Attention over a :class:`SlotCache`: writes the new entries, then reads everything the mask allows.
+
+    Args:
+        cache: the drafter's cache, opened for a window or appending.
+        mask: additive (B, 1, N, view) mask, or None for "all of it".
+        causal: without a mask, whether N > 1 new entries see each other causally (a fresh prefix).
+    """
+
+    def __init__(self, cache: SlotCache, mask: torch.Tensor | None = None, causal: bool = False):
+        self.cache, self.mask, self.causal = cache, mask, causal
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        key, value = self.cache.update(key, value, layer)
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self.mask,
+            is_causal=self.causal and self.mask is None,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+
+
+class PPOWRMSNorm(nn.Module):
+    """Root mean square norm with a gain; statistics in float32 as in Llama."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype in (torch.float32, torch.float64):
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * nn.functional.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class PPOWAttention(nn.Module):
+    def __init__(self, config: PPOWConfig, layer_index: int):
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        width_in = config.hidden_size * (2 if layer_index == 0 else 1)
+        width_q = config.num_attention_heads * config.head_dim
+        width_kv = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width_in, width_q, bias=config.attention_bias)
+        self.k_proj = nn.Linear(width_in, width_kv, bias=config.attention_bias)
+        self.v_proj = nn.Linear(width_in, width_kv, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width_q, config.hidden_size, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = PPOWRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = PPOWRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, N, d)
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        out = attend(self.layer_index, query, key, value)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+class PPOWMLP(nn.Module):
+    def __init__(self, config: PPOWConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PPOWDecoderLayer(nn.Module):
+    def __init__(self, config: PPOWConfig, layer_index: int):
+        super().__init__()
+        self.first = layer_index == 0
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = PPOWAttention(config, layer_index)
+        self.mlp = PPOWMLP(config)
+        self.input_layernorm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.first:
+            self.hidden_norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, embeds, hidden, rotary, attend: Attend) -> torch.Tensor:
+        residual = hidden
+        if self.first:
+            normed = self.hidden_norm(hidden)
+            residual = normed if self.norm_before_residual else hidden
+            x = torch.cat((self.input_layernorm(embeds), normed), dim=-1)  # (B, N, 2H)
+        else:
+            x = self.input_layernorm(hidden)
+        hidden = residual + self.self_attn(x, rotary, attend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+@dataclass
+class PPOWDrafterOutput(ModelOutput):
+    """``logits`` (B, T, D) over the draft vocabulary and ``hidden_states`` (B, T, H), the features fed forward."""
+
+    logits: torch.FloatTensor | None = None
+    hidden_states: torch.FloatTensor | None = None
+
+
+class PPOWDrafter(PreTrainedModel, GenerationMixin):
+    """An EAGLE-3 style drafter for one target.
+
+    Use it through the target: ``target.generate(**inputs, assistant_model=drafter)``. Its ``generation_config`` holds
+    how it drafts: ``window_size`` (chain) or ``tree_depth``, ``tree_top_k``, ``tree_nodes``.
+    """
+
+    config_class = PPOWConfig
+    base_model_prefix = "ppow"
+    input_modalities = ("text",)
+    _no_split_modules = ["PPOWDecoderLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: PPOWConfig):
+        super().__init__(config)
+        width = config.target_hidden_size
+        taps = len(config.target_taps)
+        if not config.share_target_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(taps * width, config.hidden_size, bias=False)
+        if config.norm_before_fc:
+            self.input_norm = PPOWRMSNorm(taps * width, config.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList([PPOWRMSNorm(width, config.rms_norm_eps) for _ in range(taps)])
+        self.layers = nn.ModuleList([PPOWDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.pruned = config.draft_vocab_size < config.vocab_size
+        if self.pruned:
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
+            member = torch.arange(config.vocab_size) < config.draft_vocab_size
+            self.register_buffer("t2d", member)
+        self.post_init()
+        # a fresh one: transformers drops unknown fields of generation configs that it derived from a model's config
+        self.generation_config = GenerationConfig(window_size=DEFAULT_WINDOW_SIZE)
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def fuse(self, taps: torch.Tensor) -> torch.Tensor:
+        """Target taps (.., n_taps * Ht), concatenated in tap order -> fused features (.., H)."""
+        if self.config.fc_norm:
+            parts = taps.split(self.config.target_hidden_size, dim=-1)
+            taps = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts)], dim=-1)
+        if self.config.norm_before_fc:
+            taps = self.input_norm(taps)
+        return self.fc(taps)
+
+    def rotary(self, like: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (B, N, d) of RoPE for positions (B, N), in the dtype of ``like``."""
+        return self.rotary_emb(like, position_ids)
+
+    def step(
+        self,
+        inputs_embeds: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
+    ) -> torch.Tensor:
+        """One pass through the layers: embeddings and features (B, N, H) -> next features (B, N, H)."""
+        for layer in self.layers:
+            hidden = layer(inputs_embeds, hidden, rotary, attend)
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Features (.., H) -> logits (.., D) over the draft vocabulary."""
+        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        taps: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> PPOWDrafterOutput:
+        """Teacher-forced first draft step over a text.
+
+        Args:
+            input_ids: (B, T) tokens x_1 .. x_T, i.e. the text shifted left by one against ``taps``.
+            taps: (B, T, n_taps * Ht) tapped hidden states of x_0 .. x_{T-1}, concatenated in tap order.
+            attention_mask: (B, T), 0 for pairs to ignore (padding).
+            position_ids: (B, T), default 0 .. T-1.
+            inputs_embeds: (B, T, H), instead of ``input_ids``; needed with ``share_target_embeddings``.
+
+        Returns:
+            logits (B, T, D); entry t predicts x_{t+2}.
+
+        Raises:
+            ValueError: for taps of the wrong width, or tokens without an embedding.
+        """
+        if taps.shape[-1] != self.fc.in_features:
+            raise ValueError(
+                f"taps have width {taps.shape[-1]}, expected {self.fc.in_features} = "
+                f"{len(self.config.target_taps)} taps x target_hidden_size {self.config.target_hidden_size}."
+            )
+        if inputs_embeds is None:
+            if self.config.share_target_embeddings:
+                raise ValueError("This drafter shares its target's embeddings: pass inputs_embeds, not input_ids.")
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length = inputs_embeds.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=taps.device)[None].expand(batch, -1)
+        hidden = self.fuse(taps.to(self.dtype))
+        mask = None
+        if attention_mask is not None:
+            seen = torch.ones(length, length, dtype=torch.bool, device=taps.device).tril()
+            seen = seen & attention_mask[:, None, None, :].bool()
+            mask = additive_mask(seen, hidden.dtype)
+        attend = CachedAttention(SlotCache(len(self.layers), length), mask, causal=True)
+        hidden = self.step(inputs_embeds, hidden, self.rotary(hidden, position_ids), attend)
+        return PPOWDrafterOutput(logits=self.logits(hidden), hidden_states=hidden)
+
+    # -- vocabulary and embeddings -----------------------------------------------------------------------------------
+
+    def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Ids in the draft vocabulary -> ids in the target's. ``d2t`` holds offsets: target id = i + d2t[i]."""
+        return draft_ids + self.d2t[draft_ids] if self.pruned else draft_ids
+
+    def draft_columns(self) -> torch.Tensor:
+        """(D,) the target ids of the draft vocabulary, ascending."""
+        ids = torch.arange(self.config.draft_vocab_size, device=self.device)
+        return self.to_target_ids(ids)
+
+    def set_draft_vocabulary(self, d2t: torch.Tensor, t2d: torch.Tensor) -> None:
+        """Choose which tokens can be drafted.
+
+        Args:
+            d2t: (D,) int64 offsets, target id = i + d2t[i].
+            t2d: (V,) bool membership.
+
+        Raises:
+            ValueError: when the two disagree, or hold absolute ids instead of offsets.
+        """
+        config = self.config
+        if not self.pruned:
+            raise ValueError(f"draft_vocab_size equals vocab_size={config.vocab_size}: there is nothing to choose.")
+        ids = torch.arange(config.draft_vocab_size) + d2t.cpu()
+        member = torch.zeros(config.vocab_size, dtype=torch.bool)
+        inside = d2t.shape == (config.draft_vocab_size,) and 0 <= int(ids.min()) and int(ids.max()) < config.vocab_size
+        if inside:
+            member[ids] = True
+        if not inside or int(member.sum()) != config.draft_vocab_size or not torch.equal(member, t2d.cpu().bool()):
+            raise ValueError(
+                f"d2t {tuple(d2t.shape)} and t2d {tuple(t2d.shape)} do not describe {config.draft_vocab_size} distinct "
+                f"tokens of a vocabulary of {config.vocab_size}. d2t holds offsets (target id = i + d2t[i]), "
+                "t2d membership."
+            )
+        self.d2t.copy_(d2t)
+        self.t2d.copy_(t2d.bool())
+
+    def embedding_for(self, target: PreTrainedModel) -> nn.Module:
+        """The module that embeds tokens: the drafter's own, or the target's when they are shared."""
+        return target.get_input_embeddings() if self.config.share_target_embeddings else self.embed_tokens
+
+    def attend(self, cache: SlotCache, mask: torch.Tensor | None) -> Attend:
+        """Attention over ``cache`` for :meth:`step`, under an additive mask or none."""
+        return CachedAttention(cache, mask)
+
+    def get_input_embeddings(self):
+        return getattr(self, "embed_tokens", None)
+
+    # -- the drafter as an assistant ---------------------------------------------------------------------------------
+
+    def assisted_decoding(self, target: PreTrainedModel, input_ids: torch.LongTensor, **kwargs):
+        """What ``target.generate(..., assistant_model=drafter)`` runs; arguments as transformers' decoding methods."""
+        return decode(target, input_ids, assistant_model=self, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        raise ValueError(
+            "A PPOW drafter drafts for its target and cannot generate alone. "
+            "Call target.generate(**inputs, assistant_model=drafter)."
+        )
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """Save weights, configuration, code, and ``custom_generate/``, so that the folder serves every entrance."""
+        if is_main_process:
+            folder = Path(save_directory) / "custom_generate"
+            folder.mkdir(parents=True, exist_ok=True)
+            loop = Path(sys.modules[decode.__module__].__file__)
+            for file in (loop, *map(Path, get_relative_import_files(str(loop)))):
+                shutil.copyfile(file, folder / file.name)
+            (folder / "generate.py").write_text(CUSTOM_GENERATE)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PPOWDrafter) and module.pruned:
+            # through `initialization`, which leaves tensors alone that a checkpoint has filled
+            initialization.zeros_(module.d2t)
+            initialization.copy_(module.t2d, torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
+
+
+PPOWDrafter.register_for_auto_class("AutoModel")
+PPOWConfig.register_for_auto_class("AutoConfig")
+register_assisted_decoding()

@@ -1,0 +1,157 @@
+"""The target's side of a running generation: prefill, verification of a window, and keeping what was accepted."""
+
+import os
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .cache_ppow import SlotCache, as_slot_cache
+from .drafting_ppow import DraftWindow
+from .masks_ppow import additive_mask, window_allowed
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def check_pair(target, drafter) -> None:
+    """Raise a ValueError unless ``drafter`` was made for a target like this one and its cache can be rolled back."""
+    config = target.config.get_text_config(decoder=True)
+    if getattr(target.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(target).__name__} is an encoder-decoder; PPOW drafts for decoder-only targets.")
+    made_for, made_vocab = drafter.config.target_hidden_size, drafter.config.vocab_size
+    wrong = [
+        f"{name} {ours} in the drafter, {theirs} in the target"
+        for name, ours, theirs in (
+            ("hidden size", made_for, config.hidden_size),
+            ("vocabulary", made_vocab, config.vocab_size),
+            ("layer count", drafter.config.target_num_layers, config.num_hidden_layers),
+            ("model type", drafter.config.target_model_type or config.model_type, config.model_type),
+        )
+        if ours != theirs
+    ]
+    if wrong:
+        made_for = drafter.config.target_name_or_path or drafter.config.target_model_type or "another target"
+        raise ValueError(
+            f"This drafter was made for {made_for}, not for {target.config._name_or_path or type(target).__name__}: "
+            f"{'; '.join(wrong)}. Load the drafter that belongs to this target, or train one with `ppow supervised`."
+        )
+    recorded, given = drafter.config.target_name_or_path, target.config._name_or_path
+    both_hub_ids = recorded and given and "/" in given and not os.path.isdir(given)
+    if both_hub_ids and recorded.lower() != given.lower():  # same shapes, but another model's features
+        raise ValueError(
+            f"This drafter was made for {recorded}, the target is {given}. If the two are interchangeable, say so with "
+            "drafter.config.target_name_or_path = target.config._name_or_path."
+        )
+    layers = DynamicCache(config=config).layers
+    stuck = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)})
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if stuck or odd or getattr(target, "_is_stateful", False) or not target._supports_default_dynamic_cache():
+        raise ValueError(
+            f"The cache of {type(target).__name__} cannot be rolled back after a rejected window "
+            f"(layers: {', '.join(odd or stuck) or 'stateful'}). PPOW needs full or sliding-window attention."
+        )
+
+
+class WindowMasks:
+    """Builds a target's attention masks for windows, in the form its layers take them.
+
+    Args:
+        target: the target model; some of its layers may see a sliding window only.
+    """
+
+    def __init__(self, target):
+        config = target.config.get_text_config(decoder=True)
+        self.dtype = target.dtype
+        self.sliding_window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None)
+        if types is None:
+            types = ["full_attention" if self.sliding_window is None else "sliding_attention"]
+        self.layer_types = set(types)
+
+    def __call__(self, prefix, ancestors, depth, slots, view, valid=None) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Arguments of :func:`window_allowed` -> additive (B, 1, N, view), one per layer type where they differ."""
+        masks = {}
+        for kind in self.layer_types:
+            sliding = self.sliding_window if kind == "sliding_attention" else None
+            masks[kind] = additive_mask(
+                window_allowed(prefix, ancestors, depth, slots, view, valid, sliding), self.dtype
+            )
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+class TargetState:
+    """The target with a :class:`SlotCache`.
+
+    Args:
+        target: the target model.
+        drafter: tells which hidden states to tap.
+        past: None or a user's cache.
+        batch: rows B.
+        capacity: slots to allocate at first.
+        valid: (B, S) bool, False at padding; None when there is none.
+
+    Attributes:
+        lengths: (B,) int64, slots taken; the root token comes next.
+        next_position: (B,) int64, the RoPE position of the root token.
+    """
+
+    def __init__(self, target, drafter, past, batch: int, capacity: int, valid: torch.Tensor | None):
+        config = target.config.get_text_config(decoder=True)
+        self.target, self.taps = target, drafter.config.target_taps
+        self.cache: SlotCache = as_slot_cache(past, config.num_hidden_layers, capacity)
+        self.valid = valid
+        self.window_masks = WindowMasks(target)
+        self.uses_flash = "flash" in (target.config._attn_implementation or "")
+        self.lengths = torch.full((batch,), self.cache.get_seq_length(), dtype=torch.long, device=target.device)
+        self.next_position: torch.Tensor | None = None
+
+    def prefill(self, input_ids, attention_mask, position_ids, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prompt (B, P): -> logits (B, V) after its last token, taps (B, P, n_taps * Ht)."""
+        start, length = self.cache.get_seq_length(), input_ids.shape[1]
+        taps, logits = [], None
+        for first in range(0, length, chunk or length):
+            part = slice(first, min(first + (chunk or length), length))
+            mask = None if attention_mask is None else attention_mask[:, : start + part.stop]
+            logits, tap = self._forward(input_ids[:, part], mask, position_ids[:, part], last_only=True)
+            taps.append(tap)
+        self.lengths = self.lengths + length
+        self.next_position = position_ids[:, -1] + 1
+        return logits[:, -1], torch.cat(taps, 1)
+
+    def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht)."""
+        count = window.tokens.shape[1]
+        slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        view = int(self.lengths.max()) + count
+        self.cache.open_window(slots, view)
+        positions = self.next_position[:, None] + window.depth
+        result = self._forward(window.tokens, self._mask(window, slots, view), positions, last_only=False)
+        self.cache.close_window()
+        return result
+
+    def _mask(self, window: DraftWindow, slots: torch.Tensor, view: int):
+        if self.uses_flash:  # one causal row without padding: flash attention aligns it by itself
+            return None
+        prefix = self.lengths[:, None].expand_as(slots)
+        return self.window_masks(prefix, window.ancestors, window.depth, slots, view, self.valid)
+
+    def _forward(self, input_ids, attention_mask, position_ids, last_only: bool):
+        keep = {"logits_to_keep": 1} if last_only and self.target._supports_logits_to_keep() else {}
+        outputs = self.target(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=self.taps,
+            return_dict=True,
+            **keep,
+        )
+        hidden = [state for state in outputs.hidden_states if state is not None]
+        return outputs.logits, torch.cat([state.to(hidden[0].device) for state in hidden], dim=-1)
+
+    def keep(self, path: torch.Tensor, counts: torch.Tensor, in_order: bool) -> None:
+        """Commit the first ``counts`` (B,) nodes of ``path`` (B, M); ``in_order``: they lie side by side (a chain)."""
+        if not in_order:
+            self.cache.keep(self.lengths, path)
+        self.lengths = self.lengths + counts
+        self.next_position = self.next_position + counts

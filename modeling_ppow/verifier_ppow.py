@@ -1,0 +1,160 @@
+"""Applies the acceptance rules to a window's logits, with whatever logits processors the user passed.
+
+Processors that ignore the text so far (temperature, top-k, top-p, ...) run on all nodes at once. Any other processor
+is called exactly as transformers would call it: once per produced token, in order, with that token's true prefix. So
+repetition penalties, grammars and stateful processors see no drafted token that was not accepted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .drafting_ppow import DraftWindow
+from .transcript_ppow import Transcript
+from .verification_ppow import follow, reject, residual, sample
+
+_PREFIX_FREE = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "LogitNormalization",
+    "InfNanRemoveLogitsProcessor",
+}
+# Those that work on the draft vocabulary too, so that drafts are drawn from nearly what the target draws from.
+_DRAFT_WARPERS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"}
+
+
+@dataclass
+class Verdict:
+    """Outcome of one verification of B rows.
+
+    Attributes:
+        accepted: (B,) drafted tokens accepted.
+        path: (B, M) window nodes accepted, root first; entries beyond ``accepted`` are meaningless.
+        tokens: (B, M) new tokens; entry i follows path node i, the first ``accepted + 1`` count.
+        scores, logits: per row the processed / raw scores (V,) behind each new token, when they are collected.
+    """
+
+    accepted: torch.Tensor
+    path: torch.Tensor
+    tokens: torch.Tensor
+    scores: list[list[torch.Tensor]] | None = None
+    logits: list[list[torch.Tensor]] | None = None
+
+
+class Verifier:
+    """Decides what stands of a window.
+
+    Args:
+        processors: the prepared ``LogitsProcessorList`` of ``generate``.
+        do_sample: draw tokens instead of taking the argmax.
+        columns: (D,) target ids of the draft vocabulary.
+        text: the transcript, for prefixes and for what is to be collected.
+    """
+
+    def __init__(self, processors, do_sample: bool, columns: torch.Tensor, text: Transcript):
+        self.processors, self.do_sample, self.columns, self.text = processors, do_sample, columns, text
+        self.prefix_free = all(_is_stock(p, _PREFIX_FREE) for p in processors)
+        self.warpers = [p for p in processors if _is_stock(p, _DRAFT_WARPERS)]
+
+    def draft_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw drafts from logits (B, D): -> draft ids (B,), the distribution (B, D) they came from."""
+        logits = logits.float()
+        for warper in self.warpers:
+            logits = warper(None, logits)
+        probs = logits.softmax(-1)
+        return sample(probs), probs
+
+    def __call__(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
+        """Verify ``window`` against the target's logits (B, N, V)."""
+        raw = logits.to(device=window.tokens.device, dtype=torch.float32)
+        return self._all_at_once(window, raw) if self.prefix_free else self._along_the_path(window, raw)
+
+    def _all_at_once(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
+        scores = raw
+        if self.processors:
+            scores = self.processors(None, raw.flatten(0, 1).clone()).view_as(raw)
+        if window.draft_probs is not None:
+            accepted, path, following = reject(window, scores.softmax(-1), self.columns)
+        else:
+            choices = sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
+            accepted, path, following = follow(window, choices)
+        tokens = window.tokens.gather(1, path.roll(-1, 1))
+        tokens = tokens.scatter(1, accepted[:, None], following[:, None])
+        return Verdict(accepted, path, tokens, self._pick(scores, path), self._pick(raw, path, raw_logits=True))
+
+    def _pick(self, values: torch.Tensor, path: torch.Tensor, raw_logits: bool = False):
+        wanted = self.text.logits if raw_logits else self.text.scores
+        return None if wanted is None else [list(row[nodes]) for row, nodes in zip(values, path)]
+
+    def _along_the_path(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
+        rows = [self._walk(window, raw, row) for row in range(raw.shape[0]) if self.text.active(row)]
+        rows = iter(rows)
+        idle = ([0], [0], [])
+        paths, tokens, scores = zip(*(next(rows) if self.text.active(r) else idle for r in range(raw.shape[0])))
+        width = max(map(len, paths))
+        device = raw.device
+
+        def padded(lists):
+            return torch.tensor([values + [0] * (width - len(values)) for values in lists], device=device)
+
+        return Verdict(
+            torch.tensor([len(path) - 1 for path in paths], device=device),
+            padded(paths),
+            padded(tokens),
+            None if self.text.scores is None else list(scores),
+            None if self.text.logits is None else [list(raw[r, path]) for r, path in enumerate(paths)],
+        )
+
+    def _walk(self, window: DraftWindow, raw: torch.Tensor, row: int):
+        """Follow one row from the root: -> path nodes, new tokens, processed scores (one per new token)."""
+        drafted, parents = window.tokens[row].tolist(), window.parents[row].tolist()
+        children = {(parents[node], drafted[node]): node for node in range(1, len(drafted))}
+        path, tokens, collected = [0], [], []
+        while True:
+            node = path[-1]
+            scores = self._process(row, tokens, raw[row, node])
+            collected.append(scores)
+            if window.draft_probs is not None and node + 1 < len(drafted):
+                token = self._coin(window, scores.softmax(-1), row, node)
+            elif self.do_sample:
+                token = int(sample(scores.softmax(-1)))
+            else:
+                token = int(scores.argmax(-1))
+            tokens.append(token)
+            child = children.get((node, token))
+            if child is None:
+                return path, tokens, collected
+            path.append(child)
+
+    def _coin(self, window: DraftWindow, probs: torch.Tensor, row: int, node: int) -> int:
+        """One step of rejection sampling after ``node``: the drafted token, or one drawn from what is left of p - q.
+
+        What is left gives the drafted token weight 0 when it was rejected, so the two cases cannot be confused.
+        """
+        draft_probs = window.draft_probs[row, node]
+        token = int(window.tokens[row, node + 1])
+        if float(torch.rand(())) * float(draft_probs[window.draft_ids[row, node]]) < float(probs[token]):
+            return token
+        spread = torch.zeros_like(probs)
+        spread[self.columns] = draft_probs.to(probs.dtype)
+        rejected = torch.ones(1, dtype=torch.bool, device=probs.device)
+        return int(sample(residual(probs[None], spread[None], rejected)))
+
+    def _process(self, row: int, extra: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """Processed scores (V,) of the token after ``row``'s text and ``extra``.
+
+        Processors may look up the batch index, so all rows are passed and only this one's result is used.
+        """
+        ids = self.text.prefix(row, extra)
+        return self.processors(ids, logits.expand(self.text.batch, -1).clone())[row]
+
+
+def _is_stock(processor, names: set[str]) -> bool:
+    kind = type(processor)
+    return kind.__name__ in names and kind.__module__.startswith("transformers.")

@@ -1,0 +1,251 @@
+"""Measuring and showing: figures worked by hand, and the commands on a tiny pair."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from ppow import PPOWConfig, PPOWDrafter
+from ppow.training import demo, evaluate, regenerate
+from ppow.training.config import DemoConfig, EvaluateConfig, RegenerateConfig
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        max_position_embeddings=512,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "target")
+    tiny_tokenizer.save_pretrained(folder / "target")
+    PPOWDrafter(PPOWConfig.from_target(config, draft_vocab_size=100)).save_pretrained(folder / "drafter")
+    lines = [{"id": "a", "category": "x", "turns": ["Add one and two.", "And three?"]}]
+    lines.append({"id": "b", "category": "x", "turns": ["def add(a, b):"], "raw_completion": True})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def sample(gained, accepted, drafted, tokens=10, seconds=1.0, plain_seconds=2.0, loops=False):
+    return evaluate.Sample(tokens, plain_seconds, tokens, seconds, gained, accepted, drafted, True, loops)
+
+
+def test_figures_by_hand():
+    samples = [sample([3, 1], [2, 0], [2, 2]), sample([2], [1], [2], plain_seconds=4.0, loops=True)]
+    assert evaluate.acceptance_length(samples) == pytest.approx(6 / 3)  # pooled, not the mean of 2 and 2
+    # first position: accepted in 2 of 3 windows; second: in 1 of the 2 that got there
+    assert evaluate.per_position(samples) == pytest.approx([2 / 3, 1 / 2])
+    # plain: mean of 10 / 2 and 10 / 4 tokens per second = 3.75; with the drafter 10
+    assert evaluate.speedup(samples) == pytest.approx(10 / 3.75)
+    summary = evaluate.summarize(samples, 200, seed=0)
+    assert summary["loops"] == 1 and summary["acceptance_length_without_loops"] == 2
+    low, high = summary["speedup_95"]
+    assert low == pytest.approx(2) and high == pytest.approx(4)  # both prompts the first, or both the second
+    assert "| 2.00 (2.00-2.00) | 2.00 | 4 | 10 | 2.67x" in evaluate.table({"x": summary})
+
+
+def test_loops_are_recognised():
+    assert evaluate.ends_in_a_loop([9, 1, 2, 1, 2, 1, 2])
+    assert evaluate.ends_in_a_loop([5, 5, 5])
+    assert not evaluate.ends_in_a_loop([1, 2, 1, 2, 1, 3])
+    assert not evaluate.ends_in_a_loop([5, 5])
+
+
+# -- evaluate and demo -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafting", [{"window_size": 3}, {"tree_depth": 2, "tree_top_k": 2, "tree_nodes": 4}])
+def test_evaluate_writes_true_figures(pair, tmp_path, drafting, capsys):
+    config = EvaluateConfig(
+        target=str(pair / "target"),
+        drafter=str(pair / "drafter"),
+        output_dir=str(tmp_path),
+        prompts=[str(pair / "questions.jsonl")],
+        max_new_tokens=12,
+        warmup=1,
+        bootstrap=100,
+        **drafting,
+    )
+    evaluate.main(config)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    greedy, sampled = metrics["results"].values()
+    assert greedy["prompts"] == 3  # two turns and one completion
+    assert greedy["identical"] == 3
+    assert 1 <= greedy["acceptance_length"] <= 4 and len(greedy["per_position"]) <= 3
+    assert greedy["speedup"] > 0 and sampled["prompts"] == 3
+    assert (tmp_path / "acceptance.png").stat().st_size > 1000
+    assert "speedup (95%)" in capsys.readouterr().out
+    assert str(pair) not in (tmp_path / "metrics.json").read_text()
+
+
+def test_demo_streams_and_checks(pair, tmp_path, capsys, monkeypatch):
+    names = {"target": str(pair / "target"), "drafter": str(pair / "drafter")}
+    prompts = str(pair / "questions.jsonl")
+    demo.main(DemoConfig(**names, prompts=prompts, max_new_tokens=8, limit=1, window_size=3))
+    shown = capsys.readouterr().out
+    assert "> Add one and two." in shown and "identical: yes" in shown and "median speedup" in shown
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="holds no model"):
+        demo.main(DemoConfig())
+
+
+def test_demo_fails_when_an_answer_differs(pair, monkeypatch, capsys):
+    from ppow.training import evaluate as measuring
+
+    original = measuring.timed
+
+    def tampered(target, seed, ids, **arguments):
+        out, seconds = original(target, seed, ids, **arguments)
+        if "assistant_model" in arguments:
+            out.sequences[0, -1] += 1
+        return out, seconds
+
+    monkeypatch.setattr(measuring, "timed", tampered)
+    names = {"target": str(pair / "target"), "drafter": str(pair / "drafter")}
+    with pytest.raises(ValueError, match="differ from the plain"):
+        demo.main(DemoConfig(**names, prompts=str(pair / "questions.jsonl"), max_new_tokens=8, limit=1))
+    assert "identical: NO" in capsys.readouterr().out
+
+
+# -- regenerate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "no"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "What is a fox?"},
+                {"role": "assistant", "content": "old"},
+                {"role": "user", "content": "And a dog?"},
+            ]
+        },
+        {"text": "no chat"},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_the_targets_own_greedy_text(pair, chats, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    regenerate.main(RegenerateConfig(target=str(pair / "target"), data=str(chats), output=str(out), max_new_tokens=10))
+    rows = {row["row"]: row for row in read(out)}
+    assert set(rows) == {0, 1}
+    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
+    model = LlamaForCausalLM.from_pretrained(pair / "target")
+    messages = rows[0]["messages"]
+    ids = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    alone = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    ended = tokenizer.eos_token_id in alone
+    text = tokenizer.decode(alone[: alone.index(tokenizer.eos_token_id)] if ended else alone)
+    assert messages[1]["content"] == text and rows[0]["complete"] == ended
+    roles = [message["role"] for message in rows[1]["messages"]]
+    assert roles[:3] == ["system", "user", "assistant"] and "old" != rows[1]["messages"][2]["content"]
+
+
+def test_an_interrupted_run_continues_after_the_last_whole_line(pair, chats, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    config = {"target": str(pair / "target"), "data": str(chats), "output": str(out), "max_new_tokens": 5}
+    regenerate.main(RegenerateConfig(**config))
+    whole = sorted(out.read_text().splitlines())
+    out.write_text(out.read_text().splitlines()[0] + '\n{"row": 1, "mess')
+    with pytest.raises(ValueError, match="pass --resume"):
+        regenerate.main(RegenerateConfig(**config))
+    regenerate.main(RegenerateConfig(**config, resume=True))
+    assert sorted(out.read_text().splitlines()) == whole
+    (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(ValueError, match="was not written by"):
+        regenerate.main(RegenerateConfig(**(config | {"output": str(tmp_path / "other.jsonl")}), resume=True))
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible endpoint that fails as told: each entry of ``faults`` is used up by one request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        faults, seen = [], []
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.seen.append((self.path, body, self.headers.get("Authorization")))
+            fault = self.faults.pop(0) if self.faults else None
+            status = fault if isinstance(fault, int) else 200
+            echo = f"echo {body['messages'][-1]['content']}"
+            choice = {"message": {"content": echo}, "finish_reason": "stop"}
+            payload = fault.encode() if isinstance(fault, str) else json.dumps({"choices": [choice]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_):
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}/v1", Handler
+    http.shutdown()
+    http.server_close()
+
+
+def endpoint(url, chats, out):
+    return RegenerateConfig(endpoint=url, model="m", data=str(chats), output=str(out), concurrency=1)
+
+
+def test_an_endpoint_that_stumbles(server, chats, tmp_path, monkeypatch):
+    url, handler = server
+    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    handler.faults[:] = [500, 429]
+    regenerate.main(endpoint(url, chats, tmp_path / "out.jsonl"))
+    rows = {row["row"]: row["messages"] for row in read(tmp_path / "out.jsonl")}
+    assert rows[0][-1] == {"role": "assistant", "content": "echo Add one."}
+    assert [m["content"] for m in rows[1]] == [
+        "Be brief.",
+        "What is a fox?",
+        "echo What is a fox?",
+        "And a dog?",
+        "echo And a dog?",
+    ]
+    assert all(path == "/v1/chat/completions" and key == "Bearer secret" for path, _, key in handler.seen)
+    assert "secret" not in (tmp_path / "out.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [([400], "refused the request with 400"), (["<html>"], "not JSON"), (['{"no": 1}'], "without choices")],
+)
+def test_an_endpoint_that_answers_nonsense(server, chats, tmp_path, faults, message, monkeypatch):
+    url, handler = server
+    handler.faults[:] = faults
+    with pytest.raises(ValueError, match=message):
+        regenerate.main(endpoint(url, chats, tmp_path / "out.jsonl"))
+
+
+def test_an_endpoint_that_is_down(chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="Is the server up"):
+        regenerate.main(endpoint("http://127.0.0.1:9/v1", chats, tmp_path / "out.jsonl"))

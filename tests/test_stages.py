@@ -1,0 +1,266 @@
+"""Both training stages through their public entrance: they learn, they resume bit-exactly, they refuse bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ppow import PPOWDrafter
+from ppow.training import checkpoints, reinforce, supervised
+from ppow.training.config import ReinforceConfig, SupervisedConfig
+
+STAGES = {"supervised": (supervised, SupervisedConfig), "reinforce": (reinforce, ReinforceConfig)}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_tokenizer):
+    """A tiny target, chats with answers, and a drafter of a few supervised steps."""
+    folder = tmp_path_factory.mktemp("stages")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "target")
+    tiny_tokenizer.save_pretrained(folder / "target")
+    with open(folder / "chats.jsonl", "w") as out:
+        for i in range(12):
+            answer = f"{i} and {i + 1} make {2 * i + 1}. A target verifies what the drafter has drafted, dog {i}."
+            messages = [{"role": "user", "content": f"Add {i}."}, {"role": "assistant", "content": answer}]
+            out.write(json.dumps({"messages": messages}) + "\n")
+    supervised.main(options(folder, "supervised", folder / "stage1", steps=2, save_every=2, keep_last=1))
+    return folder
+
+
+def options(home, stage, out, **changes):
+    values = {
+        "target": str(home / "target"),
+        "data": str(home / "chats.jsonl"),
+        "output_dir": str(out),
+        "steps": 6,
+        "batch_size": 2,
+        "accumulation": 2,
+        "learning_rate": 3e-3,
+        "save_every": 2,
+        "keep_last": 9,
+        "log_every": 1,
+        "max_length": 128,
+    }
+    if stage == "supervised":
+        values |= {"draft_vocab_size": 200, "ttt_steps": 3}
+    else:
+        values |= {"drafter": str(home / "stage1"), "window_size": 4, "group_size": 3, "windows_per_sequence": 2}
+        values |= {"proximity_margin": 8.0, "updates_per_rollout": 2}
+    return STAGES[stage][1](**(values | changes))
+
+
+def flags_of(config):
+    """A config as command-line flags."""
+    values = config.to_dict()
+    values["betas"] = ",".join(map(str, values["betas"]))
+    return [f"--{k}={v}" for k, v in values.items() if not isinstance(v, bool) and v not in (None, [])]
+
+
+def metrics_of(folder, without=("seconds",)):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in without} for line in lines]
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(first, second):
+    assert metrics_of(first) == metrics_of(second)
+    assert [line["step"] for line in metrics_of(second)] == list(range(1, 7))
+    one, two = weights_of(first), weights_of(second)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(home):
+    """An uninterrupted run of each stage."""
+    folders = {}
+    for stage, (module, _) in STAGES.items():
+        folders[stage] = home / f"{stage}-whole"
+        module.main(options(home, stage, folders[stage]))
+    return folders
+
+
+def test_the_supervised_loss_falls(whole_runs):
+    losses = [line["loss"] for line in metrics_of(whole_runs["supervised"])]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_windows_are_drawn_by_criticality_after_the_switch(whole_runs):
+    lines = metrics_of(whole_runs["reinforce"])
+    assert [line["adaptive"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert all(line["windows"] == 4 for line in lines)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fails_in_step", [1, 4, 5])
+def test_a_run_that_broke_off_resumes_bit_exactly(home, whole_runs, stage, fails_in_step, monkeypatch, tmp_path):
+    module, _ = STAGES[stage]
+    original = module.loss
+    calls = iter(range(1000))
+    per_step = 2 if stage == "supervised" else 4
+
+    def breaks(*args):
+        if next(calls) == (fails_in_step - 1) * per_step + 1:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(module, "loss", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(options(home, stage, tmp_path))
+    assert not (tmp_path / "config.json").exists()
+    monkeypatch.setattr(module, "loss", original)
+    module.main(options(home, stage, tmp_path, resume=True))
+    assert_same_run(whole_runs[stage], tmp_path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
+    """SIGKILL as soon as the second checkpoint exists; the resumed run equals an uninterrupted one."""
+    config = options(home, stage, tmp_path)
+    command = [sys.executable, "-m", "ppow.training.cli", stage, *flags_of(config)]
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "step-000004").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # a torn line at the end of the metrics, as a kill in the middle of a write leaves it
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(whole_runs[stage], tmp_path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, tmp_path):
+    module, _ = STAGES[stage]
+    module.main(options(home, stage, tmp_path / "one", steps=2, batch_size=1))
+    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, accumulation=1))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [*launcher, "-m", "ppow.training.cli", stage, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
+    for first, second in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+def test_what_a_run_leaves_behind(home, whole_runs):
+    folder = whole_runs["reinforce"]
+    drafter = PPOWDrafter.from_pretrained(folder)
+    assert drafter.config.draft_vocab_size == 200 and drafter.pruned
+    before = PPOWDrafter.from_pretrained(home / "stage1")
+    assert torch.equal(before.embed_tokens.weight, drafter.embed_tokens.weight)  # frozen: the target's
+    assert torch.equal(before.d2t, drafter.d2t)
+    assert not torch.equal(before.fc.weight, drafter.fc.weight)
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["config"]["window_size"] == 4
+    assert str(home) not in (folder / "provenance.json").read_text()
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
+
+
+def test_warm_start_and_held_out_figures(home, tmp_path):
+    config = options(
+        home,
+        "supervised",
+        tmp_path,
+        steps=2,
+        drafter=str(home / "stage1"),
+        eval_data=str(home / "chats.jsonl"),
+        eval_every=1,
+        dtype="bfloat16",
+    )
+    supervised.main(config)
+    lines = metrics_of(tmp_path)
+    assert all(len(line["eval_agreement"]) == 3 and 1 <= line["eval_acceptance_length"] <= 4 for line in lines)
+    assert weights_of(tmp_path)["fc.weight"].dtype == torch.bfloat16
+
+
+def test_a_drafter_of_other_width(home, tmp_path):
+    config = options(
+        home, "supervised", tmp_path, steps=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1
+    )
+    supervised.main(config)
+    drafter = PPOWDrafter.from_pretrained(tmp_path)
+    assert drafter.config.hidden_size == 16 and drafter.config.target_hidden_size == 32
+
+
+def test_starting_over_a_run_needs_a_word(home, whole_runs):
+    with pytest.raises(ValueError, match="already holds a run"):
+        supervised.main(options(home, "supervised", whole_runs["supervised"]))
+
+
+def test_resuming_with_other_options_names_them(home, whole_runs):
+    config = options(home, "supervised", whole_runs["supervised"], resume=True, learning_rate=1e-5, ttt_steps=2)
+    with pytest.raises(ValueError, match="learning_rate, ttt_steps changed"):
+        supervised.main(config)
+
+
+def test_too_little_data(home, tmp_path):
+    with pytest.raises(ValueError, match="takes 40 texts, the data has 12"):
+        supervised.main(options(home, "supervised", tmp_path, batch_size=20))
+
+
+def test_answers_too_short_for_a_window(home, tmp_path):
+    with pytest.raises(ValueError, match="answer of 100 tokens"):
+        reinforce.main(options(home, "reinforce", tmp_path, window_size=100))
+
+
+def test_a_drafter_for_another_target(home, tmp_path):
+    other = LlamaForCausalLM(LlamaConfig(**(PPOW_OTHER | {"vocab_size": 400})))
+    other.save_pretrained(tmp_path / "target")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(home / "target").save_pretrained(tmp_path / "target")
+    with pytest.raises(ValueError, match="was made for"):
+        reinforce.main(options(home, "reinforce", tmp_path / "out", target=str(tmp_path / "target")))
+
+
+PPOW_OTHER = {
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(home, tmp_path, monkeypatch):
+    original = supervised.loss
+
+    def poisoned(*args):
+        value, metrics = original(*args)
+        return value * torch.tensor(float("nan")), metrics
+
+    monkeypatch.setattr(supervised, "loss", poisoned)
+    with pytest.raises(ValueError, match="Step 1: the gradient is not finite"):
+        supervised.main(options(home, "supervised", tmp_path))
+    assert checkpoints.latest(tmp_path / "checkpoints") is None

@@ -1,0 +1,70 @@
+"""The ``ppow`` command: ``ppow COMMAND --key value ...``, one command per stage of the pipeline.
+
+A command's module (and with it torch) is imported when the command runs, so ``ppow --help`` answers at once.
+Several processes: ``accelerate launch -m ppow.training.cli COMMAND ...``.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    module: str  # has main(config)
+    config: str  # a class of .config
+    help: str
+
+
+COMMANDS = {
+    "pretrain": Command(".pretrain", "PretrainConfig", "train a small target and its tokenizer"),
+    "regenerate": Command(".regenerate", "RegenerateConfig", "let the target write a data set's answers"),
+    "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
+    "reinforce": Command(".reinforce", "ReinforceConfig", "stage 2: PPOW reinforcement learning"),
+    "evaluate": Command(".evaluate", "EvaluateConfig", "measure acceptance length and speedup"),
+    "demo": Command(".demo", "DemoConfig", "generate with and without the bundled drafter"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: ppow COMMAND [--key value ...]", "", "commands:"]
+    lines += [f"  {name:<12}{command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "ppow COMMAND --help lists the options of a command; PPOW_DEBUG=1 shows tracebacks."]
+    return "\n".join(lines)
+
+
+def run(argv: list[str]) -> None:
+    """Run one command. Raises ValueError for bad arguments and whatever the command itself raises."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        from ppow import __version__
+
+        print(f"ppow {__version__}")
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"no command {name!r}; the nearest is {nearest!r} (ppow --help lists all).")
+    command = COMMANDS[name]
+    config_class = getattr(importlib.import_module(".config", __package__), command.config)
+    config = config_class.from_args(rest)
+    importlib.import_module(command.module, __package__).main(config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 after a bad argument, bad input or a failed file operation."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PPOW_DEBUG") == "1":
+            raise
+        print(f"ppow: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""The options of every command, one frozen dataclass each.
+
+"paper" marks a default that arXiv 2605.14978 gives; "ours" one that it leaves open. No torch import here: the command
+line reads this file before it starts anything heavy.
+"""
+
+import dataclasses
+import sys
+from typing import Literal
+
+from .options import Config, option
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Config):
+    """What stages 1 and 2 share."""
+
+    target: str = option("target model: Hub id or folder")
+    data: str = option("chats: a .jsonl(.xz, .gz) file, a folder of them, or a Hub dataset id")
+    output_dir: str = option("folder for the drafter, checkpoints/, metrics.jsonl and provenance.json")
+    split: str = option("split of a Hub dataset", "train")
+    limit: int | None = option("read at most this many rows", None, at_least=1)
+    max_length: int = option("tokens of a row that are kept", 2048, at_least=8)
+    drop_long: bool = option("drop rows whose answer starts beyond max_length instead of stopping", False)
+    eval_data: str | None = option("held-out chats, same forms as data", None)
+    eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
+
+    steps: int = option("optimizer steps", 1000, at_least=1)
+    batch_size: int = option("sequences per process and micro step", 1, at_least=1)
+    accumulation: int = option("micro steps per optimizer step", 1, at_least=1)
+    learning_rate: float = option("peak learning rate of AdamW", 1e-4, above=0)
+    warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
+    max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
+    weight_decay: float = option("decoupled weight decay", 0.0, at_least=0)
+    betas: list[float] = option("AdamW's two averaging factors", [0.9, 0.95], at_least=0, below=1)
+    dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
+    seed: int = option("everything random follows from it", 0, at_least=0)
+
+    save_every: int = option("steps between checkpoints", 200, at_least=1)
+    keep_last: int = option("checkpoints to keep", 2, at_least=1)
+    log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
+    resume: bool = option("go on from the latest complete checkpoint in output_dir", False)
+    trackers: list[str] = option("accelerate trackers, e.g. tensorboard,wandb", [])
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas}.")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}: the peak is never reached."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(TrainingConfig):
+    """Stage 1: train an EAGLE-3 style drafter on the target's answers with the training-time test."""
+
+    drafter: str | None = option("drafter to start from instead of a fresh one", None)
+    ttt_steps: int = option("draft steps unrolled by the training-time test (EAGLE-3: 7)", 7, at_least=1)
+    step_weight: float = option(
+        "draft step i weighs step_weight ** i in the loss (EAGLE-3: 0.8)", 0.8, above=0, at_most=1
+    )
+
+    draft_vocab_size: int | None = option("draft vocabulary, most frequent answer tokens; none: all", None, at_least=1)
+    num_layers: int = option("decoder layers of a fresh drafter", 1, at_least=1)
+    taps: list[int] | None = option("hidden-state indices of the target to read; none: EAGLE-3's", None, at_least=0)
+    hidden_size: int | None = option("width of a fresh drafter; none: the target's", None, at_least=1)
+    intermediate_size: int | None = option("width of its MLPs; none: the target's", None, at_least=1)
+    num_attention_heads: int | None = option("its attention heads; none: the target's", None, at_least=1)
+    num_key_value_heads: int | None = option("its key-value heads; none: the target's", None, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(TrainingConfig):
+    """Stage 2: PPOW reinforcement learning of a supervised drafter (arXiv 2605.14978)."""
+
+    drafter: str = option("drafter of stage 1: folder or Hub id")
+    steps: int = option("optimizer steps (ours)", 500, at_least=1)
+    learning_rate: float = option("peak learning rate of AdamW (ours)", 2e-5, above=0)
+
+    window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
+    group_size: int = option("rollouts of one prefix, G_roll (paper)", 8, at_least=2)
+    windows_per_sequence: int = option("prefixes drawn from a sequence (ours)", 8, at_least=1)
+    adaptive_switch: float = option(
+        "fraction of the steps after which windows are drawn by criticality (ADAW), not uniformly; 1: never (ours)",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    rollout_temperature: float = option("temperature of the drafter's rollouts (ours)", 1.0, above=0)
+    verification: Literal["greedy", "sampling"] = option("rule that accepts tokens in training (ours)", "greedy")
+    max_forest_nodes: int = option("drafted nodes verified in one target forward (ours)", 4096, at_least=1)
+
+    updates_per_rollout: int = option(
+        "optimizer steps on each rollout; clipping acts from the second on (ours)", 1, at_least=1
+    )
+
+    reward: Literal["paper", "throughput"] = option(
+        "paper: k / (k * cost_ratio + 1); throughput: charges every drafted token and counts the bonus (ours)", "paper"
+    )
+    cost_ratio: float = option("cost of a draft step over a target step, gamma (paper)", 0.12, at_least=0)
+    verify_cost: float = option(
+        "cost of verifying a window over one target step, for the throughput reward (ours)", 1.0, above=0
+    )
+    proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 1.0, at_least=0)
+    proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
+    normalize_advantages: bool = option("divide advantages by the group's standard deviation (ours)", True)
+    clip_range: float = option("clipping of the policy ratio (ours)", 0.2, above=0, below=1)
+    kl_coef: float = option("weight of the KL term anchored on the target, beta (ours)", 0.1, at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group_size * self.window_size > self.max_forest_nodes:
+            raise ValueError(
+                f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
+                f"{self.window_size} tokens; raise it to {self.group_size * self.window_size} or more."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegenerateConfig(Config):
+    """Let the target write the answers of a chat data set, so that the drafter learns the target's own text."""
+
+    data: str = option("chats: a .jsonl(.xz, .gz) file, a folder of them, or a Hub dataset id")
+    output: str = option("the .jsonl file to write")
+    target: str | None = option("target model: Hub id or folder; not with endpoint", None)
+    endpoint: str | None = option("base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1", None)
+    model: str | None = option("the model's name on the endpoint", None)
+    concurrency: int = option("requests in flight on the endpoint", 16, at_least=1)
+    split: str = option("split of a Hub dataset", "train")
+    limit: int | None = option("read at most this many rows", None, at_least=1)
+    max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
+    temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
+    batch_size: int = option("prompts per generate call", 8, at_least=1)
+    dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
+    seed: int = option("seed of the sampling", 0, at_least=0)
+    resume: bool = option("go on after the rows that output already holds", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.target is None) == (self.endpoint is None):
+            raise ValueError(
+                f"regenerate needs either --target or --endpoint, got target={self.target!r} and "
+                f"endpoint={self.endpoint!r}."
+            )
+        if self.endpoint is not None:
+            if not self.endpoint.startswith(("http://", "https://")):
+                raise ValueError(f"endpoint must be a URL such as http://localhost:8000/v1, got {self.endpoint!r}.")
+            if self.model is None:
+                raise ValueError("With --endpoint, name the model that it serves: --model NAME.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftingConfig(Config):
+    """What evaluate and demo share: how to draft, a chain or a whole tree (neither: as the drafter's config says)."""
+
+    window_size: int | None = option("chain of this many drafted tokens; none: the drafter's own", None, at_least=1)
+    tree_depth: int | None = option("depth of the draft tree", None, at_least=1)
+    tree_top_k: int | None = option("branches kept per level of the tree", None, at_least=1)
+    tree_nodes: int | None = option("drafted nodes verified per step", None, at_least=1)
+    threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
+        if any(tree) and not all(tree):
+            raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
+        if self.window_size is not None and any(tree):
+            raise ValueError("window_size is for chains and tree_* for trees: give one of the two.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DraftingConfig):
+    """Measure a drafter: acceptance length, tokens per second and speedup over the plain target."""
+
+    target: str = option("target model: Hub id or folder")
+    drafter: str = option("drafter: Hub id or folder")
+    output_dir: str = option("folder for metrics.json, the table and provenance.json")
+    prompts: list[str] = option("benchmarks by name or .jsonl files", ["mt_bench", "humaneval", "gsm8k"])
+    prompts_dir: str | None = option("folder that holds the named benchmarks; none: the Hub", None)
+    limit: int | None = option("prompts per benchmark; none: all", None, at_least=1)
+    temperatures: list[float] = option("0 is greedy (paper: 0 and 1)", [0.0, 1.0], at_least=0)
+    max_new_tokens: int = option("tokens per answer", 256, at_least=1)
+    warmup: int = option("untimed generations before measuring", 3, at_least=0)
+    repetitions: int = option("timed runs over all prompts", 1, at_least=1)
+    bootstrap: int = option("resamples for the 95% intervals", 1000, at_least=100)
+    dtype: Literal["float32", "bfloat16"] = option("of target and drafter", "float32")
+    seed: int = option("seed of sampling and bootstrap", 0, at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.prompts or not self.temperatures:
+            raise ValueError(f"prompts={self.prompts} and temperatures={self.temperatures} must not be empty.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig(DraftingConfig):
+    """Generate with and without a drafter on real prompts, side by side; without arguments, with the bundled pair."""
+
+    target: str | None = option("target model: Hub id or folder; none: the bundled one", None)
+    drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
+    prompts: str | None = option("a .jsonl file of prompts; none: the bundled ones", None)
+    limit: int | None = option("prompts to run; none: all", None, at_least=1)
+    max_new_tokens: int = option("tokens per answer", 128, at_least=1)
+    temperature: float = option("0 is greedy", 0.0, at_least=0)
+    repetitions: int = option("timed runs per prompt", 1, at_least=1)
+    seed: int = option("seed of the sampling", 0, at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.target is None) != (self.drafter is None):
+            raise ValueError(
+                f"A drafter belongs to one target: give both or neither, got target={self.target!r} and "
+                f"drafter={self.drafter!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Config):
+    """Train the small target of the bundled pair, tokenizer included, for a budget of tokens or minutes."""
+
+    data: str = option("folder of GROUP-NN.jsonl.xz files with messages or text rows")
+    output: str = option("folder for the model; its work/ keeps tokens and checkpoints")
+    groups: list[str] = option(
+        "group:weight[:max characters]; weight = expected copies of a row in one pass",
+        ["math:3", "chat:1", "instruct:0.25:1200", "reasoning:0.15:1500"],
+    )
+    python_share: float = option("share of characters that is Python source", 0.1, at_least=0, below=1)
+    python_packages: list[str] = option(
+        "installed packages read besides the standard library; permissive licences only", []
+    )
+    heldout: float = option("share of rows held out", 0.005, at_least=0, below=1)
+    # 256 bytes and 4 special tokens; the packed tokens are uint16.
+    vocab_size: int = option("tokens of the byte-level BPE, special ones included", 4096, at_least=260, at_most=65536)
+    num_layers: int = option("transformer blocks", 10, at_least=1)
+    hidden_size: int = option("width of the residual stream", 192, at_least=1)
+    intermediate_size: int = option("width of the MLP", 384, at_least=1)
+    num_heads: int = option("query heads", 4, at_least=1)
+    num_kv_heads: int = option("key and value heads", 2, at_least=1)
+    max_positions: int = option("max_position_embeddings of the saved config", 2048, at_least=1)
+    rope_theta: float = option("RoPE base", 10000.0, above=0)
+    sequence_length: int = option("tokens in a packed training sequence", 512, at_least=2)
+    batch_size: int = option("sequences in an optimizer step", 8, at_least=1)
+    tokens: int = option("budget in training tokens; this or minutes", 0, at_least=0)
+    minutes: float = option("budget in minutes of training; this or tokens", 0.0, at_least=0)
+    optimizer: Literal["muon", "adamw"] = option("muon: matrices by Muon, the rest by AdamW", "muon")
+    learning_rate: float = option("peak rate of AdamW", 4e-3, above=0)
+    muon_learning_rate: float = option("peak rate of Muon", 1e-2, above=0)
+    weight_decay: float = option("decay of the matrices, as a factor of their rate", 0.05, at_least=0)
+    warmup: float = option("share of the budget in which the rate rises", 0.02, at_least=0, below=1)
+    max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16: autocast over float32 weights", "bfloat16")
+    device: Literal["cpu", "cuda"] = option("where to train", "cpu")
+    seed: int = option("seed of the split, the weights and the order", 0, at_least=0)
+    checkpoint_minutes: float = option("minutes between checkpoints", 5.0, above=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.tokens > 0) == (self.minutes > 0):
+            raise ValueError(
+                f"Give exactly one budget, --tokens 10000000 or --minutes 75; got tokens={self.tokens} and "
+                f"minutes={self.minutes}."
+            )
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size}, and "
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads."
+            )
+        for group in self.groups:
+            parse_group(group)
+
+
+def parse_group(text: str) -> tuple[str, float, int]:
+    """``name:weight[:max_chars]`` -> (name, weight, max_chars); without a limit, ``sys.maxsize``."""
+    name, *numbers = text.split(":")
+    try:
+        weight = float(numbers[0])
+        max_chars = int(numbers[1]) if len(numbers) > 1 else sys.maxsize
+    except (IndexError, ValueError):
+        weight, max_chars = -1.0, 0
+    if not name or len(numbers) > 2 or not 0 < weight < float("inf") or max_chars <= 0:
+        raise ValueError(f"group {text!r} must be name:weight[:max characters], positive numbers, as in chat:1:1500.")
+    return name, weight, max_chars

@@ -1,0 +1,138 @@
+"""Show the speedup: real prompts, answered by the plain target and with its drafter.
+
+    ppow demo                                  # the bundled pair, CPU, no network
+    ppow demo --target TARGET --drafter DRAFTER --prompts prompts.jsonl
+
+The answer streams while it is made with the drafter; the figures come from silent repetitions afterwards, in which the
+two systems take turns.
+"""
+
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from .config import DemoConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = [
+    "Tom has 12 apples. He buys 8 more apples and gives 5 apples to his sister. How many apples does Tom have left?",
+    "A baker sells 24 cakes in the morning and 18 cakes in the afternoon. Each cake costs $3. How much does he make?",
+    "Maria reads 15 pages every day. How many pages does she read in two weeks?",
+    "I want to book a table at a restaurant.",
+    "I need a ride to the airport tomorrow morning.",
+    "There are 30 students in a class. 40% of them are boys. How many girls are there in the class?",
+]
+
+
+def main(config: DemoConfig) -> None:
+    """Run the demo.
+
+    Raises:
+        ValueError: when there is no bundled pair, or an answer with the drafter differs from the plain one.
+    """
+    if config.target is None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    from ppow import PPOWDrafter
+
+    from .prompts import load_prompts
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    target_name = config.target or str(bundled("target"))
+    drafter_name = config.drafter or str(bundled("drafter"))
+    questions = [p.turns[0] for p in load_prompts(config.prompts)] if config.prompts else PROMPTS
+    tokenizer = AutoTokenizer.from_pretrained(target_name)
+    target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
+    drafter = PPOWDrafter.from_pretrained(drafter_name, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target.to(device)
+    drafter.to(device)
+
+    plain, ours = generation_configs(target, config)
+    print(
+        f"target {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters,",
+        end=" ",
+    )
+    print(f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n")
+    warm_up(target, drafter, tokenizer, plain, ours)
+    speedups, differing = [], 0
+    for question in questions[: config.limit]:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = inputs["input_ids"].to(device)
+        print(f"> {question}")
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        torch.manual_seed(config.seed)
+        shown = {"attention_mask": torch.ones_like(ids), "assistant_model": drafter, "streamer": streamer}
+        target.generate(ids, generation_config=ours, **shown)
+        speedup, same = compare(target, drafter, ids, plain, ours, config)
+        speedups.append(speedup)
+        differing += not same
+    spread = f"{min(speedups):.2f}x to {max(speedups):.2f}x"
+    print(f"median speedup {statistics.median(speedups):.2f}x over {len(speedups)} prompts ({spread})")
+    if differing:
+        raise ValueError(f"{differing} answers differ from the plain target's; this must not happen at temperature 0.")
+
+
+def generation_configs(target, config: DemoConfig):
+    """Generation configs of the two systems."""
+    from transformers import GenerationConfig
+
+    sampling = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    settings = target.generation_config.to_diff_dict() | sampling | {"max_new_tokens": config.max_new_tokens}
+    names = ("window_size", "tree_depth", "tree_top_k", "tree_nodes")
+    drafting = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return GenerationConfig(**settings), GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
+
+
+def warm_up(target, drafter, tokenizer, plain, ours) -> None:
+    from .evaluate import timed
+
+    ids = tokenizer("Hello", return_tensors="pt")["input_ids"].to(target.device)
+    for _ in range(2):
+        timed(target, 0, ids, generation_config=plain)
+        timed(target, 0, ids, generation_config=ours, assistant_model=drafter)
+
+
+def compare(target, drafter, ids, plain, ours, config: DemoConfig) -> tuple[float, bool]:
+    """Time both systems in turns and print the line of one prompt: -> (speedup, identical)."""
+    import torch
+
+    from .evaluate import timed
+
+    mask, slow, fast = torch.ones_like(ids), [], []
+    for _ in range(config.repetitions):
+        expected, seconds = timed(target, config.seed, ids, attention_mask=mask, generation_config=plain)
+        slow.append((expected.shape[1] - ids.shape[1]) / seconds)
+        out, seconds = timed(
+            target, config.seed, ids, attention_mask=mask, generation_config=ours, assistant_model=drafter
+        )
+        fast.append((out.sequences.shape[1] - ids.shape[1]) / seconds)
+    plain_rate, rate = statistics.median(slow), statistics.median(fast)
+    same = torch.equal(expected, out.sequences)
+    answer = "identical: yes" if same else "identical: NO"
+    if config.temperature > 0:
+        same, answer = True, "sampled from the same distribution"
+    print(
+        f"  plain {plain_rate:.0f} tokens/s, with drafter {rate:.0f} tokens/s, speedup {rate / plain_rate:.2f}x, "
+        f"acceptance length {out.acceptance.acceptance_length:.2f}, {answer}\n"
+    )
+    sys.stdout.flush()
+    return rate / plain_rate, same
+
+
+def bundled(part: str) -> Path:
+    """Folder of the bundled target or drafter."""
+    folder = ROOT / "bundled" / part
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} holds no model. Run the demo from a checkout of the repository, or name a pair with --target "
+            "and --drafter."
+        )
+    return folder

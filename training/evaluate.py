@@ -1,0 +1,251 @@
+"""Measure a drafter on its target: acceptance, tokens per second, speedup over the plain target.
+
+    ppow evaluate --target TARGET --drafter DRAFTER --prompts gsm8k --prompts-dir PROMPTS --output-dir runs/figures
+
+Protocol: batch 1, prefill included, the two systems take turns prompt by prompt so that the machine's drift hits both
+alike, after ``warmup`` untimed generations. Tokens are the ids produced, counted the same way on both sides (never
+re-tokenised text). Tokens per second are the mean over prompts, as in Spec-Bench, and the speedup is the ratio of those
+means; the acceptance length is pooled over all verifications, bonus included. Intervals are 95% bootstrap intervals
+over prompts.
+"""
+
+import json
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ppow import PPOWDrafter
+
+from . import provenance
+from .config import EvaluateConfig
+from .prompts import load_prompts
+
+
+@dataclass
+class Sample:
+    """One prompt answered by both systems.
+
+    Attributes:
+        plain_tokens, plain_seconds: of stock ``generate``; tokens, seconds: with the drafter.
+        gained, accepted, drafted: per verification, as in :class:`ppow.transcript_ppow.Acceptance`.
+        identical: whether the ids are the same (meaningful at temperature 0 only).
+        loops: whether the answer ends in an exact repetition.
+    """
+
+    plain_tokens: int
+    plain_seconds: float
+    tokens: int
+    seconds: float
+    gained: list[int]
+    accepted: list[int]
+    drafted: list[int]
+    identical: bool
+    loops: bool
+
+
+def main(config: EvaluateConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    prompts = {name: load_prompts(name, config.prompts_dir, config.limit) for name in config.prompts}
+    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    dtype = getattr(torch, config.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
+    drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=dtype).to(device)
+    names = ("window_size", "tree_depth", "tree_top_k", "tree_nodes")
+    drafting = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+    results = {}
+    for name, chosen in prompts.items():
+        for temperature in config.temperatures:
+            samples = measure(target, tokenizer, drafter, chosen, config, temperature, drafting, name)
+            results[f"{Path(name).stem} T={temperature:g}"] = summarize(samples, config.bootstrap, config.seed)
+    drafted = drafting or drafter.generation_config.to_diff_dict()
+    record = {"results": results, "drafting": drafted, **provenance.record("evaluate", config)}
+    write_json(Path(config.output_dir) / "metrics.json", record)
+    print(table(results))
+    plot(results, Path(config.output_dir) / "acceptance.png")
+
+
+def measure(
+    target, tokenizer, drafter, prompts, config, temperature: float, drafting: dict, title: str
+) -> list[Sample]:
+    """Answer every prompt (and the second turns of two-turn ones) with both systems."""
+    sampling = {"do_sample": False}
+    if temperature > 0:  # the target's own distribution, without truncation by top-k or top-p
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings = target.generation_config.to_diff_dict() | sampling | {"max_new_tokens": config.max_new_tokens}
+    plain = GenerationConfig(**settings)
+    ours = GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
+    work = [ids for prompt in prompts for ids in turns(target, tokenizer, prompt, config.max_new_tokens)]
+    samples = []
+    for ids in work[: config.warmup]:
+        compare(target, drafter, ids, plain, ours, config.seed)
+    for repetition in range(config.repetitions):
+        for i, ids in enumerate(tqdm(work, desc=f"{title} T={temperature:g}", leave=False)):
+            samples.append(compare(target, drafter, ids, plain, ours, config.seed + 1000 * repetition + i))
+    return samples
+
+
+def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
+    """Prompt ids (1, P) of every turn; a later turn follows the plain target's greedy answers to the earlier ones."""
+    if prompt.raw_completion:
+        return [tokenizer(prompt.turns[0], return_tensors="pt")["input_ids"].to(target.device)]
+    found, chat = [], []
+    for number, turn in enumerate(prompt.turns):
+        chat.append({"role": "user", "content": turn})
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        found.append(ids["input_ids"].to(target.device))
+        if number + 1 < len(prompt.turns):
+            out = target.generate(found[-1], do_sample=False, max_new_tokens=max_new_tokens)
+            answer = tokenizer.decode(out[0, found[-1].shape[1] :], skip_special_tokens=True)
+            chat.append({"role": "assistant", "content": answer})
+    return found
+
+
+def compare(target, drafter, ids, plain, ours, seed: int) -> Sample:
+    """One prompt, stock generate and then the drafter."""
+    mask = torch.ones_like(ids)
+    expected, plain_seconds = timed(target, seed, ids, attention_mask=mask, generation_config=plain)
+    out, seconds = timed(target, seed, ids, attention_mask=mask, generation_config=ours, assistant_model=drafter)
+    figures = out.acceptance
+    answer = out.sequences[0, ids.shape[1] :].tolist()
+    return Sample(
+        expected.shape[1] - ids.shape[1],
+        plain_seconds,
+        len(answer),
+        seconds,
+        figures.gained[0],
+        figures.accepted[0],
+        figures.drafted[0],
+        torch.equal(expected, out.sequences),
+        ends_in_a_loop(answer),
+    )
+
+
+def timed(target, seed: int, ids, **arguments):
+    """Generate and time it on the wall clock; -> (output, seconds)."""
+    torch.manual_seed(seed)
+    _synchronize(ids.device)
+    started = time.perf_counter()
+    out = target.generate(ids, **arguments)
+    _synchronize(ids.device)
+    return out, time.perf_counter() - started
+
+
+def _synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ends_in_a_loop(tokens: list[int], repeats: int = 3, longest: int = 24) -> bool:
+    """Whether the last tokens are one block of at most ``longest`` tokens, ``repeats`` times in a row."""
+    for size in range(1, min(longest, len(tokens) // repeats) + 1):
+        if all(tokens[-size:] == tokens[-size * (r + 1) : len(tokens) - size * r] for r in range(1, repeats)):
+            return True
+    return False
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
+    """Figures of one prompt set, each interval [low, high] at 95%."""
+    straight = [s for s in samples if not s.loops]
+    return {
+        "prompts": len(samples),
+        "acceptance_length": acceptance_length(samples),
+        "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
+        "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
+        "loops": len(samples) - len(straight),
+        "per_position": per_position(samples),
+        "tokens_per_second": rate(samples, "tokens", "seconds"),
+        "plain_tokens_per_second": rate(samples, "plain_tokens", "plain_seconds"),
+        "speedup": speedup(samples),
+        "speedup_95": interval(samples, speedup, resamples, seed),
+        "identical": sum(s.identical for s in samples),
+    }
+
+
+def acceptance_length(samples: list[Sample]) -> float:
+    """Tokens gained per verification, bonus included, pooled; 1 when nothing was verified."""
+    verifications = sum(len(s.gained) for s in samples)
+    return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
+
+
+def per_position(samples: list[Sample]) -> list[float]:
+    """How often drafted token j + 1 was accepted where the first j were."""
+    pairs = [pair for s in samples for pair in zip(s.drafted, s.accepted)]
+    rates = []
+    for j in range(max((drafted for drafted, _ in pairs), default=0)):
+        tried = [accepted for drafted, accepted in pairs if drafted > j and accepted >= j]
+        if not tried:
+            break
+        rates.append(sum(accepted > j for accepted in tried) / len(tried))
+    return rates
+
+
+def rate(samples: list[Sample], tokens: str, seconds: str) -> float:
+    return sum(getattr(s, tokens) / getattr(s, seconds) for s in samples) / len(samples)
+
+
+def speedup(samples: list[Sample]) -> float:
+    return rate(samples, "tokens", "seconds") / rate(samples, "plain_tokens", "plain_seconds")
+
+
+def interval(samples: list[Sample], figure, resamples: int, seed: int) -> list[float]:
+    """95% percentile bootstrap over prompts."""
+    draw = random.Random(seed)
+    values = sorted(figure(draw.choices(samples, k=len(samples))) for _ in range(resamples))
+    return [values[int(0.025 * resamples)], values[min(resamples - 1, int(0.975 * resamples))]]
+
+
+def table(results: dict) -> str:
+    """The figures as a Markdown table."""
+    columns = ["prompts", "n", "acceptance length (95%)", "not looping", "plain tok/s", "drafter tok/s"]
+    columns += ["speedup (95%)", "identical"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, r in results.items():
+        straight = r["acceptance_length_without_loops"]
+        low, high = r["acceptance_length_95"]
+        slow, fast = r["speedup_95"]
+        lines.append(
+            f"| {name} | {r['prompts']} | {r['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {'-' if straight is None else f'{straight:.2f}'} | {r['plain_tokens_per_second']:.0f} "
+            f"| {r['tokens_per_second']:.0f} | {r['speedup']:.2f}x ({slow:.2f}-{fast:.2f}) "
+            f"| {r['identical']} of {r['prompts']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Per-position acceptance, one line per prompt set and temperature; without matplotlib, nothing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, result in results.items():
+        rates = result["per_position"]
+        axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
+    axes.set(xlabel="position in the window", ylabel="accepted, given all before", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write_json(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

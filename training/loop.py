@@ -1,0 +1,252 @@
+"""What both stages share around their loss: batches, the optimizer, checkpoints, metrics, progress.
+
+A stage is a plain loop in its own module:
+
+    trainer = Trainer(config, drafter, examples, pad_id)
+    for step in trainer.steps():
+        batches = trainer.batches(step)
+        metrics = trainer.update([lambda b=b: loss(b) for b in batches])
+        trainer.record(step, metrics)
+
+Everything random follows from (seed, step, micro step), never from a generator's state, so a run that was killed and
+resumed takes exactly the steps of one that was not.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from . import checkpoints, provenance
+from .data import batch_indices, collate
+from .metrics import MetricsLog
+
+# May differ between a run and its continuation: they do not change what is computed.
+_FREE_TO_CHANGE = {"resume", "save_every", "keep_last", "log_every", "trackers", "output_dir", "eval_every"}
+
+
+@dataclass
+class Batch:
+    """One micro step's texts on this process, right-padded.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        loss_mask: (B, T) bool, tokens to learn from.
+        lengths: (B,) int64 tokens before the padding.
+        seed: seeds whatever the micro step draws; differs for every micro step of every process.
+    """
+
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    lengths: torch.Tensor
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator; the same numbers on every device and on every call."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Trainer:
+    """Runs optimizer steps on a drafter.
+
+    Args:
+        config: a TrainingConfig.
+        drafter: in float32, on ``accelerator.device``; parameters with ``requires_grad`` are trained.
+        examples: encoded texts.
+        pad_id: token to pad with.
+        accelerator: of this process.
+    """
+
+    def __init__(self, config, drafter, examples: list, pad_id: int, accelerator: Accelerator):
+        self.config, self.drafter, self.examples, self.pad_id = config, drafter, examples, pad_id
+        self.accelerator = accelerator
+        self.folder = Path(config.output_dir)
+        self.parameters = [p for p in drafter.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
+        )
+        self.micro_steps = config.accumulation * accelerator.num_processes
+        if len(examples) < self.micro_steps * config.batch_size:
+            raise ValueError(
+                f"One optimizer step takes {self.micro_steps * config.batch_size} texts, the data has {len(examples)}. "
+                "Lower batch_size or accumulation, or bring more data."
+            )
+        self.first_step = self._resume()
+        self.log = MetricsLog(self.folder / "metrics.jsonl") if accelerator.is_main_process else None
+        if self.log is not None:
+            self.log.truncate_after(self.first_step)
+            provenance.write(self.folder, config.command(), config)
+        if config.trackers:
+            flat = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
+            accelerator.init_trackers("ppow", config=flat)
+
+    def _resume(self) -> int:
+        """Load the latest complete checkpoint when asked to; -> steps already done."""
+        path = checkpoints.latest(self.folder / "checkpoints")
+        if path is None:
+            return 0
+        if not self.config.resume:
+            raise ValueError(
+                f"{self.folder} already holds a run (checkpoint {path.name}). Pass --resume to continue it, or choose "
+                "another output_dir."
+            )
+        state = checkpoints.load(path, self.drafter, self.optimizer)
+        now = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
+        changed = sorted(k for k in now if state["config"].get(k) != now[k])
+        if changed or state["micro_steps"] != self.micro_steps:
+            what = changed or [f"micro steps per step ({state['micro_steps']} -> {self.micro_steps})"]
+            raise ValueError(f"Cannot resume {path}: {', '.join(what)} changed since. Restore it, or start a new run.")
+        return state["step"]
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers 1 .. config.steps that are still to do; saves checkpoints in between and the drafter at last."""
+        config = self.config
+        self.bar = tqdm(
+            total=config.steps,
+            initial=self.first_step,
+            desc=config.command(),
+            disable=not self.accelerator.is_main_process,
+        )
+        for step in range(self.first_step + 1, config.steps + 1):
+            self.started = time.perf_counter()
+            yield step
+            self.bar.update()
+            if step % config.save_every == 0 or step == config.steps:
+                self._save(step)
+        self.bar.close()
+        if self.accelerator.is_main_process:
+            save_drafter(self.drafter, self.folder, config.dtype)
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def _save(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
+            state = {"config": config, "micro_steps": self.micro_steps}
+            checkpoints.save(
+                self.folder / "checkpoints", step, self.drafter, self.optimizer, state, self.config.keep_last
+            )
+        self.accelerator.wait_for_everyone()
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's micro batches of ``step``, in order."""
+        size, config, ours = self.config.batch_size, self.config, self.accelerator
+        chosen = batch_indices(len(self.examples), size * self.micro_steps, config.seed, step - 1)
+        batches = []
+        for accumulated in range(config.accumulation):
+            micro = accumulated * ours.num_processes + ours.process_index
+            part = [self.examples[i] for i in chosen[micro * size : (micro + 1) * size]]
+            seed = ((config.seed * 1_000_003 + step) * 1_000_003 + micro) & 0x7FFFFFFF
+            batches.append(make_batch(part, self.pad_id, ours.device, seed))
+        return batches
+
+    def autocast(self):
+        """The precision of the drafter's forward."""
+        if self.config.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.accelerator.device.type, dtype=getattr(torch, self.config.dtype))
+
+    def update(self, step: int, losses: list[Callable[[], tuple[torch.Tensor, dict]]]) -> dict:
+        """One optimizer step over the mean of ``losses`` (each -> loss, metrics), averaged over processes.
+
+        Raises:
+            ValueError: when the loss or the gradient is not finite; the drafter is left as it was.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        collected = []
+        for compute in losses:
+            with self.autocast():
+                loss, metrics = compute()
+            (loss / len(losses)).backward()
+            collected.append({"loss": loss.detach(), **metrics})
+        gradient = self._reduce_gradient()
+        if not torch.isfinite(gradient):
+            raise ValueError(
+                f"Step {step}: the gradient is not finite. Lower learning_rate, use dtype=float32, or check the "
+                f"target's weights; resume from the last checkpoint in {self.folder / 'checkpoints'}."
+            )
+        scale = min(1.0, self.config.max_grad_norm / (float(gradient) + 1e-12))
+        if scale < 1.0:
+            torch._foreach_mul_([p.grad for p in self.parameters], scale)
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return {**self.average(collected), "gradient_norm": gradient, "learning_rate": rate}
+
+    def average(self, metrics: list[dict]) -> dict:
+        """Mean of every metric over micro steps and processes."""
+        mean = {key: torch.stack([m[key].float() for m in metrics]).mean(0) for key in metrics[0]}
+        if self.accelerator.num_processes > 1:
+            mean = {key: self.accelerator.reduce(value, "mean") for key, value in mean.items()}
+        return mean
+
+    def _reduce_gradient(self) -> torch.Tensor:
+        """Average gradients over processes; -> their norm ()."""
+        for p in self.parameters:
+            if p.grad is None:  # a parameter that no loss of this step reached
+                p.grad = torch.zeros_like(p)
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([p.grad.flatten() for p in self.parameters])
+            flat = self.accelerator.reduce(flat, "mean")
+            for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+                p.grad = part.view_as(p)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+
+    def record(self, step: int, metrics: dict) -> None:
+        """Show the step's metrics, and write them every ``log_every`` steps (and the last)."""
+        if step % self.config.log_every and step != self.config.steps and "eval_loss" not in metrics:
+            return
+        values = {k: _number(v) for k, v in metrics.items()}
+        values["seconds"] = time.perf_counter() - self.started
+        if self.log is not None:
+            self.log.log(step, values)
+            shown = ("loss", "reward", "acceptance_length", "eval_acceptance_length")
+            self.bar.set_postfix({k: f"{values[k]:.3f}" for k in shown if k in values})
+        self.accelerator.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=step)
+
+
+def make_batch(examples: list, pad_id: int, device, seed: int) -> Batch:
+    """Collate examples on a device."""
+    arrays = collate(examples, pad_id)
+    lengths = arrays["attention_mask"].sum(1)
+    return Batch(arrays["input_ids"].to(device), arrays["loss_mask"].to(device), lengths.to(device), seed)
+
+
+def learning_rate(config, step: int) -> float:
+    """Linear warm-up to the peak, then a cosine to zero after the last step (ours)."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps - 1) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def save_drafter(drafter, folder: Path, dtype: str) -> None:
+    """Write the drafter in ``dtype``, in shards below 16 MB, leaving the one in memory as it is.
+
+    Files are written beside their place and moved there, config.json last: a folder with a config is complete.
+    """
+    weights = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in drafter.state_dict().items()}
+    drafter.config.dtype = getattr(torch, dtype)
+    partial = folder / ".unfinished-drafter"
+    shutil.rmtree(partial, ignore_errors=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    drafter.save_pretrained(partial, state_dict=weights, max_shard_size="15MB")
+    for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(file, folder / file.name)
+    partial.rmdir()
+
+
+def _number(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value

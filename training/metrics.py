@@ -1,0 +1,80 @@
+"""The metrics of a run, one JSON object per line, on disk as soon as a line is written."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends to a JSONL file.
+
+    A line that a kill cut off is removed when the file is opened. Numbers that JSON cannot hold (nan, infinity) are
+    written as null.
+
+    Args:
+        path: the file; made with its folder when missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        self._keep(self._whole_lines())
+
+    def log(self, step: int, values: dict) -> None:
+        """Write ``{"step": step, **values}``. Values are JSON, or tensors and arrays of one number."""
+        row = {"step": step, **{key: _plain(value) for key, value in values.items()}}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._sync()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop every line of a later step, so that a run resumed at ``step`` continues without gap or repeat.
+
+        Raises:
+            ValueError: a line that this class did not write.
+        """
+        kept = 0
+        for number, line in enumerate(self._whole_lines().splitlines(keepends=True), 1):
+            try:
+                later = json.loads(line)["step"] > step
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path}:{number} is not a line of metrics with a step; move the file away to start anew."
+                ) from None
+            if later:
+                break
+            kept += len(line)
+        self._file.truncate(kept)
+        self._sync()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _whole_lines(self) -> bytes:
+        self._file.seek(0)
+        content = self._file.read()
+        return content[: content.rfind(b"\n") + 1]
+
+    def _keep(self, content: bytes) -> None:
+        self._file.truncate(len(content))
+        self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _plain(value):
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value

@@ -1,0 +1,225 @@
+"""How a configuration dataclass becomes a command line: parsing, checking and help, derived from its fields.
+
+Fields are declared with :func:`option`. Supported types: ``str``, ``int``, ``float``, ``bool``, ``Literal`` of strings,
+``list`` of the scalars, and any of them ``| None``. Nothing here imports torch, so that ``ppow --help`` stays fast.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import textwrap
+import types
+import typing
+from pathlib import Path
+
+_SCALARS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
+def option(help: str, default=dataclasses.MISSING, *, at_least=None, above=None, at_most=None, below=None):
+    """A dataclass field with its help text and, for numbers (or each number of a list), its bounds."""
+    bounds = {">=": at_least, ">": above, "<=": at_most, "<": below}
+    metadata = {"help": help, "bounds": {sign: bound for sign, bound in bounds.items() if bound is not None}}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every command's configuration: checked when made, readable from argv, a dict or a JSON file."""
+
+    @classmethod
+    def command(cls) -> str:
+        """The name on the command line: ``SupervisedConfig`` -> ``supervised``."""
+        return cls.__name__.removesuffix("Config").lower()
+
+    @classmethod
+    def from_args(cls, argv: typing.Sequence[str]):
+        """Read ``--key value`` arguments.
+
+        Keys take dashes or underscores; booleans are ``--key`` / ``--no-key`` (or ``--key=true``); lists are comma
+        separated or repeated; ``none`` unsets an optional field. ``--config file.json`` gives values that the other
+        arguments override, and ``--help`` prints the fields and exits.
+
+        Raises:
+            ValueError: unknown or missing key, missing value, a value of the wrong type or out of bounds.
+        """
+        hints = typing.get_type_hints(cls)
+        values, given = {}, {}
+        rest = list(argv)
+        while rest:
+            token = rest.pop(0)
+            if token in ("-h", "--help"):
+                print(cls.help())
+                raise SystemExit(0)
+            if not token.startswith("--"):
+                raise ValueError(f"{cls.command()}: unexpected argument {token!r}; options are written --key value.")
+            name, has_value, text = token[2:].partition("=")
+            key = name.replace("-", "_")
+            negated = key.removeprefix("no_")
+            if bool in (hints.get(key), hints.get(negated)):
+                if has_value and (key not in hints or text.lower() not in ("true", "false")):
+                    raise ValueError(f"--{_dashes(negated)} is a switch: write --{_dashes(negated)} or its --no- form.")
+                given[key if key in hints else negated] = text.lower() == "true" if has_value else key in hints
+                continue
+            if key != "config" and key not in hints:
+                raise ValueError(cls._unknown(key, f"option --{name}"))
+            if not has_value:
+                if not rest or rest[0].startswith("--"):
+                    raise ValueError(
+                        f"--{name} needs a value: {cls._expected(key) if key in hints else 'a JSON file'}."
+                    )
+                text = rest.pop(0)
+            if key == "config":
+                values.update(cls._read_file(Path(text)))
+            elif _list_item(hints[key]) and isinstance(given.get(key), list):
+                given[key] = given[key] + cls._parse(key, hints[key], text)
+            else:
+                given[key] = cls._parse(key, hints[key], text)
+        return cls.from_dict({**values, **given})
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """Build from plain values. Raises ValueError for unknown keys, missing keys and bad values."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise ValueError(cls._unknown(key, f"key {key!r}"))
+        for name in cls._required():
+            if name not in values:
+                raise ValueError(f"{cls.command()} needs --{_dashes(name)}: {fields[name].metadata['help']}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Plain values, ready for JSON; ``from_dict`` gives the same configuration back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def help(cls) -> str:
+        """The page that ``ppow COMMAND --help`` prints."""
+        required = " ".join(f"--{_dashes(name)} {name.upper()}" for name in cls._required())
+        lines = [f"usage: ppow {cls.command()} {required} [options]".replace("  ", " "), "", cls.__doc__ or "", ""]
+        for field in dataclasses.fields(cls):
+            default = "required" if field.name in cls._required() else f"default {_show(_default(field))}"
+            hint = typing.get_type_hints(cls)[field.name]
+            flag = f"--{_dashes(field.name)}" if hint is not bool else f"--[no-]{_dashes(field.name)}"
+            lines.append(f"  {flag}")
+            text = f"{field.metadata['help']} ({cls._expected(field.name)}; {default})"
+            lines.extend(textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        lines += ["  --config", "        JSON file with any of these keys; options on the command line override it"]
+        return "\n".join(lines)
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _coerce(hints[field.name], getattr(self, field.name))
+            if not _fits(hints[field.name], field.metadata["bounds"], value):
+                raise ValueError(
+                    f"{field.name} must be {self._expected(field.name)}, got {value!r} ({field.metadata['help']})."
+                )
+            object.__setattr__(self, field.name, value)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _required(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls) if _default(field) is dataclasses.MISSING]
+
+    @classmethod
+    def _unknown(cls, key: str, what: str) -> str:
+        known = [field.name for field in dataclasses.fields(cls)]
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        return f"{cls.command()} has no {what}; the nearest known key is {nearest!r} (ppow {cls.command()} --help)."
+
+    @classmethod
+    def _parse(cls, key: str, hint, text: str):
+        """Text from the command line -> a value of the field's type; the bounds are checked later, once for all."""
+        if _optional(hint) and text.lower() == "none":
+            return None
+        item = _list_item(hint)
+        scalar = _plain(item or hint)
+        try:
+            parts = [part.strip() for part in text.split(",") if part.strip()] if item else [text]
+            parsed = [scalar(part) if scalar in (int, float) else part for part in parts]
+        except ValueError:
+            raise ValueError(f"--{_dashes(key)} must be {cls._expected(key)}, got {text!r}.") from None
+        return parsed if item else parsed[0]
+
+    @classmethod
+    def _read_file(cls, path: Path) -> dict:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config {path} is not valid JSON: {error}.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {path} must hold a JSON object of options, got {type(values).__name__}.")
+        for key in values:
+            if key not in typing.get_type_hints(cls):
+                raise ValueError(f"{path}: {cls._unknown(key, f'key {key!r}')}")
+        return values
+
+    @classmethod
+    def _expected(cls, name: str) -> str:
+        """What a field takes, in words: ``an integer >= 1``."""
+        hint = typing.get_type_hints(cls)[name]
+        bounds = next(field for field in dataclasses.fields(cls) if field.name == name).metadata["bounds"]
+        item = _list_item(hint)
+        plain = _plain(item or hint)
+        words = _SCALARS.get(plain) or "one of " + ", ".join(typing.get_args(plain))
+        limits = " and ".join(f"{sign} {bound}" for sign, bound in bounds.items())
+        words = f"{words} {limits}" if limits else words
+        words = f"a comma separated list, each {words}" if item else words
+        return f"{words}, or none" if _optional(hint) else words
+
+
+def _dashes(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _default(field: dataclasses.Field):
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _show(value) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "empty"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _optional(hint) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+
+
+def _plain(hint):
+    """``X | None`` -> ``X``."""
+    return next(arg for arg in typing.get_args(hint) if arg is not type(None)) if _optional(hint) else hint
+
+
+def _list_item(hint):
+    """``list[X]`` (or ``list[X] | None``) -> ``X``; None for scalars."""
+    plain = _plain(hint)
+    return typing.get_args(plain)[0] if typing.get_origin(plain) is list else None
+
+
+def _coerce(hint, value):
+    """Whole numbers where floats are meant (JSON has one kind of number), tuples where lists are meant."""
+    item = _list_item(hint)
+    if item and isinstance(value, (list, tuple)):
+        return [_coerce(item, part) for part in value]
+    return float(value) if _plain(hint) is float and type(value) is int else value
+
+
+def _fits(hint, bounds: dict, value) -> bool:
+    if value is None:
+        return _optional(hint)
+    item = _list_item(hint)
+    if item:
+        return isinstance(value, list) and all(_fits(item, bounds, part) for part in value)
+    plain = _plain(hint)
+    if typing.get_origin(plain) is typing.Literal:
+        return value in typing.get_args(plain)
+    if type(value) is not plain or value == "" or (plain is float and not math.isfinite(value)):
+        return False
+    tests = {">=": value.__ge__, ">": value.__gt__, "<=": value.__le__, "<": value.__lt__} if bounds else {}
+    return all(tests[sign](plain(bound)) for sign, bound in bounds.items())

@@ -1,0 +1,311 @@
+"""``ppow pretrain``: the small target of the bundled pair, trained from nothing on one core.
+
+Ours; the paper drafts for existing targets. A Llama of a few million parameters, so that the whole method can be tried,
+tested and shown on a laptop. The budget is a number of tokens or of minutes; the learning rates follow the share of it
+that is spent, so a run always ends at rate zero. A run that was killed goes on from the newest checkpoint in
+``<output>/work`` when the same command is given again.
+
+    ppow pretrain --data text/ --output target --minutes 75
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from . import checkpoints, provenance
+from .config import PretrainConfig
+from .corpus import END_OF_TEXT, IM_END, prepare, write_json
+from .data import batch_indices
+from .metrics import MetricsLog
+
+# May differ between a run and its continuation: tokens, weights and order do not follow from them.
+FREE_TO_CHANGE = {"data", "output", "tokens", "minutes", "checkpoint_minutes", "device"}
+CHUNK = 512  # positions whose logits exist at a time
+HELDOUT_SEQUENCES = 64
+SHARD = "15MB"
+
+
+def main(config: PretrainConfig) -> dict:
+    """Run or resume the recipe.
+
+    Returns:
+        step, tokens, seconds, parameters and heldout_loss (nats per token), as in ``<output>/training.json``.
+    """
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} has no torch.optim.Muon; use --optimizer adamw or torch >= 2.9.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu.")
+    output = Path(config.output)
+    work = output / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    check_settings(config, work / "settings.json")
+    provenance.write(output, "pretrain", config)
+
+    tokenizer, tokens, heldout, record = prepare(config, work)
+    model = build_model(config, tokenizer).to(config.device).train()
+    optimizers = build_optimizers(config, model)
+    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    newest = checkpoints.latest(work)
+    if newest:
+        state = checkpoints.load(newest, model.model, optimizers)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"{parameters:,} parameters; {len(tokens):,} tokens, {len(heldout):,} held out; from step {state['step']}")
+
+    state = train(config, model, optimizers, tokens, heldout, work, state)
+    result = {**state, "parameters": parameters, "heldout_loss": heldout_loss(model, heldout, config)}
+    finish(config, model, tokenizer, record, result)
+    return result
+
+
+def check_settings(config: PretrainConfig, path: Path) -> None:
+    """Refuse to continue a run whose tokens or weights came from other options. ``path`` remembers them."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in FREE_TO_CHANGE}
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{config.output} holds a run with other options ({'; '.join(changed)}). Continue it with those, or give "
+            "another --output."
+        )
+
+
+# -- model and optimizer -----------------------------------------------------------------------------------------------
+
+
+def build_model(config: PretrainConfig, tokenizer) -> LlamaForCausalLM:
+    """A fresh Llama with tied embeddings. Matrices of the blocks keep unit variance; what is added to the residual
+    stream, twice per block, starts smaller by sqrt(2 L), so that its variance does not grow with the depth L."""
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.hidden_size // config.num_heads,
+            max_position_embeddings=config.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # An answer ends with its turn, a plain text with its document.
+    ends = tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    for name, weight in model.model.layers.named_parameters():
+        if weight.ndim == 2:
+            adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+            fan_in = weight.shape[1] * (2 * config.num_layers if adds else 1)
+            torch.nn.init.normal_(weight, std=fan_in**-0.5)
+    return model
+
+
+class Optimizers:
+    """Several optimizers that step and save as one; parameters are numbered through."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self) -> dict:
+        state, groups = {}, []
+        for start, part in self._numbered():
+            content = part.state_dict()
+            state |= {start + index: entries for index, entries in content["state"].items()}
+            for group in content["param_groups"]:
+                groups.append({**group, "params": [start + index for index in group["params"]]})
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, content: dict) -> None:
+        groups = iter(content["param_groups"])
+        for start, part in self._numbered():
+            own = [next(groups) for _ in part.param_groups]
+            own = [{**group, "params": [index - start for index in group["params"]]} for group in own]
+            inside = [index for group in own for index in group["params"] if start + index in content["state"]]
+            part.load_state_dict({"state": {i: content["state"][start + i] for i in inside}, "param_groups": own})
+
+    def _numbered(self):
+        start = 0
+        for part in self.parts:
+            yield start, part
+            start += sum(len(group["params"]) for group in part.param_groups)
+
+
+def build_optimizers(config: PretrainConfig, model) -> Optimizers:
+    """Muon for the blocks' matrices and AdamW for the rest, or AdamW for all; "peak" keeps a group's peak rate."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    inside = {id(weight) for weight in matrices}
+    adam = [{"params": [weight for weight in model.parameters() if id(weight) not in inside], "weight_decay": 0.0}]
+    parts = []
+    if config.optimizer == "muon":
+        parts.append(torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+    else:
+        adam.append({"params": matrices, "weight_decay": config.weight_decay})
+    optimizers = Optimizers(*parts, torch.optim.AdamW(adam, lr=config.learning_rate, betas=(0.9, 0.95)))
+    for group in optimizers.param_groups:
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+def rate(progress: float, warmup: float) -> float:
+    """Factor on the peak rates: linear up to ``warmup`` (not from zero), then a cosine to zero at progress 1."""
+    if progress < warmup:
+        return max(progress / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of ``hidden @ weight.T``; the forward pass computes the gradients too, chunk by chunk.
+
+    The (N, V) logits exist for one chunk only: they stay in the cache of one core, and are computed once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk):  # (N, H), (V, H), (N,)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(labels), chunk):
+            part, answer = hidden[start : start + chunk], labels[start : start + chunk, None]
+            log_probs = (part @ weight.T).float().log_softmax(-1)  # (C, V)
+            total -= log_probs.gather(1, answer).sum()
+            # d loss / d logits = softmax - one-hot
+            grad = log_probs.exp_().scatter_add_(1, answer, torch.full_like(answer, -1, dtype=torch.float32))
+            grad = grad.div_(len(labels)).to(hidden.dtype)
+            grad_hidden[start : start + chunk] = grad @ weight
+            grad_weight += grad.T @ part
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total / len(labels)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_output, (grad_weight * grad_output).to(grad_hidden.dtype), None, None
+
+
+def batch_loss(model, inputs: torch.Tensor, config: PretrainConfig) -> torch.Tensor:
+    """Mean next-token loss, in nats, of sequences (B, T + 1)."""
+    inputs = inputs.to(config.device)
+    dtype = getattr(torch, config.dtype)
+    with torch.autocast(config.device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden = model.model(inputs[:, :-1], use_cache=False).last_hidden_state  # (B, T, H)
+    labels = inputs[:, 1:].reshape(-1)  # (B * T,)
+    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), model.lm_head.weight.to(dtype), labels, CHUNK)
+
+
+def sequences(tokens: np.ndarray, length: int, indices) -> torch.Tensor:
+    """Sequences ``indices`` of the packed tokens, each with the first token after it: (B, length + 1) int64."""
+    rows = [tokens[index * length : (index + 1) * length + 1] for index in indices]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+@torch.no_grad()
+def heldout_loss(model, tokens: np.ndarray, config: PretrainConfig) -> float | None:
+    """Mean over the first ``HELDOUT_SEQUENCES`` held-out sequences; None when there is not one."""
+    count = min(HELDOUT_SEQUENCES, (len(tokens) - 1) // config.sequence_length)
+    losses = [batch_loss(model, sequences(tokens, config.sequence_length, [i]), config).item() for i in range(count)]
+    return sum(losses) / count if losses else None
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout, work: Path, state: dict) -> dict:
+    """Steps until the budget is spent. ``state`` holds step, tokens and seconds so far; so does what is returned."""
+    count = (len(tokens) - 1) // config.sequence_length
+    step_tokens = config.batch_size * config.sequence_length
+    started = time.monotonic() - state["seconds"]
+    saved_step, saved_at = state["step"], time.monotonic()
+
+    def save():
+        progress = {key: state[key] for key in ("tokens", "seconds")}
+        # The backbone alone: the head is its embedding.
+        checkpoints.save(work, state["step"], model.model, optimizers, progress, keep_last=2)
+
+    bar = tqdm(total=config.tokens or None, initial=state["tokens"], unit="tok", unit_scale=True, disable=None)
+    with MetricsLog(work / "metrics.jsonl") as log, bar:
+        log.truncate_after(state["step"])
+        while True:
+            seconds = time.monotonic() - started
+            progress = state["tokens"] / config.tokens if config.tokens else seconds / (60 * config.minutes)
+            if progress >= 1:
+                break
+            factor = rate(progress, config.warmup)
+            for group in optimizers.param_groups:
+                group["lr"] = group["peak"] * factor
+            indices = batch_indices(count, config.batch_size, config.seed, state["step"])
+            loss = batch_loss(model, sequences(tokens, config.sequence_length, indices), config)
+            if not torch.isfinite(loss):
+                raise ValueError(f"The loss of step {state['step'] + 1} is {loss.item()}; lower the learning rates.")
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizers.step()
+            optimizers.zero_grad()
+
+            now = time.monotonic() - started
+            state = {"step": state["step"] + 1, "tokens": state["tokens"] + step_tokens, "seconds": now}
+            metrics = {**state, "loss": loss, "rate": factor, "grad_norm": norm}
+            metrics["tokens_per_second"] = step_tokens / (now - seconds)
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                metrics["heldout_loss"] = heldout_loss(model, heldout, config)
+                save()
+                saved_step, saved_at = state["step"], time.monotonic()
+            log.log(metrics.pop("step"), metrics)
+            bar.update(step_tokens)
+            bar.set_postfix(loss=f"{loss.item():.3f}", spent=f"{progress:.1%}", refresh=False)
+    if state["step"] > saved_step:
+        save()
+    return state
+
+
+def finish(config: PretrainConfig, model, tokenizer, record: dict, result: dict) -> None:
+    """Write the model in bfloat16, its tokenizer and training.json, and print sample answers."""
+    output = Path(config.output)
+    model.eval().to(torch.bfloat16)
+    partial = output / ".unfinished-model"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, max_shard_size=SHARD)
+    tokenizer.save_pretrained(partial)
+    for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(file, output / file.name)  # config.json last: a folder with one is complete
+    partial.rmdir()
+    samples = []
+    for prompt in record["prompts"]:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = inputs.to(config.device)
+        answer = model.generate(**inputs, max_new_tokens=120, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        samples.append({"prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True)})
+        print(f"> {prompt}\n{samples[-1]['answer']}\n")
+    settings = provenance.scrub(config.to_dict())
+    write_json(output / "training.json", {"config": settings, "corpus": record, "result": result, "samples": samples})
+    print(json.dumps(result))

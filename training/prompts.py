@@ -1,0 +1,131 @@
+"""Benchmark prompts by name, from a local folder or the Hub, and prompts from a user's JSONL file."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from .data import local_files, read_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One conversation to run.
+
+    ``turns`` are the user's messages, answered one after the other. ``raw_completion``: the text is continued as it
+    stands (HumanEval's unfinished functions) instead of being put through the chat template.
+    """
+
+    id: str
+    category: str
+    turns: list[str]
+    raw_completion: bool = False
+
+
+class Benchmark(NamedTuple):
+    repository: str
+    config: str | None
+    split: str
+    read: Callable[[dict, int], Prompt]  # (row, index) -> prompt
+
+
+BENCHMARKS = {
+    "mt_bench": Benchmark(
+        "HuggingFaceH4/mt_bench_prompts",
+        None,
+        "train",
+        lambda row, index: Prompt(str(row["prompt_id"]), row["category"], list(row["prompt"])),
+    ),
+    "humaneval": Benchmark(
+        "openai/openai_humaneval",
+        None,
+        "test",
+        lambda row, index: Prompt(row["task_id"], "code", [row["prompt"]], raw_completion=True),
+    ),
+    "gsm8k": Benchmark(
+        "openai/gsm8k",
+        "main",
+        "test",
+        lambda row, index: Prompt(f"gsm8k-test-{index}", "math", [row["question"]]),
+    ),
+    "mbpp": Benchmark(
+        "google-research-datasets/mbpp",
+        "full",
+        "test",
+        lambda row, index: Prompt(
+            f"mbpp-{row['task_id']}",
+            "code",
+            ["\n".join([row["text"], "Your code should pass these tests:", *row["test_list"]])],
+        ),
+    ),
+}
+
+
+def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int | None = None) -> list[Prompt]:
+    """Read prompts.
+
+    Args:
+        name_or_path: a benchmark (mt_bench, humaneval, gsm8k, mbpp) or a .jsonl(.gz, .xz) file whose rows hold
+            ``turns`` (list of texts), ``prompt`` (one text) or ``messages`` (whose user messages are the turns), and
+            optionally ``id``, ``category`` and ``raw_completion``.
+        prompts_dir: folder with the benchmarks as ``NAME.jsonl`` or ``NAME_test.jsonl``; None: from the Hub.
+        limit: the first so many.
+
+    Raises:
+        ValueError: an unknown name, a row of another form, an empty file.
+        OSError: a missing file, or a Hub that cannot be reached.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
+    if name_or_path not in BENCHMARKS:
+        prompts = _from_file(name_or_path)
+    elif prompts_dir is not None:
+        folder = Path(prompts_dir)
+        found = next((p for p in (folder / f"{name_or_path}{end}.jsonl" for end in ("", "_test")) if p.exists()), None)
+        if found is None:
+            raise FileNotFoundError(f"{prompts_dir} holds neither {name_or_path}.jsonl nor {name_or_path}_test.jsonl.")
+        prompts = _from_file(str(found))
+    else:
+        prompts = from_hub(BENCHMARKS[name_or_path])
+    return prompts[:limit]
+
+
+def from_hub(benchmark: Benchmark) -> list[Prompt]:
+    """All prompts of a benchmark through ``datasets``. Raises OSError when its repository cannot be read."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
+    except OSError as error:
+        raise OSError(
+            f"Cannot load {benchmark.repository} from the Hub ({error}). Offline, name a folder that holds the "
+            "prompts: --prompts-dir FOLDER."
+        ) from error
+    return [benchmark.read(row, index) for index, row in enumerate(rows)]
+
+
+def _from_file(source: str) -> list[Prompt]:
+    files = local_files(source)
+    if not files:
+        raise ValueError(f"{source!r} is neither a benchmark ({', '.join(BENCHMARKS)}) nor a .jsonl file.")
+    prompts = [_from_row(row, place, index) for index, (place, row) in enumerate(read_files(files))]
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts.")
+    return prompts
+
+
+def _from_row(row: dict, place: str, index: int) -> Prompt:
+    if "turns" in row:
+        turns = row["turns"]
+    elif "prompt" in row:
+        turns = [row["prompt"]]
+    elif isinstance(row.get("messages"), list) and all(isinstance(message, dict) for message in row["messages"]):
+        turns = [message.get("content") for message in row["messages"] if message.get("role") == "user"]
+    else:
+        raise ValueError(f"{place}: expected 'turns', 'prompt' or 'messages', got the keys {sorted(row)}.")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(f"{place}: the turns must be non-empty texts, at least one, got {turns!r:.200}.")
+    raw = row.get("raw_completion", False)
+    if not isinstance(raw, bool) or (raw and len(turns) > 1):
+        raise ValueError(f"{place}: raw_completion must be true or false, and true only with one turn, got {raw!r}.")
+    return Prompt(str(row.get("id", index)), str(row.get("category", "")), turns, raw)

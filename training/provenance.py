@@ -1,0 +1,130 @@
+"""What made a result: arguments, configuration, code revision, versions and hardware, without anything private.
+
+Paths below the working folder are written relative to it, all others by their last part; access tokens are masked.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+FILE = "provenance.json"
+PACKAGES = ("ppow", "torch", "transformers", "accelerate", "datasets")
+_TOKEN = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{16,}")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_LOCAL_PATH = re.compile(r"(?:~|[A-Za-z]:[\\/]|/|\.\.?/)[^,=]*")
+
+
+def write(folder: str | Path, command: str, config) -> Path:
+    """Write ``folder/provenance.json``; the records of earlier (resumed) runs stay in it under ``earlier``.
+
+    Args:
+        folder: the run's output folder; made when missing.
+        command: name of the command, e.g. ``supervised``.
+        config: its configuration (has ``to_dict``).
+
+    Returns:
+        The file written.
+    """
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = record(command, config)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} is not a provenance file; move it away.")
+        content["earlier"] = [*before.pop("earlier", []), before]
+    partial = path.with_name(f".{FILE}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def record(command: str, config) -> dict:
+    """The facts of this process as a JSON-ready dict."""
+    options = config.to_dict()
+    return {
+        "command": command,
+        "argv": ["ppow", *(scrub(argument) for argument in sys.argv[1:])],
+        "config": scrub(options),
+        "seed": options.get("seed"),
+        "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git": git_revision(Path(__file__).parent),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "hardware": hardware(),
+    }
+
+
+def scrub(value):
+    """Mask access tokens and shorten local paths, in a text or in every text of a list or dict."""
+    if isinstance(value, dict):
+        return {key: scrub(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrub(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = _CREDENTIALS.sub("", _TOKEN.sub("***", value))
+    # Arguments come as path, --key=path or path,path; a URL stays whole.
+    parts = re.split(r"([=,])", value)
+    return "".join(part if "://" in part else _shorten(part) for part in parts)
+
+
+def _shorten(text: str) -> str:
+    if not _LOCAL_PATH.fullmatch(text):
+        return text
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    here = Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+
+
+def git_revision(folder: Path) -> dict | None:
+    """Commit and cleanliness of the repository whose tracked files lie in ``folder``; None outside of one."""
+    tracked = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not tracked or not commit:
+        return None
+    return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def hardware() -> dict:
+    """CPU model and count, and the names of the GPUs that torch sees."""
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

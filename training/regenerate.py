@@ -1,0 +1,179 @@
+"""Let the target write the answers of a data set of chats, so that a drafter learns the text it will meet.
+
+    ppow regenerate --target TARGET --data CHATS --output answers.jsonl
+    ppow regenerate --endpoint http://localhost:8000/v1 --model NAME --data CHATS --output answers.jsonl
+
+Every assistant turn is written anew, in order, each after the turns before it. The output is a JSONL file of
+``{"row", "messages", "complete"}``; ``complete`` is false where an answer reached ``max_new_tokens``. Lines are
+appended as they are made, so an interrupted run continues with ``--resume``.
+"""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .config import RegenerateConfig
+from .data import load_rows
+
+Chat = list[dict]
+Answer = tuple[str, bool]  # text, whether it ended by itself
+
+
+def main(config: RegenerateConfig) -> None:
+    rows = load_rows(config.data, config.split, config.limit)
+    chats = {i: row["messages"] for i, row in enumerate(rows) if _turns(row)}
+    if not chats:
+        raise ValueError(
+            f"None of the {len(rows)} rows of {config.data} has a user turn to answer; 'text' has no answers."
+        )
+    output = Path(config.output)
+    done = finished_rows(output, config.resume)
+    todo = [index for index in chats if index not in done]
+    size, answer = endpoint_writer(config) if config.endpoint else local_writer(config)
+    todo.sort(key=lambda index: len(chats[index][0]["content"]))  # alike lengths waste little padding
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(output, "a", encoding="utf-8") as out,
+        tqdm(total=len(chats), initial=len(done), desc="regenerate") as bar,
+    ):
+        for first in range(0, len(todo), size):
+            part = todo[first : first + size]
+            for index, (messages, complete) in zip(part, write_chats([chats[i] for i in part], answer)):
+                row = {"row": index, "messages": messages, "complete": complete}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+            bar.update(len(part))
+
+
+def _turns(row: dict) -> list[int]:
+    """Positions of the user turns of a row."""
+    return [i for i, message in enumerate(row.get("messages", [])) if message["role"] == "user"]
+
+
+def finished_rows(output: Path, resume: bool) -> set[int]:
+    """Rows that the output holds already; cuts off a line that an interruption tore.
+
+    Raises:
+        ValueError: the file exists and the run is not to be resumed, or it holds something else.
+    """
+    if not output.exists():
+        return set()
+    if not resume:
+        raise ValueError(f"{output} exists already; pass --resume to continue it, or name another output.")
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        os.truncate(output, len(whole))
+    try:
+        return {json.loads(line)["row"] for line in whole.splitlines()}
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{output} was not written by `ppow regenerate`; name another output.") from None
+
+
+def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]]) -> Iterator[tuple[Chat, bool]]:
+    """Answer every user turn of some chats, turn by turn: -> (messages, complete) in order."""
+    asked = [[(i, m) for i, m in enumerate(chat) if m["role"] == "user"] for chat in chats]
+    written: list[Chat] = [
+        [m for m in chat[: turns[0][0]] if m["role"] == "system"] for chat, turns in zip(chats, asked)
+    ]
+    complete = [True] * len(chats)
+    for turn in range(max(map(len, asked))):
+        active = [c for c in range(len(chats)) if turn < len(asked[c]) and complete[c]]
+        if not active:
+            break
+        for c in active:
+            written[c].append({"role": "user", "content": asked[c][turn][1]["content"]})
+        for c, (text, ended) in zip(active, answer([written[c] for c in active])):
+            written[c].append({"role": "assistant", "content": text})
+            complete[c] = ended
+    return zip(written, complete)
+
+
+def local_writer(config: RegenerateConfig):
+    """-> batch size, and a function that answers a batch of chats with the target."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.manual_seed(config.seed)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    sampling = {"do_sample": False}
+    if config.temperature > 0:  # the model's own distribution: no truncation by top-k or top-p
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+
+    def answer(chats: list[Chat]) -> list[Answer]:
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=config.max_new_tokens, **sampling)
+        answers = []
+        for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((i for i, token in enumerate(ids) if token in ends), None)
+            answers.append((tokenizer.decode(ids[:end]), end is not None))
+        return answers
+
+    return config.batch_size, answer
+
+
+def endpoint_writer(config: RegenerateConfig):
+    """-> batch size, and a function that answers a batch of chats through an OpenAI-compatible server."""
+    url = config.endpoint.rstrip("/") + "/chat/completions"
+    headers = {"Content-Type": "application/json"}
+    if token := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {token}"
+
+    def one(chat: Chat) -> Answer:
+        body = {
+            "model": config.model,
+            "messages": chat,
+            "temperature": config.temperature,
+            "max_tokens": config.max_new_tokens,
+            "seed": config.seed,
+        }
+        reply = post(urllib.request.Request(url, json.dumps(body).encode(), headers))
+        try:
+            choice = reply["choices"][0]
+            return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"{url} answered without choices[0].message.content: {str(reply)[:200]}") from None
+
+    def answer(chats: list[Chat]) -> list[Answer]:
+        with ThreadPoolExecutor(config.concurrency) as pool:
+            return list(pool.map(one, chats))
+
+    return config.concurrency, answer
+
+
+def post(request: urllib.request.Request, tries: int = 5, timeout: float = 600.0, pause: float = 1.0) -> dict:
+    """POST and parse; a busy or failing server (429, 5xx, no answer) is asked again with growing pauses.
+
+    Raises:
+        ValueError: a refusal, an answer that is not JSON, or no answer after all tries.
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return json.loads(response.read())
+        except json.JSONDecodeError:
+            raise ValueError(f"{request.full_url} answered with something that is not JSON.") from None
+        except urllib.error.HTTPError as error:
+            if error.code != 429 and error.code < 500:
+                detail = error.read(300).decode(errors="replace")
+                raise ValueError(f"{request.full_url} refused the request with {error.code}: {detail}") from None
+            reason = f"status {error.code}"
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = str(error)
+        if attempt < tries:
+            time.sleep(pause * 2 ** (attempt - 1))
+    raise ValueError(f"{request.full_url} did not answer after {tries} tries ({reason}). Is the server up?")

@@ -1,0 +1,211 @@
+"""One rollout of stage 2: draw windows, draft a group of continuations from each, let the target verify all at once.
+
+Every rollout of a batch is drafted in K batched steps that share the texts' prefix, and verified in one target forward
+(split only where ``max_forest_nodes`` asks for it): the texts' keys are still cached from reading them, and each
+drafted window attends to its own prefix and itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ppow import PPOWDrafter
+
+from . import rewards
+from .config import ReinforceConfig
+from .loop import Batch
+from .target import FrozenTarget, Reading
+from .unrolled import Unrolled
+from .windows import adaptive_on, criticality, sample_windows, window_priority
+
+
+@dataclass
+class Rollout:
+    """G drafted continuations of each of W windows of B texts, verified and rewarded.
+
+    Attributes:
+        input_ids: (B, T), taps: (B, T, n_taps * Ht): what the drafter reads again to recompute its policy.
+        starts: (B, W) window starts s; window_mask: (B, W) False where a text had fewer windows.
+        draft_ids: (B, W, G, K) drafted tokens in the draft vocabulary.
+        old_logprobs: (B, W, G, K) their log-probabilities under the drafter that drew them.
+        target_logits: (B, W, G, K, D) the target's logits over the draft vocabulary where each token was drafted.
+        accepted: (B, W, G); advantages: (B, W, G).
+    """
+
+    input_ids: torch.Tensor
+    taps: torch.Tensor
+    starts: torch.Tensor
+    window_mask: torch.Tensor
+    draft_ids: torch.Tensor
+    old_logprobs: torch.Tensor
+    target_logits: torch.Tensor
+    accepted: torch.Tensor
+    advantages: torch.Tensor
+
+
+@torch.no_grad()
+def roll_out(
+    config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, step: int
+) -> tuple[Rollout, dict]:
+    """Draw, draft, verify and reward the windows of one batch: -> the rollout and its metrics."""
+    generator, device = batch.generator(), batch.input_ids.device
+    reading = target.read(batch.input_ids, keep_cache=True)
+    embed = drafter.embedding_for(target.model)
+    unrolled = Unrolled(drafter, embed, batch.input_ids, reading.taps)
+    columns = drafter.draft_columns()
+
+    critical, valid = text_criticality(drafter, unrolled, reading, batch, columns)
+    priority, starts_exist = window_priority(critical, valid, config.window_size)
+    adaptive = adaptive_on(step, config.steps, config.adaptive_switch)
+    starts, mask = sample_windows(priority, starts_exist, config.windows_per_sequence, generator, adaptive)
+
+    rows = starts.repeat_interleave(config.group_size, dim=1)  # (B, R): the G rollouts of a window side by side
+    uniforms = torch.rand(*rows.shape, 2 * config.window_size, generator=generator).to(device)
+    draft_uniforms, coins = uniforms.chunk(2, dim=-1)
+    draft_ids, old_logprobs = draft(config, drafter, unrolled, rows, draft_uniforms)
+    tokens = drafter.to_target_ids(draft_ids)
+    target_argmax, target_logprobs, target_logits = verify(config, target, reading, rows, tokens, columns)
+
+    if config.verification == "greedy":
+        accepted = rewards.accepted_greedy(tokens, target_argmax)
+    else:
+        accepted = rewards.accepted_sampling(tokens, old_logprobs, target_logprobs, coins)
+    grouped = (config.windows_per_sequence, config.group_size)
+    accepted = accepted.unflatten(1, grouped)  # (B, W, G)
+    speedup = speedup_reward(config, accepted)
+    nearness = torch.zeros_like(speedup)
+    if config.proximity_bonus > 0 and bool((accepted == 0).any()):
+        best = argmax_window_logprobs(target, reading, batch, starts, config.window_size)  # (B, W, K)
+        nearness = rewards.proximity_reward(
+            accepted,
+            best[:, :, None].expand(-1, -1, config.group_size, -1),
+            target_logprobs.unflatten(1, grouped),
+            config.proximity_bonus,
+            config.proximity_margin,
+        )
+    reward = speedup + nearness
+    advantages = rewards.group_advantages(reward, normalize=config.normalize_advantages)
+    rollout = Rollout(
+        batch.input_ids,
+        reading.taps,
+        starts,
+        mask,
+        draft_ids.unflatten(1, grouped),
+        old_logprobs.unflatten(1, grouped),
+        target_logits.unflatten(1, grouped),
+        accepted,
+        advantages,
+    )
+    chosen = critical.gather(1, starts)[mask].mean() if mask.any() else critical.new_zeros(())
+    metrics = {
+        "reward": _mean(reward, mask),
+        "proximity_reward": _mean(nearness, mask),
+        "acceptance_length": 1 + _mean(accepted.float(), mask),
+        "rejected_at_once": _mean((accepted == 0).float(), mask),
+        "flat_groups": _mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
+        "window_criticality": chosen,
+        "text_criticality": critical[valid].mean(),
+        "adaptive": torch.tensor(float(adaptive), device=device),
+        "windows": mask.sum().float(),
+    }
+    return rollout, metrics
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of (B, W, ..) over the windows that exist."""
+    return values[mask].mean() if mask.any() else values.new_zeros(())
+
+
+def text_criticality(drafter, unrolled: Unrolled, reading: Reading, batch: Batch, columns):
+    """Criticality (B, T - 1) of each pair's prediction, and which pairs predict a token of the answers."""
+    draft_logprobs = drafter.logits(unrolled.features).float().log_softmax(-1)  # (B, T - 1, D)
+    # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1
+    target_logprobs = reading.logits[:, 1:].index_select(-1, columns).float().log_softmax(-1)
+    valid = torch.zeros(draft_logprobs.shape[:2], dtype=torch.bool, device=columns.device)
+    valid[:, :-1] = batch.loss_mask[:, 2:]
+    return criticality(target_logprobs, draft_logprobs), valid
+
+
+def draft(config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms):
+    """Draw K tokens per row (B, R) from the drafter at the rollout temperature, by inverting its distribution.
+
+    Returns:
+        draft ids (B, R, K) and their log-probabilities at the rollout temperature.
+    """
+    ids, logprobs = [], []
+    hidden = unrolled.begin(rows)
+    for i in range(config.window_size):
+        if i:
+            hidden = unrolled.advance(drafter.to_target_ids(ids[-1]))
+        logits = drafter.logits(hidden).float()
+        tempered = (logits / config.rollout_temperature).log_softmax(-1)
+        below = tempered.exp().cumsum(-1) < uniforms[:, :, i : i + 1]
+        chosen = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # (B, R, 1)
+        ids.append(chosen[..., 0])
+        logprobs.append(tempered.gather(-1, chosen)[..., 0])
+    return torch.stack(ids, -1), torch.stack(logprobs, -1)
+
+
+def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, rows, tokens, columns):
+    """The target's word on every drafted token, each after its own prefix.
+
+    Args:
+        rows: (B, R) window starts; tokens: (B, R, K) drafted target ids.
+
+    Returns:
+        argmax (B, R, K), log-probability of the drafted token (B, R, K), logits over the draft vocabulary (B, R, K, D).
+    """
+    size = config.window_size
+    per_forward = max(1, config.max_forest_nodes // size)
+    found = []
+    for part in torch.arange(rows.shape[1], device=rows.device).split(per_forward):
+        starts, drafted = rows[:, part], tokens[:, part]
+        # the first token is judged by the text's own logits at s + 1, the others by those after their predecessor
+        first = reading.logits.gather(1, (starts + 1)[:, :, None].expand(-1, -1, reading.logits.shape[-1]))
+        logits = first[:, :, None]
+        if size > 1:
+            later = target.continue_windows(reading, drafted[:, :, :-1], starts + 2, size - 1)
+            logits = torch.cat((logits, later), 2)
+        logits = logits.float()  # (B, r, K, V)
+        chosen = logits.gather(-1, drafted[..., None])[..., 0] - logits.logsumexp(-1)
+        found.append((logits.argmax(-1), chosen, logits.index_select(-1, columns)))
+    return tuple(torch.cat(parts, 1) for parts in zip(*found))
+
+
+def speedup_reward(config: ReinforceConfig, accepted: torch.Tensor) -> torch.Tensor:
+    """The paper's Cost-Aware Speedup Reward, or the one that charges every draft and counts the bonus."""
+    if config.reward == "paper":
+        return rewards.speedup_reward(accepted, config.cost_ratio)
+    return rewards.throughput_reward(accepted, config.window_size, config.cost_ratio, config.verify_cost)
+
+
+def argmax_window_logprobs(target: FrozenTarget, reading: Reading, batch: Batch, starts, size: int) -> torch.Tensor:
+    """Log-probabilities (B, W, K) of the target's own argmax continuation after each window's prefix x_0 .. x_{s+1}.
+
+    Where the text is what the target writes greedily, the text is that continuation and nothing needs to be computed.
+    """
+    offsets = torch.arange(size, device=starts.device)
+    place = (starts[:, :, None] + 1 + offsets).clamp(max=reading.logits.shape[1] - 1)  # (B, W, K)
+    along = reading.logits.gather(1, place.flatten(1)[:, :, None].expand(-1, -1, reading.logits.shape[-1])).float()
+    along = along.unflatten(1, place.shape[1:])  # (B, W, K, V)
+    following = batch.input_ids.gather(1, (place + 1).clamp(max=batch.input_ids.shape[1] - 1).flatten(1))
+    inside = starts + 1 + size < batch.lengths[:, None]
+    if bool(inside.all()) and torch.equal(along.argmax(-1).flatten(1)[:, :], following):
+        return along.log_softmax(-1).amax(-1)
+    tokens, logprobs = [along[:, :, 0].argmax(-1)], [along[:, :, 0].log_softmax(-1).amax(-1)]
+    for length in range(1, size):
+        logits = target.continue_windows(reading, torch.stack(tokens, -1), starts + 2, length)[:, :, -1].float()
+        tokens.append(logits.argmax(-1))
+        logprobs.append(logits.log_softmax(-1).amax(-1))
+    return torch.stack(logprobs, -1)
+
+
+def policy_logits(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, rollout: Rollout):
+    """The drafter's present logits (B, W, G, K, D) along the drafted windows, with gradients."""
+    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), rollout.input_ids, rollout.taps)
+    tokens = drafter.to_target_ids(rollout.draft_ids.flatten(1, 2))  # (B, R, K)
+    hidden = unrolled.begin(rollout.starts.repeat_interleave(config.group_size, dim=1))
+    logits = [drafter.logits(hidden)]
+    for i in range(config.window_size - 1):
+        logits.append(drafter.logits(unrolled.advance(tokens[:, :, i])))
+    return torch.stack(logits, 2).unflatten(1, rollout.draft_ids.shape[1:3])

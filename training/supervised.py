@@ -1,0 +1,157 @@
+"""Stage 1: supervised initialisation of a drafter with EAGLE-3's training-time test.
+
+    ppow supervised --target TARGET --data CHATS --output-dir runs/stage1
+
+For every position of the target's own text the drafter drafts ``ttt_steps`` tokens on its own features, given the
+text's tokens, and learns the target's distribution over the draft vocabulary at each of them; step i weighs
+``step_weight ** i`` (EAGLE-3, arXiv 2503.01840). The target runs along ("online"): nothing is stored on disk.
+
+Taken from EAGLE-3: the unrolling, the soft labels, the weights. Ours: a fresh drafter starts from the target's
+embedding and from the rows of its head that belong to the draft vocabulary; the learning-rate schedule.
+"""
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer
+
+from ppow import PPOWConfig, PPOWDrafter
+
+from .config import SupervisedConfig
+from .data import draft_vocabulary, encode, load_rows
+from .loop import Batch, Trainer, make_batch
+from .objectives import supervised_step_loss
+from .target import FrozenTarget
+from .unrolled import Unrolled
+
+
+def main(config: SupervisedConfig) -> None:
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    examples = load_examples(config, config.data, tokenizer)
+    held_out = load_examples(config, config.eval_data, tokenizer) if config.eval_data else []
+    target = FrozenTarget.load(config.target, config.dtype, accelerator.device)
+    drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
+    target.taps = drafter.config.target_taps
+    pad = pad_token(tokenizer)
+    trainer = Trainer(config, drafter, examples, pad, accelerator)
+
+    for step in trainer.steps():
+        metrics = trainer.update(
+            step,
+            [lambda b=b: loss(target, drafter, b, config.ttt_steps, config.step_weight) for b in trainer.batches(step)],
+        )
+        if held_out and (step % config.eval_every == 0 or step == config.steps):
+            metrics |= evaluate(target, drafter, held_out, pad, trainer, config.ttt_steps, config.step_weight)
+        trainer.record(step, metrics)
+
+
+def loss(target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: int, step_weight: float):
+    """The training-time test on one batch: -> loss (), metrics.
+
+    ``agreement`` (steps,) is how often the drafter's first choice is the target's at each draft step;
+    ``acceptance_length`` what that means for greedy windows of ``ttt_steps`` tokens along the text, bonus included.
+    """
+    reading = target.read(batch.input_ids)
+    labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)
+    best = labels.float().argmax(-1)  # (B, T)
+    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch.input_ids, reading.taps)
+    texts, pairs = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
+    unrolled.begin(torch.arange(pairs, device=best.device).expand(texts, -1))
+    features, total, weights = unrolled.features, 0.0, 0.0
+    losses, agreements, lengths = [], [], 1.0
+    unbroken = torch.ones(texts, pairs, dtype=torch.bool, device=best.device)
+    for i in range(min(ttt_steps, pairs - 1)):
+        rows = pairs - 1 - i  # window s predicts x_{s+2+i}, which must exist
+        if i:
+            features = unrolled.advance(batch.input_ids[:, 1 + i : 1 + i + rows])
+        mask = batch.loss_mask[:, 2 + i : 2 + i + rows]  # (B, rows); logits are computed where they count only
+        logits = drafter.logits(features[:, :rows][mask])  # (n, D)
+        step_loss = supervised_step_loss(logits, labels[:, 1 + i : 1 + i + rows][mask])
+        total = total + step_weight**i * step_loss
+        weights += step_weight**i
+        hit = torch.zeros_like(mask)
+        hit[mask] = logits.detach().float().argmax(-1) == best[:, 1 + i : 1 + i + rows][mask]
+        unbroken = unbroken[:, :rows] & hit
+        lengths = lengths + unbroken.sum() / batch.loss_mask[:, 2 : 2 + rows].sum().clamp(min=1)
+        losses.append(step_loss.detach())
+        agreements.append(hit.sum() / mask.sum().clamp(min=1))
+    metrics = {
+        "step_losses": torch.stack(losses),
+        "agreement": torch.stack(agreements),
+        "acceptance_length": lengths,
+    }
+    return total / weights, metrics
+
+
+@torch.no_grad()
+def evaluate(target, drafter, examples, pad: int, trainer: Trainer, ttt_steps: int, step_weight: float) -> dict:
+    """The same figures on the first 64 held-out texts, named eval_*; the same on every process."""
+    size = trainer.config.batch_size
+    drafter.eval()
+    collected = []
+    for first in range(0, min(len(examples), 64), size):
+        batch = make_batch(examples[first : first + size], pad, trainer.accelerator.device, seed=0)
+        with trainer.autocast():
+            value, metrics = loss(target, drafter, batch, ttt_steps, step_weight)
+        collected.append({"loss": value, **metrics})
+    drafter.train()
+    return {f"eval_{key}": torch.stack([m[key].float() for m in collected]).mean(0) for key in collected[0]}
+
+
+# -- preparation -------------------------------------------------------------------------------------------------------
+
+
+def load_examples(config, source: str, tokenizer, shortest: int = 1) -> list:
+    """Encoded texts whose answers hold at least ``shortest`` tokens in a row that a drafter can predict."""
+    rows = load_rows(source, config.split, config.limit)
+    examples = encode(rows, tokenizer, config.max_length, drop_long=config.drop_long)
+    run = "1" * shortest  # x_0 and x_1 have no drafter pair before them
+    usable = [example for example in examples if run in "".join(map(str, map(int, example.loss_mask[2:])))]
+    if not usable:
+        raise ValueError(
+            f"None of the {len(rows)} rows of {source} holds an answer of {shortest} tokens to learn from; "
+            "bring longer answers or raise max_length."
+        )
+    return usable
+
+
+def pad_token(tokenizer) -> int:
+    """Something to pad with; masked everywhere, so any token does."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def prepare_drafter(config: SupervisedConfig, target, examples: list) -> PPOWDrafter:
+    """The drafter to train, in float32: a given one, or a fresh one in the shape of the target."""
+    if config.drafter is not None:
+        return freeze_embedding(PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32))
+    chosen = {
+        "draft_vocab_size": config.draft_vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "target_taps": config.taps,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+    }
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if {"hidden_size", "num_attention_heads"} & set(chosen):
+        chosen.setdefault("head_dim", None)
+    drafter = PPOWDrafter(PPOWConfig.from_target(target.config, **chosen))
+    if drafter.pruned:
+        drafter.set_draft_vocabulary(
+            *draft_vocabulary(examples, drafter.config.draft_vocab_size, drafter.config.vocab_size)
+        )
+    if drafter.config.hidden_size == drafter.config.target_hidden_size:
+        with torch.no_grad():
+            drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+            drafter.lm_head.weight.copy_(target.get_output_embeddings().weight[drafter.draft_columns()])
+    return freeze_embedding(drafter)
+
+
+def freeze_embedding(drafter: PPOWDrafter) -> PPOWDrafter:
+    """The embedding stays the target's where the widths allow it, as in EAGLE-3; else it is learned."""
+    if drafter.get_input_embeddings() is not None:
+        learned = drafter.config.hidden_size != drafter.config.target_hidden_size
+        drafter.embed_tokens.weight.requires_grad_(learned)
+    return drafter

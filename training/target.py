@@ -1,0 +1,93 @@
+"""The frozen target as training needs it: read a text once, then verify every rollout of it in one forward."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ppow.cache_ppow import SlotCache
+from ppow.target_ppow import WindowMasks
+
+
+@dataclass
+class Reading:
+    """What the target says about texts x (B, T).
+
+    Attributes:
+        taps: (B, T, n_taps * Ht) tapped hidden states.
+        logits: (B, T, V); entry t is about x_{t+1}.
+        cache: the target's keys over the text, for verifying windows against it; None when not asked for.
+    """
+
+    taps: torch.Tensor
+    logits: torch.Tensor
+    cache: SlotCache | None
+
+
+class FrozenTarget:
+    """A target that is only read.
+
+    Args:
+        model: the target; its parameters are frozen.
+        taps: hidden-state indices to read.
+    """
+
+    def __init__(self, model, taps: list[int]):
+        self.model, self.taps = model.eval().requires_grad_(False), taps
+        self.window_masks = WindowMasks(model)
+
+    @classmethod
+    def load(cls, name: str, dtype: str, device) -> "FrozenTarget":
+        """Load a target from a Hub id or folder; taps are set once the drafter is known."""
+        return cls(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), [])
+
+    @torch.no_grad()
+    def read(self, input_ids: torch.Tensor, keep_cache: bool = False) -> Reading:
+        """Read texts (B, T), padded on the right (padding comes after every real token, so it needs no mask)."""
+        config = self.model.config.get_text_config(decoder=True)
+        cache = SlotCache(config.num_hidden_layers, input_ids.shape[1]) if keep_cache else None
+        outputs = self.model(
+            input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=keep_cache,
+            output_hidden_states=self.taps,
+            return_dict=True,
+        )
+        taps = torch.cat([state for state in outputs.hidden_states if state is not None], dim=-1)
+        return Reading(taps, outputs.logits, cache)
+
+    @torch.no_grad()
+    def continue_windows(
+        self, reading: Reading, tokens: torch.Tensor, prefix: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        """Logits after every token of many short continuations of the same texts, in one forward (a forest).
+
+        Args:
+            reading: of the texts (B, T), with its cache. The cache is left as it was.
+            tokens: (B, R, window) continuations; row r continues after the first ``prefix[b, r]`` tokens of text b.
+            prefix: (B, R) int64.
+            window: tokens per continuation.
+
+        Returns:
+            (B, R, window, V) logits after each token of each continuation.
+        """
+        batch, rows = prefix.shape
+        count, device = rows * window, tokens.device
+        text = reading.cache.get_seq_length()
+        node_prefix = prefix.repeat_interleave(window, dim=1)  # (B, N)
+        depth = torch.arange(window, device=device).repeat(rows).expand(batch, -1)
+        chain = torch.ones(window, window, dtype=torch.bool, device=device).tril()
+        ancestors = torch.block_diag(*[chain] * rows).expand(batch, -1, -1)  # (B, N, N)
+        slots = torch.arange(text, text + count, device=device).expand(batch, -1)
+        masks = self.window_masks(node_prefix, ancestors, depth, slots, text + count)
+        reading.cache.open_window(slots, text + count)
+        outputs = self.model(
+            input_ids=tokens.flatten(1),
+            attention_mask=masks,
+            position_ids=node_prefix + depth,
+            past_key_values=reading.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        reading.cache.close_window()
+        return outputs.logits.unflatten(1, (rows, window))
