@@ -16,38 +16,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ppow.model_cards import render
+
 SEED = 0
 PRETRAIN = {"minutes": 75, "checkpoint_minutes": 5}
 # (group of texts, rows whose answers the target writes anew, sampling temperature)
 TEXTS = [("math", 1500, 0.0), ("math", 700, 1.0), ("chat", 1200, 0.0), ("chat", 600, 1.0)]
 ANSWER_TOKENS = 96
 SUPERVISED = {
-    "steps": 1200,
+    "steps": 1100,
     "batch_size": 8,
-    "learning_rate": 1e-3,
-    "warmup_steps": 40,
-    "max_length": 384,
+    "learning_rate": 3e-3,
+    "warmup_steps": 20,
+    "max_length": 256,
     "draft_vocab_size": 2048,
     "dtype": "bfloat16",
-    "save_every": 200,
+    "save_every": 50,
     "eval_every": 100,
 }
 REINFORCE = {
-    "steps": 400,
+    "steps": 200,
     "batch_size": 4,
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-4,
     "warmup_steps": 10,
-    "max_length": 384,
+    "max_length": 256,
+    "kl_coef": 0.5,
     "dtype": "bfloat16",
-    "save_every": 100,
+    "save_every": 50,
     "eval_every": 50,
 }
+# a chain that stops where it is unlikely to be accepted: on a CPU every draft step counts
+DRAFTING = {"window_size": 10, "draft_threshold": 0.05}
+EVALUATE = {"prompts": "gsm8k", "limit": 100, "max_new_tokens": 96, "window_size": 10}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
-    parser.add_argument("--prompts", type=Path, help="folder of benchmark prompts, for the evaluation")
+    parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
+    parser.add_argument("--out", type=Path, default=Path("bundled"), help="folder for target/ and drafter/")
     parser.add_argument("--work", type=Path, default=Path("runs/bundle"))
     parser.add_argument("--target", type=Path, help="use this target instead of pretraining one")
     arguments = parser.parse_args()
@@ -60,16 +67,45 @@ def main() -> None:
     train, held_out = work / "train.jsonl", work / "heldout.jsonl"
     if not train.exists():
         write_texts(arguments.text, work, target, train, held_out)
+    EVALUATE["prompts_dir"] = arguments.prompts
     shared = {"target": target, "data": train, "eval_data": held_out, "seed": SEED}
     for stage, settings in (("supervised", SUPERVISED), ("reinforce", {"drafter": work / "supervised", **REINFORCE})):
         if not (work / stage / "config.json").exists():
             ppow(stage, output_dir=work / stage, resume=True, **shared, **settings)
-    if arguments.prompts:
-        for stage in ("supervised", "reinforce"):
-            evaluation = work / f"evaluate-{stage}"
-            if not (evaluation / "metrics.json").exists():
-                measure = {"prompts": "gsm8k", "prompts_dir": arguments.prompts, "limit": 100, "max_new_tokens": 96}
-                ppow("evaluate", target=target, drafter=work / stage, output_dir=evaluation, **measure)
+    evaluations = {}
+    for stage in ("supervised", "reinforce"):
+        evaluation = work / f"evaluate-{stage}"
+        if not (evaluation / "metrics.json").exists():
+            ppow("evaluate", target=target, drafter=work / stage, output_dir=evaluation, **EVALUATE)
+        evaluations[stage] = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    assemble(target, work, evaluations, arguments.out)
+
+
+def assemble(target: Path, work: Path, evaluations: dict, out: Path) -> None:
+    """Put the pair together: weights, tokenizer and configuration, drafting options for CPUs, and the cards.
+
+    The code that ``save_pretrained`` leaves beside a drafter stays out: in this repository it is modeling_ppow/.
+    """
+    for part, source in (("target", target), ("drafter", work / "reinforce")):
+        folder = out / part
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja"} and file.name != "provenance.json":
+                shutil.copyfile(file, folder / file.name)
+    drafter = out / "drafter"
+    config = json.loads((drafter / "config.json").read_text())
+    config.pop("auto_map", None)
+    (drafter / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = json.loads((drafter / "generation_config.json").read_text()) | DRAFTING
+    (drafter / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
+    stages = [json.loads((work / stage / "provenance.json").read_text()) for stage in ("supervised", "reinforce")]
+    training = json.loads((out / "target" / "training.json").read_text())
+    cards = {"target": {"training": training}}
+    cards["drafter"] = {"config": config, "evaluations": evaluations, "stages": stages}
+    for part, facts in cards.items():
+        (out / part / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (out / part / "README.md").write_text(render(part, facts))
 
 
 def write_texts(text: Path, work: Path, target: Path, train: Path, held_out: Path) -> None:

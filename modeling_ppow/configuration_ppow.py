@@ -214,6 +214,10 @@ class PPOWConfig(PreTrainedConfig):
             "max_position_embeddings": text.max_position_embeddings,
             "rope_parameters": dict(rope),
             "qk_norm": text.model_type.startswith("qwen3"),
+            # pipelines take models whose special tokens differ for models of different tokenizers
+            "pad_token_id": text.pad_token_id,
+            "bos_token_id": text.bos_token_id,
+            "eos_token_id": text.eos_token_id,
             "target_hidden_size": text.hidden_size,
             "target_num_layers": text.num_hidden_layers,
             "target_model_type": text.model_type,

@@ -29,14 +29,14 @@ _SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "initializer_range": 0.3,
+    "initializer_range": 0.12,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": PAD,
 }
 _GQA = {**_SHAPE, "num_key_value_heads": 2}
 _SLIDING = {**_GQA, "sliding_window": 6}
-_GEMMA = {**_SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8}
+_GEMMA = {**_SLIDING, "head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 BOTH = ("sdpa", "eager")
 
@@ -93,9 +93,13 @@ def build_target(family: str = "llama", attention: str = "sdpa", seed: int = 0, 
     config._attn_implementation = attention
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        target = getattr(transformers, architecture)(config).to(torch.float32 if attention == "eager" else dtype)
+        target = getattr(transformers, architecture)(config).float()
         torch.nn.init.normal_(target.get_input_embeddings().weight)
-    return target.eval()
+        if family == "olmo2":  # its layers norm what they add to the stream, so their weights' scale does not show
+            for name, weight in target.named_parameters():
+                if "post_" in name:
+                    weight.fill_(0.3)
+    return target.to(torch.float32 if attention == "eager" else dtype).eval()
 
 
 def random_drafter(target, seed: int = 0, **overrides) -> PPOWDrafter:
@@ -118,7 +122,7 @@ def offsets_of(chosen: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, tor
 
 
 @torch.enable_grad()
-def train(drafter: PPOWDrafter, target, steps: int = 60, unroll: int = 3, seed: int = 0) -> PPOWDrafter:
+def train(drafter: PPOWDrafter, target, steps: int = 50, unroll: int = 3, seed: int = 0) -> PPOWDrafter:
     """Fit ``drafter`` to the choices of ``target`` on its own greedy text: pair t is to draft x_{t+2}.
 
     Later draft steps read the drafter's own features, so a few passes are unrolled, each reading the features of the

@@ -1,0 +1,573 @@
+"""The decoding loop against stock ``generate``: token identity, exact distributions, and what users rely on."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    pipeline,
+)
+
+from decoding_helpers import (
+    CHAIN,
+    FAMILIES,
+    MODES,
+    PAD,
+    TREE,
+    build_target,
+    generate_with,
+    prompt_batches,
+    random_drafter,
+    trained_pair,
+)
+from ppow import PPOWDrafter
+from ppow.drafting_ppow import DraftOptions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_the_targets_own(family):
+    """Over 200 random prompts per family: chain and tree, batches of 1 and 4 with left padding."""
+    target, drafter = trained_pair(family)
+    gained = verifications = 0
+    for batch, count in ((1, 24), (4, 44)):
+        for number, (ids, mask) in enumerate(prompt_batches(batch, count, seed=batch)):
+            config = list(MODES.values())[number % 2]
+            expected = target.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
+            found = generate_with(target, drafter, ids, mask, config | {"max_new_tokens": 16})
+            assert torch.equal(found.sequences, expected), (family, config, ids)
+            gained += sum(map(sum, found.acceptance.gained))
+            verifications += found.acceptance.verifications
+    assert gained / verifications > 1.05  # accepting is exercised
+
+
+@pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if len(entry[4]) > 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_eager_attention_agrees(family, mode):
+    sdpa, drafter = trained_pair(family)
+    target = build_target(family, "eager")
+    drafter = PPOWDrafter(drafter.config).to(target.dtype).eval()
+    drafter.load_state_dict(trained_pair(family)[1].state_dict())
+    for ids, mask in prompt_batches(4, 3, seed=9):
+        expected = target.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
+        found = generate_with(target, drafter, ids, mask, MODES[mode] | {"max_new_tokens": 16})
+        assert torch.equal(found.sequences, expected)
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+PENALTY = {"repetition_penalty": 1.3}
+WARPERS = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 3},
+    {"top_p": 0.8},
+    {"min_p": 0.15},
+    PENALTY,
+    {"temperature": 1.3, "top_k": 4, "top_p": 0.9, **PENALTY},
+]
+
+
+def tiny_pair():
+    target = build_target("llama", vocab_size=6, pad_token_id=0, bos_token_id=None)
+    return target, random_drafter(target, draft_vocab_size=4)
+
+
+@torch.no_grad()
+def enumerate_answers(target, prompt, settings, processors, length):
+    """Exact probability of every answer: the target's logits through the processors, token by token."""
+    config = GenerationConfig(do_sample=True, **settings)
+    prepared = target._get_logits_processor(config, prompt.shape[1], prompt, None, LogitsProcessorList(processors))
+    exact = {(): 1.0}
+    for _ in range(length):
+        grown = {}
+        for answer, probability in exact.items():
+            ids = torch.cat((prompt, torch.tensor([answer], dtype=torch.long)), 1)
+            shares = prepared(ids, target(ids).logits[:, -1].float())[0].softmax(-1)
+            for token, share in enumerate(shares.tolist()):
+                if share > 0:
+                    grown[(*answer, token)] = probability * share
+        exact = grown
+    return exact
+
+
+def deviation(counts, exact, total):
+    """Chi-square statistic in standard deviations from its mean; rare answers are pooled."""
+    rare = {x for x, p in exact.items() if total * p < 8}
+    cells = [(counts[x], p) for x, p in exact.items() if x not in rare]
+    if rare:
+        cells.append((sum(counts[x] for x in rare), max(sum(exact[x] for x in rare), 1e-9)))
+    statistic = sum((n - total * p) ** 2 / (total * p) for n, p in cells)
+    freedom = len(cells) - 1
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+def sample_counts(target, drafter, prompt, mode, settings, processors, length, batch, total, seed):
+    exact = enumerate_answers(target, prompt, settings, processors, length)
+    counts = dict.fromkeys(exact, 0)
+    config = {"do_sample": True, "max_new_tokens": length, **settings, **MODES[mode]}
+    torch.manual_seed(seed)
+    for _ in range(total // batch):
+        ids = prompt.expand(batch, -1)
+        out = generate_with(target, drafter, ids, config=config, logits_processor=LogitsProcessorList(processors))
+        for answer in out.sequences[:, prompt.shape[1] :].tolist():
+            counts[tuple(answer)] += 1
+    return counts, exact
+
+
+class Favour(LogitsProcessor):
+    """A user's processor that looks at the text: the token after a 2 is likely a 3."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, 3] += 1.5 * (input_ids[:, -1] == 2)
+        return scores
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("settings", WARPERS, ids=str)
+def test_sampling_follows_the_exact_distribution(mode, settings):
+    target, drafter = tiny_pair()
+    prompt = torch.tensor([[2, 5, 1]])
+    sequential = "repetition_penalty" in settings  # one walk per row: fewer samples in the same time
+    total, batch = (4000, 250) if sequential else (24000, 2000)
+    counts, exact = sample_counts(target, drafter, prompt, mode, settings, [], 3, batch, total, seed=1)
+    assert deviation(counts, exact, total) < 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampling_with_a_users_processor(mode):
+    target, drafter = tiny_pair()
+    counts, exact = sample_counts(
+        target, drafter, torch.tensor([[4, 1]]), mode, {"temperature": 0.9}, [Favour()], 3, 250, 4000, seed=2
+    )
+    assert deviation(counts, exact, 4000) < 4
+
+
+def test_sampling_one_row_at_a_time():
+    target, drafter = tiny_pair()
+    counts, exact = sample_counts(target, drafter, torch.tensor([[3, 1]]), "chain", {}, [], 2, 1, 1500, seed=3)
+    assert deviation(counts, exact, 1500) < 4
+
+
+def test_the_sampling_test_notices_a_wrong_rule(monkeypatch):
+    """Accepting every draft is caught by the same statistic."""
+    from ppow import verifier_ppow
+
+    def accept_all(window, target_probs, columns):
+        size = window.draft_ids.shape[1]
+        accepted = torch.full((window.tokens.shape[0],), size)
+        return accepted, window.depth, target_probs[:, -1].argmax(-1)
+
+    monkeypatch.setattr(verifier_ppow, "reject", accept_all)
+    target, drafter = tiny_pair()
+    counts, exact = sample_counts(target, drafter, torch.tensor([[2, 5, 1]]), "chain", {}, [], 3, 2000, 24000, seed=1)
+    assert deviation(counts, exact, 24000) > 20
+
+
+def test_early_stopping_of_chains_keeps_the_distribution():
+    target, drafter = tiny_pair()
+    prompt = torch.tensor([[2, 5, 1]])
+    for batch, total in ((1, 1000), (500, 24000)):
+        settings = {"draft_threshold": 0.5}
+        counts, exact = sample_counts(target, drafter, prompt, "chain", settings, [], 3, batch, total, seed=4)
+        assert deviation(counts, exact, total) < 4
+
+
+# -- what users of generate rely on ------------------------------------------------------------------------------------
+
+PROMPT = torch.tensor([[7, 3, 11, 5]])
+
+
+def both(mode="chain", ids=PROMPT, mask=None, target=None, drafter=None, config=None, **kwargs):
+    """Stock generate and ours with the same arguments: -> (expected ids, our output)."""
+    pair = trained_pair()
+    target, drafter = target or pair[0], drafter or pair[1]
+    mask = torch.ones_like(ids) if mask is None else mask
+    config = {"do_sample": False, "pad_token_id": PAD, **(config or {})}
+    expected = target.generate(ids, attention_mask=mask, generation_config=GenerationConfig(**config), **kwargs)
+    return expected, generate_with(target, drafter, ids, mask, config | MODES[mode], **kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+        {"max_new_tokens": 17},
+        {"max_length": 9},
+        {"max_new_tokens": 20, "eos_token_id": 9},
+        {"max_new_tokens": 30, "eos_token_id": [9, 20, 31]},
+        {"max_new_tokens": 20, "min_new_tokens": 12, "eos_token_id": [9, 20, 31, 4, 5]},
+        {"max_new_tokens": 20, "repetition_penalty": 1.4},
+        {"max_new_tokens": 20, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 20, "bad_words_ids": [[9], [20, 31]]},
+        {"max_new_tokens": 20, "suppress_tokens": [9, 20]},
+        {"max_new_tokens": 20, "prefill_chunk_size": 2},
+    ],
+    ids=str,
+)
+def test_options_of_generate(mode, config):
+    expected, found = both(mode, config=config)
+    assert torch.equal(found.sequences, expected)
+    for ids, mask in prompt_batches(4, 2, seed=3):
+        if "prefill_chunk_size" in config or "max_length" in config:
+            continue
+        expected, found = both(mode, ids, mask, config=config)
+        assert torch.equal(found.sequences, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_equal_stock_ones(mode):
+    config = {
+        "max_new_tokens": 12,
+        "output_scores": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "repetition_penalty": 1.2,
+    }
+    expected, found = both(mode, config=config)
+    assert len(found.scores) == len(found.logits) == 12
+    for ours, stock in zip(found.scores + found.logits, expected.scores + expected.logits):
+        torch.testing.assert_close(ours, stock, atol=1e-5, rtol=1e-5)
+    target = trained_pair()[0]
+    transitions = target.compute_transition_scores(found.sequences, found.scores)
+    stock = target.compute_transition_scores(expected.sequences, expected.scores)
+    torch.testing.assert_close(transitions, stock, atol=1e-5, rtol=1e-5)
+
+
+class StopAfter(StoppingCriteria):
+    """Stops when the sum of the text's tokens passes a bound; remembers the lengths it was asked about."""
+
+    def __init__(self, bound):
+        self.bound, self.lengths = bound, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return input_ids.sum(1) > self.bound
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_custom_criteria_are_asked_after_every_token(mode):
+    target, drafter = trained_pair()
+    runs = []
+    for assistant in (None, drafter):
+        criterion = StopAfter(150)
+        config = {"max_new_tokens": 40, "pad_token_id": PAD, "do_sample": False}
+        out = target.generate(
+            PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            generation_config=GenerationConfig(**config, **(MODES[mode] if assistant else {})),
+            assistant_model=assistant,
+            stopping_criteria=StoppingCriteriaList([criterion]),
+        )
+        runs.append((out.tolist(), criterion.lengths))
+    assert runs[0] == runs[1]
+
+
+def test_without_an_end_token_stopped_rows_run_on_until_all_stop():
+    for ids, mask in prompt_batches(4, 4, seed=5):
+        criteria = StoppingCriteriaList([StopAfter(250)])
+        expected, found = both("chain", ids, mask, config={"max_new_tokens": 40}, stopping_criteria=criteria)
+        assert torch.equal(found.sequences, expected)
+
+
+class Recorder(LogitsProcessor):
+    """A stateful processor: remembers every prefix and forbids the token it saw last."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids[0].tolist())
+        scores = scores.clone()
+        scores[:, self.seen[-1][-1]] = -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stateful_processor_sees_what_it_would_see_without_a_drafter(mode):
+    target, drafter = trained_pair()
+    recorders = [Recorder(), Recorder()]
+    config = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": PAD}
+    mask = torch.ones_like(PROMPT)
+    stock = GenerationConfig(**config)
+    expected = target.generate(PROMPT, attention_mask=mask, generation_config=stock, logits_processor=[recorders[0]])
+    found = generate_with(target, drafter, PROMPT, mask, config | MODES[mode], logits_processor=[recorders[1]])
+    assert torch.equal(found.sequences, expected) and recorders[0].seen == recorders[1].seen
+
+
+def test_prefix_allowed_tokens_see_their_batch_row():
+    def allowed(row, ids):
+        return list(range(1 + row, 40, 2 + row))
+
+    for ids, mask in prompt_batches(3, 3, seed=6):
+        expected, found = both("chain", ids, mask, config={"max_new_tokens": 12}, prefix_allowed_tokens_fn=allowed)
+        assert torch.equal(found.sequences, expected)
+
+
+class Sink:
+    def __init__(self):
+        self.pieces, self.ended = [], 0
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_streamers_get_every_token_once_in_order():
+    target, drafter = trained_pair()
+    sink = Sink()
+    out = generate_with(target, drafter, PROMPT, config={"max_new_tokens": 25, **TREE}, streamer=sink)
+    assert sum(sink.pieces, []) == out.sequences[0].tolist()
+    assert sink.pieces[0] == PROMPT[0].tolist() and sink.ended == 1
+
+
+def test_the_same_seed_gives_the_same_text():
+    target, drafter = trained_pair()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out = generate_with(target, drafter, PROMPT, config={"do_sample": True, "max_new_tokens": 20, **CHAIN})
+        outs.append(out.sequences.tolist())
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_a_time_limit_ends_the_text():
+    target, drafter = trained_pair()
+    out = generate_with(target, drafter, PROMPT, config={"max_new_tokens": 400, "max_time": 1e-6})
+    assert out.sequences.shape[1] == PROMPT.shape[1] + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_multi_turn_with_the_returned_cache(mode):
+    target, drafter = trained_pair()
+    config = {"max_new_tokens": 15, **MODES[mode]}
+    first = generate_with(target, drafter, PROMPT, config=config)
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    longer = torch.cat((first.sequences, torch.tensor([[4, 9, 2]])), 1)
+    fresh = generate_with(target, drafter, longer, config=config)
+    again = generate_with(target, drafter, longer, config=config, past_key_values=first.past_key_values)
+    assert torch.equal(again.sequences, fresh.sequences)
+    assert again.acceptance.accepted == fresh.acceptance.accepted  # the drafter's side came along
+
+
+def test_caches_pass_between_stock_and_ours():
+    target, drafter = trained_pair()
+    ours = generate_with(target, drafter, PROMPT, config={"max_new_tokens": 10, **TREE})
+    longer = torch.cat((ours.sequences, torch.tensor([[4, 9]])), 1)
+    mask = torch.ones_like(longer)
+    expected = target.generate(longer, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    stock = target.generate(
+        longer, attention_mask=mask, max_new_tokens=10, do_sample=False, past_key_values=ours.past_key_values
+    )
+    assert torch.equal(stock, expected)
+    cache = DynamicCache(config=target.config)
+    target(longer[:, :-1], past_key_values=cache)
+    found = generate_with(target, drafter, longer, config={"max_new_tokens": 10}, past_key_values=cache)
+    assert torch.equal(found.sequences, expected)
+
+
+def test_acceptance_figures_add_up():
+    target, drafter = trained_pair()
+    for ids, mask in prompt_batches(3, 2, seed=8):
+        out = generate_with(target, drafter, ids, mask, {"max_new_tokens": 20, **CHAIN})
+        figures = out.acceptance
+        assert [sum(row) for row in figures.gained] == [19] * 3  # the first token comes from the prompt
+        assert all(a <= d <= 4 for r, s in zip(figures.accepted, figures.drafted) for a, d in zip(r, s))
+        flat = [min(a, 1) for row in figures.accepted for a in row]
+        drafted = [d for row in figures.drafted for d in row]
+        tried = [a for a, d in zip(flat, drafted) if d > 0]
+        assert figures.per_position()[0] == pytest.approx(sum(tried) / len(tried))
+
+
+# -- entrances -------------------------------------------------------------------------------------------------------
+
+
+def test_the_three_entrances_agree(tmp_path, tiny_tokenizer):
+    target = build_target(vocab_size=len(tiny_tokenizer), eos_token_id=tiny_tokenizer.eos_token_id)
+    target.generation_config.pad_token_id = PAD
+    random_drafter(target).float().save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).to(target.dtype)
+    inputs = tiny_tokenizer("the quick dog", return_tensors="pt")
+    expected = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    assert torch.equal(target.generate(**inputs, max_new_tokens=20, do_sample=False, assistant_model=loaded), expected)
+    sink = Sink()
+    through_repository = target.generate(
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        assistant_model=loaded,
+        custom_generate=str(tmp_path),
+        trust_remote_code=True,
+        window_size=3,
+        streamer=sink,
+    )
+    assert torch.equal(through_repository, expected) and sum(sink.pieces, []) == expected[0].tolist()
+    pipe = pipeline("text-generation", model=target, tokenizer=tiny_tokenizer, assistant_model=loaded)
+    text = pipe("the quick dog", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    assert text == tiny_tokenizer.decode(expected[0], skip_special_tokens=True)
+    with pytest.raises(ValueError, match="custom_generate needs assistant_model"):
+        target.generate(**inputs, custom_generate=str(tmp_path), trust_remote_code=True)
+
+
+def test_stop_strings_on_both_entrances(tmp_path, tiny_tokenizer):
+    target = build_target(vocab_size=len(tiny_tokenizer))
+    drafter = random_drafter(target)
+    drafter.save_pretrained(tmp_path)
+    inputs = tiny_tokenizer("one and two", return_tensors="pt")
+    free = target.generate(**inputs, max_new_tokens=30, do_sample=False)
+    text = tiny_tokenizer.decode(free[0, inputs["input_ids"].shape[1] + 4 :])
+    stop = next(letter for letter in text if letter.isascii() and letter.isprintable())
+    arguments = {"max_new_tokens": 30, "do_sample": False, "stop_strings": [stop], "tokenizer": tiny_tokenizer}
+    expected = target.generate(**inputs, **arguments)
+    assert expected.shape[1] < free.shape[1]
+    assert torch.equal(target.generate(**inputs, **arguments, assistant_model=drafter), expected)
+    entrance = {"custom_generate": str(tmp_path), "trust_remote_code": True, "assistant_model": drafter}
+    assert torch.equal(target.generate(**inputs, **arguments, **entrance), expected)
+
+
+def test_other_assistants_still_work():
+    target, _ = trained_pair()
+    small = build_target("llama", num_hidden_layers=1).to(target.dtype)
+    arguments = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 15, "do_sample": False}
+    expected = target.generate(PROMPT, **arguments)
+    assert torch.equal(target.generate(PROMPT, assistant_model=small, **arguments), expected)
+
+
+def test_how_to_draft_is_resolved_in_order():
+    call, own = GenerationConfig(window_size=3), GenerationConfig(tree_nodes=9)
+    assert DraftOptions.resolve(call, own) == DraftOptions(window_size=3)
+    assert DraftOptions.resolve(GenerationConfig(), own) == DraftOptions(tree_depth=7, tree_top_k=10, tree_nodes=9)
+    assert DraftOptions.resolve(GenerationConfig()) == DraftOptions(window_size=10)
+    mixed = DraftOptions.resolve(GenerationConfig(tree_depth=2), GenerationConfig(tree_nodes=9, draft_threshold=0.2))
+    assert mixed == DraftOptions(tree_depth=2, tree_top_k=10, tree_nodes=9)
+
+
+# -- errors before any token is made -----------------------------------------------------------------------------------
+
+
+def other(**overrides):
+    return random_drafter(build_target("llama", **overrides))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        (lambda: other(hidden_size=16), "hidden size 16 in the drafter, 32 in the target"),
+        (lambda: other(num_hidden_layers=6), "layer count 6 in the drafter, 4 in the target"),
+        (lambda: random_drafter(build_target("qwen2")), "model type qwen2 in the drafter, llama in the target"),
+    ],
+)
+def test_a_drafter_of_another_target(drafter, message):
+    target, _ = trained_pair()
+    with pytest.raises(ValueError, match=message):
+        generate_with(target, drafter(), PROMPT, config={"max_new_tokens": 5})
+
+
+def test_a_recorded_target_id_must_match():
+    target = build_target()
+    drafter = random_drafter(target)
+    drafter.config.target_name_or_path, target.config._name_or_path = "org/one", "org/two"
+    with pytest.raises(ValueError, match="made for org/one, the target is org/two"):
+        generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5})
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "message"),
+    [
+        ({"window_size": 0}, {}, "window_size=0: expected an integer of at least 1"),
+        ({"tree_nodes": -1}, {}, "tree_nodes=-1"),
+        ({"draft_threshold": 1.5, "window_size": 3}, {}, "draft_threshold=1.5"),
+        ({"output_hidden_states": True}, {}, "output_hidden_states=True is not available"),
+        ({"output_attentions": True}, {}, "output_attentions=True is not available"),
+        ({"use_cache": False}, {}, "use_cache=True"),
+        ({"cache_implementation": "static"}, {}, "cannot hold windows"),
+        ({"guidance_scale": 1.5}, {}, "guidance_scale"),
+    ],
+)
+def test_options_that_cannot_be_honoured(config, kwargs, message):
+    target, drafter = trained_pair("qwen3")
+    with pytest.raises(ValueError, match=message):
+        generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5, **config}, **kwargs)
+
+
+def test_a_prompt_that_the_cache_already_holds():
+    target, drafter = trained_pair()
+    cache = DynamicCache(config=target.config)
+    target(PROMPT, past_key_values=cache)
+    with pytest.raises(ValueError, match="nothing is left"):
+        generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5}, past_key_values=cache)
+
+
+def test_damaged_weights_are_noticed():
+    target, _ = trained_pair()
+    drafter = random_drafter(target)
+    drafter.lm_head.weight.data[3, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5})
+
+
+def test_trees_and_batches_under_flash_attention():
+    target = build_target()
+    drafter = random_drafter(target)
+    target.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="takes no window masks"):
+        generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5, **TREE})
+
+
+def test_a_drafter_does_not_generate_alone():
+    with pytest.raises(ValueError, match="drafts for its target"):
+        trained_pair()[1].generate(PROMPT)
+
+
+def test_a_target_whose_cache_cannot_be_rolled_back():
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        pad_token_id=PAD,
+    )
+    target = Qwen3NextForCausalLM(config)
+    with pytest.raises(ValueError, match="rolled back|stateful"):
+        generate_with(target, random_drafter(target), PROMPT, config={"max_new_tokens": 5})
+
+
+def test_text_streamers_of_transformers(tiny_tokenizer, capsys):
+    target = build_target(vocab_size=len(tiny_tokenizer))
+    inputs = tiny_tokenizer("a target", return_tensors="pt")
+    drafter = random_drafter(target)
+    out = target.generate(
+        **inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter, streamer=TextStreamer(tiny_tokenizer)
+    )
+    assert capsys.readouterr().out.rstrip("\n") == tiny_tokenizer.decode(out[0])
+
+
+def test_every_answer_of_the_enumeration_is_counted():
+    target, _ = tiny_pair()
+    exact = enumerate_answers(target, torch.tensor([[2, 5, 1]]), {}, [], 2)
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
+    assert set(exact) == set(itertools.product(range(6), repeat=2))
