@@ -3,8 +3,9 @@
     python benchmarks/bundle.py --text DATA/text --prompts DATA/prompts --work runs/bundle
 
 Every stage is a plain `ppow` command, printed before it runs; a stage whose result exists is skipped, one that was cut
-off resumes. The settings below are for two CPU cores and about two hours; on a GPU raise `PRETRAIN` (more layers,
-tokens) and the stages' steps. DATA is a folder of permissively licensed chats and prompts, one JSON object per line.
+off resumes. The settings are those of the bundled pair: two CPU cores and about two and a half hours. `--scale gpu`
+takes those of a larger pair, meant for one GPU; `--set supervised.steps=50` changes a single one. DATA is a folder of
+permissively licensed chats and prompts, one JSON object per line.
 """
 
 import argparse
@@ -14,40 +15,82 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 from ppow.model_cards import render
 
 SEED = 0
-PRETRAIN = {"minutes": 75, "checkpoint_minutes": 5}
+SETTINGS = {
+    "pretrain": {"minutes": 75, "checkpoint_minutes": 5},
+    "regenerate": {"max_new_tokens": 96, "batch_size": 32},
+    "supervised": {
+        "steps": 1800,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "warmup_steps": 20,
+        "max_length": 256,
+        "draft_vocab_size": 2048,
+        "dtype": "bfloat16",
+        "save_every": 100,
+        "eval_every": 100,
+    },
+    "reinforce": {
+        "steps": 200,
+        "batch_size": 4,
+        "learning_rate": 1e-4,
+        "warmup_steps": 10,
+        "max_length": 256,
+        "kl_coef": 0.5,
+        "dtype": "bfloat16",
+        "save_every": 50,
+        "eval_every": 50,
+    },
+    "evaluate": {"prompts": "gsm8k", "limit": 60, "max_new_tokens": 96, "window_size": 10},
+}
+GPU_SETTINGS = {
+    "pretrain": {
+        "groups": "math:2,chat:1,instruct:1:1200,reasoning:1:1500",
+        "python_share": 0.15,
+        "python_packages": "transformers,accelerate,datasets,huggingface-hub",
+        "vocab_size": 6144,
+        "num_layers": 16,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "sequence_length": 1024,
+        "batch_size": 32,
+        "minutes": 5,
+        "checkpoint_minutes": 2,
+        "device": "cuda",
+    },
+    "regenerate": {"max_new_tokens": 128, "batch_size": 2048, "dtype": "bfloat16"},
+    "supervised": {
+        "steps": 2500,
+        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "max_length": 320,
+        "drop_long": True,
+        "draft_vocab_size": 3072,
+        "save_every": 500,
+        "eval_every": 250,
+    },
+    "reinforce": {
+        "steps": 500,
+        "batch_size": 16,
+        "learning_rate": 2e-4,
+        "max_length": 320,
+        "drop_long": True,
+        "max_forest_nodes": 1024,
+    },
+    "evaluate": {},
+}
 # (group of texts, rows whose answers the target writes anew, sampling temperature)
-TEXTS = [("math", 1500, 0.0), ("math", 700, 1.0), ("chat", 1200, 0.0), ("chat", 600, 1.0)]
-ANSWER_TOKENS = 96
-SUPERVISED = {
-    "steps": 1100,
-    "batch_size": 8,
-    "learning_rate": 3e-3,
-    "warmup_steps": 20,
-    "max_length": 256,
-    "draft_vocab_size": 2048,
-    "dtype": "bfloat16",
-    "save_every": 50,
-    "eval_every": 100,
-}
-REINFORCE = {
-    "steps": 200,
-    "batch_size": 4,
-    "learning_rate": 1e-4,
-    "warmup_steps": 10,
-    "max_length": 256,
-    "kl_coef": 0.5,
-    "dtype": "bfloat16",
-    "save_every": 50,
-    "eval_every": 50,
-}
+TEXTS = [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)]
+GPU_TEXTS = [(group, count, t) for group in ("math", "chat", "instruct") for count, t in ((3200, 0.0), (1600, 1.0))]
+HELD_OUT = 50  # one prompt in so many is kept from both stages
 # a chain that stops where it is unlikely to be accepted: on a CPU every draft step counts
 DRAFTING = {"window_size": 10, "draft_threshold": 0.05}
-EVALUATE = {"prompts": "gsm8k", "limit": 100, "max_new_tokens": 96, "window_size": 10}
 
 
 def main() -> None:
@@ -56,29 +99,52 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
     parser.add_argument("--out", type=Path, default=Path("bundled"), help="folder for target/ and drafter/")
     parser.add_argument("--work", type=Path, default=Path("runs/bundle"))
-    parser.add_argument("--target", type=Path, help="use this target instead of pretraining one")
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="the bundled pair, or a larger one")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")
+    parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
+    parser.add_argument("--until", choices=SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
-    work = arguments.work
+    settings, texts = SETTINGS, TEXTS
+    if arguments.scale == "gpu":
+        texts = GPU_TEXTS
+        settings = {stage: {**options, **GPU_SETTINGS[stage]} for stage, options in SETTINGS.items()}
+    settings = override(settings, arguments.set)
+    work, stages = arguments.work, list(SETTINGS)[: list(SETTINGS).index(arguments.until) + 1]
     work.mkdir(parents=True, exist_ok=True)
 
-    target = arguments.target or work / "target"
+    target, train, held_out = work / "target", work / "train.jsonl", work / "heldout.jsonl"
     if not (target / "config.json").exists():
-        ppow("pretrain", data=arguments.text, output=target, seed=SEED, **PRETRAIN)
-    train, held_out = work / "train.jsonl", work / "heldout.jsonl"
-    if not train.exists():
-        write_texts(arguments.text, work, target, train, held_out)
-    EVALUATE["prompts_dir"] = arguments.prompts
+        ppow("pretrain", data=arguments.text, output=target, seed=SEED, **settings["pretrain"])
+    if "regenerate" in stages and not train.exists():
+        chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in texts]
+        write_texts(arguments.text, chosen, work, target, settings["regenerate"], train, held_out)
     shared = {"target": target, "data": train, "eval_data": held_out, "seed": SEED}
-    for stage, settings in (("supervised", SUPERVISED), ("reinforce", {"drafter": work / "supervised", **REINFORCE})):
-        if not (work / stage / "config.json").exists():
-            ppow(stage, output_dir=work / stage, resume=True, **shared, **settings)
+    for stage in ("supervised", "reinforce"):
+        if stage in stages and not (work / stage / "config.json").exists():
+            drafter = {"drafter": work / "supervised"} if stage == "reinforce" else {}
+            ppow(stage, output_dir=work / stage, resume=True, **shared, **drafter, **settings[stage])
+    if "evaluate" not in stages:
+        return
     evaluations = {}
     for stage in ("supervised", "reinforce"):
         evaluation = work / f"evaluate-{stage}"
         if not (evaluation / "metrics.json").exists():
-            ppow("evaluate", target=target, drafter=work / stage, output_dir=evaluation, **EVALUATE)
+            options = {"target": target, "drafter": work / stage, "prompts_dir": arguments.prompts}
+            ppow("evaluate", output_dir=evaluation, **options, **settings["evaluate"])
         evaluations[stage] = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
     assemble(target, work, evaluations, arguments.out)
+
+
+def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
+    """``settings`` with ``STAGE.OPTION=VALUE`` applied; the commands themselves check options and values."""
+    settings = {stage: dict(options) for stage, options in settings.items()}
+    for change in changes:
+        name, given, value = change.partition("=")
+        stage, _, option = name.partition(".")
+        if not given or not option or stage not in settings:
+            raise ValueError(f"--set {change}: expected STAGE.OPTION=VALUE with a stage of {', '.join(settings)}.")
+        settings[stage][option] = value
+    return settings
 
 
 def assemble(target: Path, work: Path, evaluations: dict, out: Path) -> None:
@@ -108,22 +174,24 @@ def assemble(target: Path, work: Path, evaluations: dict, out: Path) -> None:
         (out / part / "README.md").write_text(render(part, facts))
 
 
-def write_texts(text: Path, work: Path, target: Path, train: Path, held_out: Path) -> None:
-    """Draw chats, let the target write the answers, and set every 50th row aside; complete or absent."""
+def write_texts(
+    text: Path, chosen: list, work: Path, target: Path, settings: dict, train: Path, held_out: Path
+) -> None:
+    """Draw chats, let the target write the answers, and set the rows of some prompts aside; complete or absent."""
     rows = []
-    for group, count, temperature in TEXTS:
+    for group, count, temperature in chosen:
         name = f"{group}-{temperature:g}"
-        chats = work / f"{name}.chats.jsonl"
+        chats, answers = work / f"{name}.chats.jsonl", work / f"{name}.answers.jsonl"
         if not chats.exists():
-            drawn = draw(text, group, count, f"{SEED}/{name}")
-            write(chats, drawn)
-        answers = work / f"{name}.answers.jsonl"
-        settings = {"temperature": temperature, "max_new_tokens": ANSWER_TOKENS, "batch_size": 32, "seed": SEED}
-        ppow("regenerate", data=chats, output=answers, target=target, resume=answers.exists(), **settings)
-        rows += [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+            write(chats, draw(text, group, count, f"{SEED}/{name}"))
+        options = {"temperature": temperature, "seed": SEED, "resume": answers.exists()}
+        ppow("regenerate", data=chats, output=answers, target=target, **options, **settings)
+        with open(answers, encoding="utf-8") as lines:
+            rows += map(json.loads, lines)
     random.Random(SEED).shuffle(rows)
-    write(held_out, [row for i, row in enumerate(rows) if i % 50 == 0])
-    write(train, [row for i, row in enumerate(rows) if i % 50])
+    apart = [zlib.crc32(row["messages"][0]["content"].encode()) % HELD_OUT == 0 for row in rows]
+    write(held_out, [row for row, kept in zip(rows, apart) if kept])
+    write(train, [row for row, kept in zip(rows, apart) if not kept])
 
 
 def draw(text: Path, group: str, count: int, seed: str) -> list[dict]:

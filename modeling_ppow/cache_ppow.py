@@ -151,13 +151,20 @@ def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
     if cache is not None and hasattr(cache, "drafter_cache"):
         return cache
     slots = SlotCache(num_layers, capacity)
-    if cache is None or cache.get_seq_length() == 0:
+    if cache is None:
         return slots
+    for index, layer in enumerate(cache.layers):  # even of an empty cache: the caller expects it to fill up
+        if not isinstance(layer, DynamicLayer):
+            raise ValueError(
+                f"past_key_values has a {type(layer).__name__} at layer {index}, which cannot be rolled back. Pass a "
+                "DynamicCache, the cache of an earlier PPOW call, or none."
+            )
     length = cache.get_seq_length()
+    if length == 0:
+        return slots
     for index, layer in enumerate(cache.layers):
-        keys = getattr(layer, "keys", None)
-        if not isinstance(layer, DynamicLayer) or keys is None or keys.shape[-2] != length:
-            held = None if keys is None else keys.shape[-2]
+        held = 0 if layer.keys is None else layer.keys.shape[-2]
+        if held != length:
             raise ValueError(
                 f"past_key_values holds {held} of {length} keys in layer {index} ({type(layer).__name__}), so it "
                 "cannot be rolled back. Pass a full DynamicCache, the cache of an earlier PPOW call, or none."

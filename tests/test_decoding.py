@@ -1,6 +1,7 @@
-"""The decoding loop against stock ``generate``: token identity, exact distributions, and what users rely on."""
+"""What users of ``generate`` rely on, with a drafter and without: its options, streamers, caches, entrances, errors.
 
-import itertools
+Token identity over families of targets is test_families.py, exact distributions are test_lossless_sampling.py.
+"""
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
@@ -18,7 +18,6 @@ from transformers import (
 
 from decoding_helpers import (
     CHAIN,
-    FAMILIES,
     MODES,
     PAD,
     TREE,
@@ -28,157 +27,8 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow import PPOWDrafter
 from ppow.drafting_ppow import DraftOptions
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_the_targets_own(family):
-    """Over 200 random prompts per family: chain and tree, batches of 1 and 4 with left padding."""
-    target, drafter = trained_pair(family)
-    gained = verifications = 0
-    for batch, count in ((1, 24), (4, 44)):
-        for number, (ids, mask) in enumerate(prompt_batches(batch, count, seed=batch)):
-            config = list(MODES.values())[number % 2]
-            expected = target.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
-            found = generate_with(target, drafter, ids, mask, config | {"max_new_tokens": 16})
-            assert torch.equal(found.sequences, expected), (family, config, ids)
-            gained += sum(map(sum, found.acceptance.gained))
-            verifications += found.acceptance.verifications
-    assert gained / verifications > 1.05  # accepting is exercised
-
-
-@pytest.mark.parametrize("family", [f for f, entry in FAMILIES.items() if len(entry[4]) > 1])
-@pytest.mark.parametrize("mode", MODES)
-def test_eager_attention_agrees(family, mode):
-    sdpa, drafter = trained_pair(family)
-    target = build_target(family, "eager")
-    drafter = PPOWDrafter(drafter.config).to(target.dtype).eval()
-    drafter.load_state_dict(trained_pair(family)[1].state_dict())
-    for ids, mask in prompt_batches(4, 3, seed=9):
-        expected = target.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
-        found = generate_with(target, drafter, ids, mask, MODES[mode] | {"max_new_tokens": 16})
-        assert torch.equal(found.sequences, expected)
-
-
-# -- sampling --------------------------------------------------------------------------------------------------------
-
-PENALTY = {"repetition_penalty": 1.3}
-WARPERS = [
-    {},
-    {"temperature": 0.7},
-    {"top_k": 3},
-    {"top_p": 0.8},
-    {"min_p": 0.15},
-    PENALTY,
-    {"temperature": 1.3, "top_k": 4, "top_p": 0.9, **PENALTY},
-]
-
-
-def tiny_pair():
-    target = build_target("llama", vocab_size=6, pad_token_id=0, bos_token_id=None)
-    return target, random_drafter(target, draft_vocab_size=4)
-
-
-@torch.no_grad()
-def enumerate_answers(target, prompt, settings, processors, length):
-    """Exact probability of every answer: the target's logits through the processors, token by token."""
-    config = GenerationConfig(do_sample=True, **settings)
-    prepared = target._get_logits_processor(config, prompt.shape[1], prompt, None, LogitsProcessorList(processors))
-    exact = {(): 1.0}
-    for _ in range(length):
-        grown = {}
-        for answer, probability in exact.items():
-            ids = torch.cat((prompt, torch.tensor([answer], dtype=torch.long)), 1)
-            shares = prepared(ids, target(ids).logits[:, -1].float())[0].softmax(-1)
-            for token, share in enumerate(shares.tolist()):
-                if share > 0:
-                    grown[(*answer, token)] = probability * share
-        exact = grown
-    return exact
-
-
-def deviation(counts, exact, total):
-    """Chi-square statistic in standard deviations from its mean; rare answers are pooled."""
-    rare = {x for x, p in exact.items() if total * p < 8}
-    cells = [(counts[x], p) for x, p in exact.items() if x not in rare]
-    if rare:
-        cells.append((sum(counts[x] for x in rare), max(sum(exact[x] for x in rare), 1e-9)))
-    statistic = sum((n - total * p) ** 2 / (total * p) for n, p in cells)
-    freedom = len(cells) - 1
-    return (statistic - freedom) / (2 * freedom) ** 0.5
-
-
-def sample_counts(target, drafter, prompt, mode, settings, processors, length, batch, total, seed):
-    exact = enumerate_answers(target, prompt, settings, processors, length)
-    counts = dict.fromkeys(exact, 0)
-    config = {"do_sample": True, "max_new_tokens": length, **settings, **MODES[mode]}
-    torch.manual_seed(seed)
-    for _ in range(total // batch):
-        ids = prompt.expand(batch, -1)
-        out = generate_with(target, drafter, ids, config=config, logits_processor=LogitsProcessorList(processors))
-        for answer in out.sequences[:, prompt.shape[1] :].tolist():
-            counts[tuple(answer)] += 1
-    return counts, exact
-
-
-class Favour(LogitsProcessor):
-    """A user's processor that looks at the text: the token after a 2 is likely a 3."""
-
-    def __call__(self, input_ids, scores):
-        scores[:, 3] += 1.5 * (input_ids[:, -1] == 2)
-        return scores
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", WARPERS, ids=str)
-def test_sampling_follows_the_exact_distribution(mode, settings):
-    target, drafter = tiny_pair()
-    prompt = torch.tensor([[2, 5, 1]])
-    sequential = "repetition_penalty" in settings  # one walk per row: fewer samples in the same time
-    total, batch = (4000, 250) if sequential else (24000, 2000)
-    counts, exact = sample_counts(target, drafter, prompt, mode, settings, [], 3, batch, total, seed=1)
-    assert deviation(counts, exact, total) < 4
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_sampling_with_a_users_processor(mode):
-    target, drafter = tiny_pair()
-    counts, exact = sample_counts(
-        target, drafter, torch.tensor([[4, 1]]), mode, {"temperature": 0.9}, [Favour()], 3, 250, 4000, seed=2
-    )
-    assert deviation(counts, exact, 4000) < 4
-
-
-def test_sampling_one_row_at_a_time():
-    target, drafter = tiny_pair()
-    counts, exact = sample_counts(target, drafter, torch.tensor([[3, 1]]), "chain", {}, [], 2, 1, 1500, seed=3)
-    assert deviation(counts, exact, 1500) < 4
-
-
-def test_the_sampling_test_notices_a_wrong_rule(monkeypatch):
-    """Accepting every draft is caught by the same statistic."""
-    from ppow import verifier_ppow
-
-    def accept_all(window, target_probs, columns):
-        size = window.draft_ids.shape[1]
-        accepted = torch.full((window.tokens.shape[0],), size)
-        return accepted, window.depth, target_probs[:, -1].argmax(-1)
-
-    monkeypatch.setattr(verifier_ppow, "reject", accept_all)
-    target, drafter = tiny_pair()
-    counts, exact = sample_counts(target, drafter, torch.tensor([[2, 5, 1]]), "chain", {}, [], 3, 2000, 24000, seed=1)
-    assert deviation(counts, exact, 24000) > 20
-
-
-def test_early_stopping_of_chains_keeps_the_distribution():
-    target, drafter = tiny_pair()
-    prompt = torch.tensor([[2, 5, 1]])
-    for batch, total in ((1, 1000), (500, 24000)):
-        settings = {"draft_threshold": 0.5}
-        counts, exact = sample_counts(target, drafter, prompt, "chain", settings, [], 3, batch, total, seed=4)
-        assert deviation(counts, exact, total) < 4
-
+from ppow.generation_ppow import generate
 
 # -- what users of generate rely on ------------------------------------------------------------------------------------
 
@@ -474,6 +324,15 @@ def test_a_drafter_of_another_target(drafter, message):
         generate_with(target, drafter(), PROMPT, config={"max_new_tokens": 5})
 
 
+def test_a_drafter_of_another_vocabulary():
+    target, _ = trained_pair()
+    drafter = other(vocab_size=50)
+    with pytest.raises(ValueError, match="different tokenizers"):  # transformers looks first
+        generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5})
+    with pytest.raises(ValueError, match="vocabulary 50 in the drafter, 48 in the target"):
+        generate(target, assistant_model=drafter, inputs=PROMPT, max_new_tokens=5)
+
+
 def test_a_recorded_target_id_must_match():
     target = build_target()
     drafter = random_drafter(target)
@@ -507,6 +366,13 @@ def test_a_prompt_that_the_cache_already_holds():
     target(PROMPT, past_key_values=cache)
     with pytest.raises(ValueError, match="nothing is left"):
         generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_prompt(mode):
+    target, drafter = trained_pair()
+    with pytest.raises(ValueError, match=r"prompt of at least one token.*got input_ids \(1, 0\)"):
+        generate_with(target, drafter, torch.zeros(1, 0, dtype=torch.long), config={"max_new_tokens": 5, **MODES[mode]})
 
 
 def test_damaged_weights_are_noticed():
@@ -564,10 +430,3 @@ def test_text_streamers_of_transformers(tiny_tokenizer, capsys):
         **inputs, max_new_tokens=12, do_sample=False, assistant_model=drafter, streamer=TextStreamer(tiny_tokenizer)
     )
     assert capsys.readouterr().out.rstrip("\n") == tiny_tokenizer.decode(out[0])
-
-
-def test_every_answer_of_the_enumeration_is_counted():
-    target, _ = tiny_pair()
-    exact = enumerate_answers(target, torch.tensor([[2, 5, 1]]), {}, [], 2)
-    assert sum(exact.values()) == pytest.approx(1, abs=1e-5)
-    assert set(exact) == set(itertools.product(range(6), repeat=2))

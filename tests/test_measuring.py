@@ -1,5 +1,6 @@
 """Measuring and showing: figures worked by hand, and the commands on a tiny pair."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -41,12 +42,12 @@ def pair(tmp_path_factory, tiny_tokenizer):
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def sample(gained, accepted, drafted, tokens=10, seconds=1.0, plain_seconds=2.0, loops=False):
-    return evaluate.Sample(tokens, plain_seconds, tokens, seconds, gained, accepted, drafted, True, loops)
+def sample(gained, accepted, drafted, prompt=0, tokens=10, seconds=1.0, plain_seconds=2.0, loops=False):
+    return evaluate.Sample(prompt, tokens, plain_seconds, tokens, seconds, gained, accepted, drafted, True, loops)
 
 
 def test_figures_by_hand():
-    samples = [sample([3, 1], [2, 0], [2, 2]), sample([2], [1], [2], plain_seconds=4.0, loops=True)]
+    samples = [sample([3, 1], [2, 0], [2, 2]), sample([2], [1], [2], 1, plain_seconds=4.0, loops=True)]
     assert evaluate.acceptance_length(samples) == pytest.approx(6 / 3)  # pooled, not the mean of 2 and 2
     # first position: accepted in 2 of 3 windows; second: in 1 of the 2 that got there
     assert evaluate.per_position(samples) == pytest.approx([2 / 3, 1 / 2])
@@ -56,7 +57,10 @@ def test_figures_by_hand():
     assert summary["loops"] == 1 and summary["acceptance_length_without_loops"] == 2
     low, high = summary["speedup_95"]
     assert low == pytest.approx(2) and high == pytest.approx(4)  # both prompts the first, or both the second
-    assert "| 2.00 (2.00-2.00) | 2.00 | 4 | 10 | 2.67x" in evaluate.table({"x": summary})
+    assert "| 2.00 (2.00-2.00) | 2.00 | 4 | 10 | 2.67x" in evaluate.table({"x T=0": summary})
+    # two samples of one prompt are drawn together: nothing is left to vary
+    one = evaluate.summarize([dataclasses.replace(s, prompt=7) for s in samples], 200, seed=0)
+    assert one["prompts"] == 1 and one["samples"] == 2 and one["speedup_95"] == pytest.approx([10 / 3.75] * 2)
 
 
 def test_loops_are_recognised():
@@ -84,10 +88,11 @@ def test_evaluate_writes_true_figures(pair, tmp_path, drafting, capsys):
     evaluate.main(config)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     greedy, sampled = metrics["results"].values()
-    assert greedy["prompts"] == 3  # two turns and one completion
+    assert greedy["prompts"] == 2 and greedy["samples"] == 3  # two turns and one completion
     assert greedy["identical"] == 3
+    assert metrics["drafting"].items() >= drafting.items()
     assert 1 <= greedy["acceptance_length"] <= 4 and len(greedy["per_position"]) <= 3
-    assert greedy["speedup"] > 0 and sampled["prompts"] == 3
+    assert greedy["speedup"] > 0 and sampled["samples"] == 3
     assert (tmp_path / "acceptance.png").stat().st_size > 1000
     assert "speedup (95%)" in capsys.readouterr().out
     assert str(pair) not in (tmp_path / "metrics.json").read_text()
@@ -96,7 +101,10 @@ def test_evaluate_writes_true_figures(pair, tmp_path, drafting, capsys):
 def test_demo_streams_and_checks(pair, tmp_path, capsys, monkeypatch):
     names = {"target": str(pair / "target"), "drafter": str(pair / "drafter")}
     prompts = str(pair / "questions.jsonl")
-    demo.main(DemoConfig(**names, prompts=prompts, max_new_tokens=8, limit=1, window_size=3))
+    figures = tmp_path / "figures.json"
+    demo.main(DemoConfig(**names, prompts=prompts, max_new_tokens=8, limit=1, window_size=3, output=str(figures)))
+    answers = json.loads(figures.read_text())["answers"]
+    assert len(answers) == 1 and answers[0]["identical"] and answers[0]["speedup"] > 0
     shown = capsys.readouterr().out
     assert "> Add one and two." in shown and "identical: yes" in shown and "median speedup" in shown
     monkeypatch.setattr(demo, "ROOT", tmp_path)
@@ -145,7 +153,8 @@ def chats(tmp_path):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def test_answers_are_the_targets_own_greedy_text(pair, chats, tmp_path):
@@ -163,6 +172,14 @@ def test_answers_are_the_targets_own_greedy_text(pair, chats, tmp_path):
     assert messages[1]["content"] == text and rows[0]["complete"] == ended
     roles = [message["role"] for message in rows[1]["messages"]]
     assert roles[:3] == ["system", "user", "assistant"] and "old" != rows[1]["messages"][2]["content"]
+
+
+def test_finished_answers_lie_in_row_order(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    rows = [{"row": row, "messages": [], "text": "one\u2028two\x85three\r\n"} for row in (3, 0, 10, 2)]
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    regenerate.in_row_order(out)
+    assert read(out) == sorted(rows, key=lambda row: row["row"])
 
 
 def test_an_interrupted_run_continues_after_the_last_whole_line(pair, chats, tmp_path):

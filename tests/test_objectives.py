@@ -49,13 +49,15 @@ def tokens_reached(accepted):
     return accepted if accepted == K else accepted + 1
 
 
-def by_loops(rollouts, per_token):
-    """Mean over rollouts of the mean over reachable tokens of ``per_token(w, g, i)``, with loops."""
+def by_loops(rollouts, per_token, per_state=None):
+    """Mean over rollouts of the sum over reachable tokens of ``per_token(w, g, i)`` plus the mean of ``per_state``."""
     found = []
     for w in range(W):
         for g in range(G):
             n = tokens_reached(int(rollouts.accepted[w, g]))
-            found.append(sum(per_token(w, g, i) for i in range(n)) / n)
+            found.append(sum(per_token(w, g, i) for i in range(n)))
+            if per_state is not None:
+                found[-1] = found[-1] + sum(per_state(w, g, i) for i in range(n)) / n
     return sum(found) / len(found)
 
 
@@ -71,8 +73,41 @@ def test_on_policy_gradient_equals_reinforce_written_out(temperature):
             for i in range(n):
                 score = -policy[w, g, i] / temperature
                 score[rollouts.draft_ids[w, g, i]] += 1 / temperature
-                expected[w, g, i] = -rollouts.advantages[w, g] * score / n / (W * G)
+                expected[w, g, i] = -rollouts.advantages[w, g] * score / (W * G)
     torch.testing.assert_close(gradient(rollouts), expected, atol=1e-14, rtol=1e-12)
+
+
+def test_expected_gradient_is_that_of_the_expected_reward():
+    """Over every pair of windows of 2 tokens from 3, E[d loss] = -(G - 1) / G * d E[R] / d logits, G = 2.
+
+    The drafter is a table of logits per prefix, the target accepts token 1, then token 2 after it. No step of the
+    objective is written out: the expected reward is a polynomial of the drafter's probabilities.
+    """
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()  # row 3: the empty prefix
+    windows = torch.tensor([(a, b) for a in range(3) for b in range(3)])  # (9, 2)
+    rewards = torch.tensor([0.0, 1.0, 5.0], dtype=torch.float64)  # of k = 0, 1, 2: deeper acceptance pays most
+    k = (windows == torch.tensor([1, 2])).long().cumprod(-1).sum(-1)
+    probs = table.softmax(-1)
+    chance = probs[3, windows[:, 0]] * probs[windows[:, 0], windows[:, 1]]  # (9,)
+    expected = torch.autograd.grad((chance * rewards[k]).sum(), table)[0]
+
+    first, second = (index.flatten() for index in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
+    members = torch.stack((first, second), 1)  # (81, 2)
+    logits = torch.stack((table[3].expand(9, -1), table[windows[:, 0]]), 1)  # (9, 2, 3)
+    found = torch.zeros_like(table)
+    for pair, likely in zip(members, (chance[first] * chance[second]).detach()):
+        rollouts = Rollouts(
+            draft_ids=windows[pair][None],
+            draft_logits=logits[pair][None],
+            old_logprobs=chosen_logprobs(logits[pair].detach(), windows[pair])[None],
+            target_logits=torch.zeros(1, 2, 2, 3, dtype=torch.float64),
+            advantages=(rewards[k[pair]] - rewards[k[pair]].mean())[None],
+            accepted=k[pair][None],
+            window_mask=torch.ones(1, dtype=torch.bool),
+        )
+        found += likely * torch.autograd.grad(ppow_loss(rollouts, CLIP, 0.0)[0], table, retain_graph=True)[0]
+    torch.testing.assert_close(found, -0.5 * expected, atol=1e-12, rtol=1e-10)
 
 
 def test_reinforce_with_autograd_agrees_too():
@@ -84,10 +119,10 @@ def test_reinforce_with_autograd_agrees_too():
     torch.testing.assert_close(gradient(rollouts), expected, atol=1e-14, rtol=1e-12)
 
 
-def test_on_policy_loss_is_minus_the_mean_advantage_and_nothing_is_clipped():
+def test_on_policy_loss_counts_the_advantage_once_per_token_and_nothing_is_clipped():
     rollouts = make()
     loss, metrics = ppow_loss(rollouts, CLIP, 0.0)
-    assert loss.item() == pytest.approx(-rollouts.advantages.mean().item())
+    assert loss.item() == pytest.approx(by_loops(rollouts, lambda w, g, i: -rollouts.advantages[w, g]).item())
     assert metrics["clipped"] == 0
 
 
@@ -101,10 +136,12 @@ def test_off_policy_value_and_gradient_by_loops():
     def per_token(w, g, i):
         a, r = rollouts.advantages[w, g], ratio[w, g, i]
         held = 1 - CLIP if r < 1 - CLIP else 1 + CLIP if r > 1 + CLIP else r
-        kl = sum(target[w, g, i, v].exp() * (target[w, g, i, v] - draft[w, g, i, v]) for v in range(D))
-        return -min(r * a, held * a, key=float) + 0.7 * kl
+        return -min(r * a, held * a, key=lambda value: value.item())
 
-    expected = by_loops(rollouts, per_token)
+    def per_state(w, g, i):
+        return 0.7 * sum(target[w, g, i, v].exp() * (target[w, g, i, v] - draft[w, g, i, v]) for v in range(D))
+
+    expected = by_loops(rollouts, per_token, per_state)
     loss, metrics = ppow_loss(rollouts, CLIP, 0.7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert 0 < metrics["clipped"] < 1
@@ -182,7 +219,8 @@ def test_anchor_vanishes_on_the_target_and_accepts_a_one_hot_one():
     one_hot[..., 2] = 0.0
     sure = dataclasses.replace(rollouts, target_logits=one_hot)
     # KL(one-hot || Q) = -log q of that token
-    expected = by_loops(rollouts, lambda w, g, i: -rollouts.draft_logits.detach().log_softmax(-1)[w, g, i, 2])
+    logprobs = rollouts.draft_logits.detach().log_softmax(-1)
+    expected = by_loops(rollouts, lambda w, g, i: 0.0, lambda w, g, i: -logprobs[w, g, i, 2])
     assert ppow_loss(sure, CLIP, 1.0)[1]["kl"].item() == pytest.approx(expected.item())
     assert torch.isfinite(gradient(sure, CLIP, 1.0)).all()
 

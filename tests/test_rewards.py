@@ -36,13 +36,12 @@ def test_accepted_sampling_by_hand():
     draft = torch.tensor([0.5, 0.25, 0.8]).log().expand(4, -1)
     target = torch.tensor([0.25, 0.5, 0.2]).log().expand(4, -1)
     coins = torch.tensor([[0.4, 0.99, 0.2], [0.4, 0.99, 0.3], [0.6, 0.0, 0.0], [0.5, 0.0, 0.0]])
-    tokens = torch.zeros(4, 3, dtype=torch.int64)
-    assert accepted_sampling(tokens, draft, target, coins).tolist() == [3, 2, 0, 0]
+    assert accepted_sampling(draft, target, coins).tolist() == [3, 2, 0, 0]
 
 
 def test_accepted_sampling_never_accepts_what_the_target_excludes():
     zero = torch.tensor([[0.0]])
-    assert accepted_sampling(zero.long(), zero, torch.tensor([[-torch.inf]]), zero).tolist() == [0]
+    assert accepted_sampling(zero, torch.tensor([[-torch.inf]]), zero).tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -50,7 +49,7 @@ def test_accepted_is_int64(dtype):
     tokens = torch.zeros(2, 3, dtype=dtype)
     logprobs = torch.zeros(2, 3)
     assert accepted_greedy(tokens, tokens).dtype == torch.int64
-    assert accepted_sampling(tokens, logprobs, logprobs, logprobs).dtype == torch.int64
+    assert accepted_sampling(logprobs, logprobs, logprobs).dtype == torch.int64
 
 
 def test_expected_accepted_length_of_rejection_sampling():
@@ -65,7 +64,7 @@ def test_expected_accepted_length_of_rejection_sampling():
         below = torch.tensor(sides)
         chance = torch.where(below, ratio, 1 - ratio).prod(-1) * DRAFTED.prod(-1)  # (27,)
         coins = torch.where(below, ratio / 2, (ratio + 1) / 2)
-        k = accepted_sampling(WINDOWS, DRAFTED.log(), WANTED.log(), coins)
+        k = accepted_sampling(DRAFTED.log(), WANTED.log(), coins)
         possible = chance > 0
         expected_k += float((chance * k)[possible].sum())
     # Pr(k >= j) by the path: sum over x_1..x_j of prod min(p, q)
@@ -89,7 +88,7 @@ def test_expected_accepted_length_of_rejection_sampling_without_memory():
     coins = torch.cartesian_prod(grid, grid, grid)  # (60^3, 3)
     expected_k = 0.0
     for window in range(27):
-        rows = [t[window].expand(len(coins), -1) for t in (WINDOWS, drafted.log(), wanted.log())]
+        rows = [t[window].expand(len(coins), -1) for t in (drafted.log(), wanted.log())]
         expected_k += float(drafted[window].prod() * accepted_sampling(*rows, coins).double().mean())
     a = [0.5 + 0.2 + 0.1, 1.0, 0.2 + 0.0 + 0.2]  # sum min(p, q)
     assert expected_k == pytest.approx(a[0] + a[0] * a[1] + a[0] * a[1] * a[2], abs=1e-9)
@@ -152,8 +151,6 @@ def test_group_advantages_by_hand():
     rewards = torch.tensor([[0.0, 2.0, 4.0]])
     assert group_advantages(rewards, normalize=False).tolist() == [[-2, 0, 2]]
     torch.testing.assert_close(group_advantages(rewards), torch.tensor([[-1.2247449, 0.0, 1.2247449]]))
-    # with epsilon = 1 the divisor is 2.63299
-    torch.testing.assert_close(group_advantages(rewards, epsilon=1.0), torch.tensor([[-0.7595918, 0.0, 0.7595918]]))
 
 
 def test_advantages_sum_to_zero_in_each_group():
@@ -176,16 +173,6 @@ def test_groups_of_equal_rewards_teach_exactly_nothing(size, normalize):
     assert not group_advantages(rewards, normalize).any()
 
 
-def test_advantages_are_clamped():
-    # one success among 101: (1 - 1/101) / sqrt(1/101 * 100/101) = sqrt(100) = 10
-    rewards = torch.zeros(1, 101)
-    rewards[0, 3] = 1
-    assert group_advantages(rewards)[0, 3].item() == 5.0
-    assert group_advantages(rewards, limit=20.0)[0, 3].item() == pytest.approx(10.0, rel=1e-4)
-    # among 26 it is sqrt(25) = 5: up to this size the clamp never acts
-    assert group_advantages(rewards[:, :26], limit=20.0)[0, 3].item() <= 5.0
-
-
 def test_reachable_by_hand():
     # the accepted ones and the first rejected one; all of them when none was rejected
     found = reachable(torch.tensor([[0, 1], [2, 3]]), 3).int()
@@ -202,7 +189,7 @@ def zeros(*shape):
         (lambda: accepted_greedy(zeros(2, 3), zeros(2, 4)), "one shape"),
         (lambda: accepted_greedy(zeros(2, 3), zeros(3)), "one shape"),
         (lambda: accepted_greedy(torch.tensor(1), torch.tensor(1)), "one shape"),
-        (lambda: accepted_sampling(zeros(2, 3), zeros(2, 3), zeros(2, 3), zeros(2, 1)), "coins"),
+        (lambda: accepted_sampling(zeros(2, 3), zeros(2, 3), zeros(2, 1)), "coins"),
         (lambda: proximity_reward(zeros(2), zeros(2, 3), zeros(2, 4), 1.0, 1.0), "one shape"),
         (lambda: proximity_reward(zeros(3), zeros(2, 3), zeros(2, 3), 1.0, 1.0), r"accepted \(\.\.\)"),
         (lambda: group_advantages(zeros(4, 1)), "at least 2 rollouts"),

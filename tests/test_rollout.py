@@ -113,13 +113,14 @@ def test_forest_verification_equals_one_forward_per_window(sliding, max_forest_n
     target, drafter = make_pair(sliding)
     config = make_config(max_forest_nodes=max_forest_nodes)
     batch = make_batch()
-    reading = target.read(batch.input_ids, keep_cache=True)
-    rows = torch.tensor([[0, 3, 3, 14], [2, 9, 15, 6]])
-    tokens = torch.randint(1, 32, (2, 4, 4), generator=torch.Generator().manual_seed(5))
+    reading = target.read(batch.input_ids, room=64)
+    starts = torch.tensor([[0, 14], [2, 9]])
+    rows = starts.repeat_interleave(config.group_size, dim=1)
+    tokens = torch.randint(1, 32, (*rows.shape, 4), generator=torch.Generator().manual_seed(5))
     columns = drafter.draft_columns()
-    argmax, chosen, logits = stage2.verify(config, target, reading, rows, tokens, columns)
+    argmax, chosen, logits = stage2.verify(config, target, reading, starts, tokens, columns)
     for text in range(2):
-        for row in range(4):
+        for row in range(rows.shape[1]):
             start = int(rows[text, row])
             whole = torch.cat((batch.input_ids[text, : start + 2], tokens[text, row]))[None]
             plain = target.model(whole).logits[0, start + 1 : start + 5].float()
@@ -132,9 +133,9 @@ def test_forest_verification_equals_one_forward_per_window(sliding, max_forest_n
 def test_argmax_window_equals_greedy_generation():
     target, _ = make_pair()
     batch = make_batch()
-    reading = target.read(batch.input_ids, keep_cache=True)
+    reading = target.read(batch.input_ids, room=64)
     starts = torch.tensor([[1, 6], [4, 13]])
-    found = stage2.argmax_window_logprobs(target, reading, batch, starts, 4)
+    found = stage2.argmax_window_logprobs(target, reading, batch, starts, torch.ones_like(starts, dtype=torch.bool), 4)
     for text in range(2):
         for window in range(2):
             prefix = batch.input_ids[text : text + 1, : int(starts[text, window]) + 2]
@@ -150,16 +151,16 @@ def test_argmax_window_is_read_off_a_greedy_text():
     target, _ = make_pair()
     ids = target.model.generate(torch.tensor([[7, 3, 9]]), max_new_tokens=20, do_sample=False)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([ids.shape[1]]), seed=0)
-    reading = target.read(ids, keep_cache=True)
+    reading = target.read(ids, room=64)
     starts = torch.tensor([[3, 8]])
     calls = []
     forward = target.continue_windows
     target.continue_windows = lambda *a: calls.append(1) or forward(*a)
-    quick = stage2.argmax_window_logprobs(target, reading, batch, starts, 4)
+    quick = stage2.argmax_window_logprobs(target, reading, batch, starts, torch.ones_like(starts, dtype=torch.bool), 4)
     assert not calls
     other = Batch(ids.clone(), batch.loss_mask, batch.lengths, seed=0)
     other.input_ids[0, 6] = (ids[0, 6] + 1) % 32  # only the comparison sees the change: the reading is the same
-    slow = stage2.argmax_window_logprobs(target, reading, other, starts, 4)
+    slow = stage2.argmax_window_logprobs(target, reading, other, starts, torch.ones_like(starts, dtype=torch.bool), 4)
     assert calls
     torch.testing.assert_close(quick, slow, atol=1e-5, rtol=1e-5)
 

@@ -134,29 +134,27 @@ def chi_square(observed, expected):
     return float(((observed.double() - expected) ** 2 / expected).sum())
 
 
-def draw_pairs(priority, adaptive, exponent=1.0, rows=20000):
+def draw_pairs(priority, adaptive, rows=20000):
     """Two windows of each of many equal texts of four positions, the third of which starts no window."""
     exists = torch.tensor([True, True, False, True]).expand(rows, -1)
     many = None if priority is None else torch.tensor(priority).expand(rows, -1)
-    starts, mask = sample_windows(many, exists, 2, generator(11), adaptive, exponent)
+    starts, mask = sample_windows(many, exists, 2, generator(11), adaptive)
     assert mask.all()
     return torch.bincount(starts[:, 0] * 4 + starts[:, 1], minlength=16).reshape(4, 4)
 
 
 @pytest.mark.parametrize(
-    ("priority", "adaptive", "exponent", "weights"),
+    ("priority", "adaptive", "weights"),
     [
-        (None, False, 1.0, {0: 1, 1: 1, 3: 1}),
-        ([1.0, 2.0, 50.0, 5.0], False, 1.0, {0: 1, 1: 1, 3: 1}),  # before the switch priorities do not matter
-        ([1.0, 2.0, 50.0, 5.0], True, 1.0, {0: 1, 1: 2, 3: 5}),
-        ([1.0, 2.0, 50.0, 5.0], True, 2.0, {0: 1, 1: 4, 3: 25}),
-        ([1.0, 2.0, 50.0, 5.0], True, 0.0, {0: 1, 1: 1, 3: 1}),
-        ([0.0, 0.0, 0.0, 0.0], True, 1.0, {0: 1, 1: 1, 3: 1}),
+        (None, False, {0: 1, 1: 1, 3: 1}),
+        ([1.0, 2.0, 50.0, 5.0], False, {0: 1, 1: 1, 3: 1}),  # before the switch priorities do not matter
+        ([1.0, 2.0, 50.0, 5.0], True, {0: 1, 1: 2, 3: 5}),
+        ([0.0, 0.0, 0.0, 0.0], True, {0: 1, 1: 1, 3: 1}),
     ],
 )
-def test_frequencies_follow_the_priorities(priority, adaptive, exponent, weights):
+def test_frequencies_follow_the_priorities(priority, adaptive, weights):
     """Pr(first i, then j) = w_i / sum w * w_j / (sum w - w_i): 6 outcomes, 5 degrees of freedom."""
-    counts = draw_pairs(priority, adaptive, exponent)
+    counts = draw_pairs(priority, adaptive)
     total = sum(weights.values())
     pairs = [(i, j) for i in weights for j in weights if i != j]
     expected = torch.tensor([20000 * weights[i] / total * weights[j] / (total - weights[i]) for i, j in pairs])
@@ -196,16 +194,15 @@ def test_bad_distributions_and_windows(call, message):
 
 
 @pytest.mark.parametrize(
-    ("priority", "exists", "count", "adaptive", "exponent", "message"),
+    ("priority", "exists", "count", "adaptive", "message"),
     [
-        (torch.ones(2, 3), torch.ones(2, 3), 1, True, 1.0, "exists must be bool"),
-        (torch.ones(3), torch.ones(3, dtype=torch.bool), 1, True, 1.0, r"exists must be bool \(B, T\)"),
-        (torch.ones(2, 4), torch.ones(2, 3, dtype=torch.bool), 1, True, 1.0, "needs a priority of shape"),
-        (None, torch.ones(2, 3, dtype=torch.bool), 1, True, 1.0, "got None"),
-        (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), 0, True, 1.0, "count=0"),
-        (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), 1, True, -1.0, "exponent=-1.0"),
+        (torch.ones(2, 3), torch.ones(2, 3), 1, True, "exists must be bool"),
+        (torch.ones(3), torch.ones(3, dtype=torch.bool), 1, True, r"exists must be bool \(B, T\)"),
+        (torch.ones(2, 4), torch.ones(2, 3, dtype=torch.bool), 1, True, "needs a priority of shape"),
+        (None, torch.ones(2, 3, dtype=torch.bool), 1, True, "got None"),
+        (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), 0, True, "count=0"),
     ],
 )
-def test_bad_draws(priority, exists, count, adaptive, exponent, message):
+def test_bad_draws(priority, exists, count, adaptive, message):
     with pytest.raises(ValueError, match=message):
-        sample_windows(priority, exists, count, generator(), adaptive, exponent)
+        sample_windows(priority, exists, count, generator(), adaptive)

@@ -70,6 +70,16 @@ class SupervisedConfig(TrainingConfig):
     num_attention_heads: int | None = option("its attention heads; none: the target's", None, at_least=1)
     num_key_value_heads: int | None = option("its key-value heads; none: the target's", None, at_least=1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.drafter is None:
+            return
+        shape = ("draft_vocab_size", "num_layers", "taps", "hidden_size", "intermediate_size", "num_attention_heads")
+        fresh = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in (*shape, "num_key_value_heads") if getattr(self, name) != fresh[name]]
+        if given:
+            raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReinforceConfig(TrainingConfig):
@@ -103,7 +113,7 @@ class ReinforceConfig(TrainingConfig):
     verify_cost: float = option(
         "cost of verifying a window over one target step, for the throughput reward (ours)", 1.0, above=0
     )
-    proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 1.0, at_least=0)
+    proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
     proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
     normalize_advantages: bool = option("divide advantages by the group's standard deviation (ours)", True)
     clip_range: float = option("clipping of the policy ratio (ours)", 0.2, above=0, below=1)
@@ -115,6 +125,13 @@ class ReinforceConfig(TrainingConfig):
             raise ValueError(
                 f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
                 f"{self.window_size} tokens; raise it to {self.group_size * self.window_size} or more."
+            )
+        throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
+        first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput
+        if self.proximity_bonus >= first:
+            raise ValueError(
+                f"proximity_bonus={self.proximity_bonus} must stay below {first:.3g}, what the first accepted token "
+                "earns; otherwise a rejected window is worth more than an accepted one."
             )
 
 
@@ -159,6 +176,9 @@ class DraftingConfig(Config):
     tree_depth: int | None = option("depth of the draft tree", None, at_least=1)
     tree_top_k: int | None = option("branches kept per level of the tree", None, at_least=1)
     tree_nodes: int | None = option("drafted nodes verified per step", None, at_least=1)
+    draft_threshold: float | None = option(
+        "end a chain once its joint draft probability is below this; none: the drafter's own", None, at_least=0, below=1
+    )
     threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
 
     def __post_init__(self):
@@ -166,8 +186,8 @@ class DraftingConfig(Config):
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(tree) and not all(tree):
             raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
-        if self.window_size is not None and any(tree):
-            raise ValueError("window_size is for chains and tree_* for trees: give one of the two.")
+        if (self.window_size is not None or self.draft_threshold is not None) and any(tree):
+            raise ValueError("window_size and draft_threshold are for chains, tree_* for trees: give one of the two.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +225,7 @@ class DemoConfig(DraftingConfig):
     max_new_tokens: int = option("tokens per answer", 128, at_least=1)
     temperature: float = option("0 is greedy", 0.0, at_least=0)
     repetitions: int = option("timed runs per prompt", 1, at_least=1)
+    output: str | None = option("write the figures to this .json file", None)
     seed: int = option("seed of the sampling", 0, at_least=0)
 
     def __post_init__(self):

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import PretrainConfig, parse_group
 from .data import load_rows
+from .files import write_json
 
 END_OF_TEXT, IM_START, IM_END, PAD = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 # ChatML. The generation block tells which tokens are answers; the end-of-turn token is one, the model has to say it.
@@ -174,7 +175,7 @@ def read_python(packages: list[str], max_chars: float, rng: random.Random) -> tu
 
 
 def package_licence(name: str) -> str:
-    """The licence that an installed distribution declares: its SPDX expression, else its classifiers."""
+    """The licence that an installed distribution declares: SPDX expression, else classifiers, else free text."""
     try:
         meta = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
@@ -182,7 +183,8 @@ def package_licence(name: str) -> str:
             f"Package {name!r} is not installed; pip install it or drop it from --python-packages."
         ) from None
     classifiers = [line for line in meta.get_all("Classifier") or [] if line.startswith("License ::")]
-    return meta.get("License-Expression") or " / ".join(line.split(" :: ")[-1] for line in classifiers)
+    named = " / ".join(line.split(" :: ")[-1] for line in classifiers)
+    return meta.get("License-Expression") or named or (meta.get("License") or "").partition("\n")[0]
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -242,10 +244,3 @@ def write_tokens(rows: list[dict], tokenizer, path: Path) -> int:
         os.fsync(file.fileno())
     os.replace(partial, path)
     return total
-
-
-def write_json(path: Path, content) -> None:
-    """Write ``content`` beside ``path`` and move it there."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -94,10 +94,20 @@ def _opener(path: Path):
 
 
 def _read_dataset(source: str, split: str) -> Iterator[tuple[str, dict]]:
-    import datasets
-
-    for index, row in enumerate(datasets.load_dataset(source, split=split)):
+    for index, row in enumerate(load_hub_dataset(source, split=split)):
         yield f"{source}[{split}] row {index}", {key: value for key, value in row.items() if value is not None}
+
+
+def load_hub_dataset(source: str, *args, **kwargs):
+    """``datasets.load_dataset``, an optional need of those who read from the Hub."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{source!r} is no local file or folder, and reading it from the Hub needs the package datasets: "
+            "pip install datasets, or name local .jsonl files."
+        ) from None
+    return datasets.load_dataset(source, *args, **kwargs)
 
 
 def _check_row(row: dict, place: str) -> None:
@@ -117,16 +127,13 @@ def _check_row(row: dict, place: str) -> None:
 # -- tokens and the loss mask ------------------------------------------------------------------------------------------
 
 
-def encode(
-    rows: Sequence[dict], tokenizer, max_length: int, only_answers: bool = True, drop_long: bool = False
-) -> list[Example]:
+def encode(rows: Sequence[dict], tokenizer, max_length: int, drop_long: bool = False) -> list[Example]:
     """Tokenize rows and mark the tokens to learn from.
 
     Args:
         rows: as :func:`load_rows` gives them.
         tokenizer: the target's; rows with ``messages`` need its chat template.
         max_length: tokens kept from the start of a row.
-        only_answers: False masks every token of a chat, not only the answers. ``text`` is always masked as a whole.
         drop_long: leave out rows whose first answer starts beyond ``max_length`` instead of raising.
 
     Returns:
@@ -137,7 +144,7 @@ def encode(
     """
     examples = []
     for index, row in enumerate(tqdm(rows, desc="tokenizing", unit="row", disable=None, leave=False)):
-        example = _encode_row(row, tokenizer, only_answers, f"row {index}")
+        example = _encode_row(row, tokenizer, f"row {index}")
         if not any(example.loss_mask):
             raise ValueError(
                 f"row {index} has no answer token to learn from (its loss mask is all zero). A chat needs an "
@@ -157,17 +164,17 @@ def encode(
     return examples
 
 
-def _encode_row(row: dict, tokenizer, only_answers: bool, place: str) -> Example:
+def _encode_row(row: dict, tokenizer, place: str) -> Example:
     if "messages" not in row:
         ids = tokenizer(row["text"])["input_ids"]
         return Example(ids, [1] * len(ids))
     messages = row["messages"]
     try:
-        if only_answers and GENERATION_BLOCK.search(tokenizer.get_chat_template()):
+        if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
             encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return Example(encoded["input_ids"], encoded["assistant_masks"])
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = answer_spans(text, messages, tokenizer, place) if only_answers else [(0, len(text))]
+        spans = answer_spans(text, messages, tokenizer, place)
     except TemplateError as error:
         raise ValueError(f"{place}: the tokenizer's chat template refuses this conversation ({error}).") from None
     if not tokenizer.is_fast:

@@ -38,6 +38,9 @@ def main(config: DemoConfig) -> None:
 
     from ppow import PPOWDrafter
 
+    from . import provenance
+    from .evaluate import drafting_options, generation_configs
+    from .files import write_json
     from .prompts import load_prompts
 
     if config.threads:
@@ -52,14 +55,15 @@ def main(config: DemoConfig) -> None:
     target.to(device)
     drafter.to(device)
 
-    plain, ours = generation_configs(target, config)
+    drafting = drafting_options(config)
+    plain, ours = generation_configs(target, config.temperature, config.max_new_tokens, drafting)
     print(
         f"target {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters,",
         end=" ",
     )
     print(f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n")
     warm_up(target, drafter, tokenizer, plain, ours)
-    speedups, differing = [], 0
+    answers = []
     for question in questions[: config.limit]:
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -69,26 +73,15 @@ def main(config: DemoConfig) -> None:
         torch.manual_seed(config.seed)
         shown = {"attention_mask": torch.ones_like(ids), "assistant_model": drafter, "streamer": streamer}
         target.generate(ids, generation_config=ours, **shown)
-        speedup, same = compare(target, drafter, ids, plain, ours, config)
-        speedups.append(speedup)
-        differing += not same
+        answers.append({"prompt": question, **race(target, drafter, ids, plain, ours, config)})
+    speedups = [answer["speedup"] for answer in answers]
+    if config.output:
+        write_json(Path(config.output), {"answers": answers, **provenance.record("demo", config)})
     spread = f"{min(speedups):.2f}x to {max(speedups):.2f}x"
     print(f"median speedup {statistics.median(speedups):.2f}x over {len(speedups)} prompts ({spread})")
-    if differing:
+    differing = sum(not answer["identical"] for answer in answers)
+    if differing and config.temperature == 0:
         raise ValueError(f"{differing} answers differ from the plain target's; this must not happen at temperature 0.")
-
-
-def generation_configs(target, config: DemoConfig):
-    """Generation configs of the two systems."""
-    from transformers import GenerationConfig
-
-    sampling = {"do_sample": False}
-    if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-    settings = target.generation_config.to_diff_dict() | sampling | {"max_new_tokens": config.max_new_tokens}
-    names = ("window_size", "tree_depth", "tree_top_k", "tree_nodes")
-    drafting = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return GenerationConfig(**settings), GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
 
 
 def warm_up(target, drafter, tokenizer, plain, ours) -> None:
@@ -100,8 +93,8 @@ def warm_up(target, drafter, tokenizer, plain, ours) -> None:
         timed(target, 0, ids, generation_config=ours, assistant_model=drafter)
 
 
-def compare(target, drafter, ids, plain, ours, config: DemoConfig) -> tuple[float, bool]:
-    """Time both systems in turns and print the line of one prompt: -> (speedup, identical)."""
+def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
+    """Time both systems in turns and print the line of one prompt: -> its figures."""
     import torch
 
     from .evaluate import timed
@@ -116,15 +109,15 @@ def compare(target, drafter, ids, plain, ours, config: DemoConfig) -> tuple[floa
         fast.append((out.sequences.shape[1] - ids.shape[1]) / seconds)
     plain_rate, rate = statistics.median(slow), statistics.median(fast)
     same = torch.equal(expected, out.sequences)
-    answer = "identical: yes" if same else "identical: NO"
-    if config.temperature > 0:
-        same, answer = True, "sampled from the same distribution"
+    answer = f"identical: {'yes' if same else 'NO'}" if config.temperature == 0 else "sampled from one distribution"
+    length = out.acceptance.acceptance_length
     print(
         f"  plain {plain_rate:.0f} tokens/s, with drafter {rate:.0f} tokens/s, speedup {rate / plain_rate:.2f}x, "
-        f"acceptance length {out.acceptance.acceptance_length:.2f}, {answer}\n"
+        f"acceptance length {length:.2f}, {answer}\n"
     )
     sys.stdout.flush()
-    return rate / plain_rate, same
+    figures = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
+    return {**figures, "acceptance_length": length, "identical": same}
 
 
 def bundled(part: str) -> Path:

@@ -9,8 +9,7 @@ means; the acceptance length is pooled over all verifications, bonus included. I
 over prompts.
 """
 
-import json
-import os
+import dataclasses
 import random
 import time
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ppow import PPOWDrafter
+from ppow.drafting_ppow import DraftOptions
 
 from . import provenance
-from .config import EvaluateConfig
+from .config import DraftingConfig, EvaluateConfig
+from .files import write_json
 from .prompts import load_prompts
 
 
@@ -32,12 +33,14 @@ class Sample:
     """One prompt answered by both systems.
 
     Attributes:
+        prompt: number of the prompt; the turns and repetitions of one prompt belong together.
         plain_tokens, plain_seconds: of stock ``generate``; tokens, seconds: with the drafter.
         gained, accepted, drafted: per verification, as in :class:`ppow.transcript_ppow.Acceptance`.
         identical: whether the ids are the same (meaningful at temperature 0 only).
         loops: whether the answer ends in an exact repetition.
     """
 
+    prompt: int
     plain_tokens: int
     plain_seconds: float
     tokens: int
@@ -58,16 +61,15 @@ def main(config: EvaluateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
     drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=dtype).to(device)
-    names = ("window_size", "tree_depth", "tree_top_k", "tree_nodes")
-    drafting = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    drafting = drafting_options(config)
 
     results = {}
     for name, chosen in prompts.items():
         for temperature in config.temperatures:
             samples = measure(target, tokenizer, drafter, chosen, config, temperature, drafting, name)
             results[f"{Path(name).stem} T={temperature:g}"] = summarize(samples, config.bootstrap, config.seed)
-    drafted = drafting or drafter.generation_config.to_diff_dict()
-    record = {"results": results, "drafting": drafted, **provenance.record("evaluate", config)}
+    options = DraftOptions.resolve(GenerationConfig(**drafting), drafter.generation_config)
+    record = {"results": results, "drafting": dataclasses.asdict(options), **provenance.record("evaluate", config)}
     write_json(Path(config.output_dir) / "metrics.json", record)
     print(table(results))
     plot(results, Path(config.output_dir) / "acceptance.png")
@@ -77,20 +79,34 @@ def measure(
     target, tokenizer, drafter, prompts, config, temperature: float, drafting: dict, title: str
 ) -> list[Sample]:
     """Answer every prompt (and the second turns of two-turn ones) with both systems."""
+    plain, ours = generation_configs(target, temperature, config.max_new_tokens, drafting)
+    work = [
+        (number, ids)
+        for number, prompt in enumerate(prompts)
+        for ids in turns(target, tokenizer, prompt, config.max_new_tokens)
+    ]
+    samples = []
+    for number, ids in work[: config.warmup]:
+        compare(target, drafter, number, ids, plain, ours, config.seed)
+    for repetition in range(config.repetitions):
+        for i, (number, ids) in enumerate(tqdm(work, desc=f"{title} T={temperature:g}", leave=False)):
+            samples.append(compare(target, drafter, number, ids, plain, ours, config.seed + 1000 * repetition + i))
+    return samples
+
+
+def drafting_options(config: DraftingConfig) -> dict:
+    """The drafting options that a command was given."""
+    names = (field.name for field in dataclasses.fields(DraftOptions))
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def generation_configs(target, temperature: float, max_new_tokens: int, drafting: dict):
+    """Generation configs of the plain target and of the target with a drafter."""
     sampling = {"do_sample": False}
     if temperature > 0:  # the target's own distribution, without truncation by top-k or top-p
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    settings = target.generation_config.to_diff_dict() | sampling | {"max_new_tokens": config.max_new_tokens}
-    plain = GenerationConfig(**settings)
-    ours = GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
-    work = [ids for prompt in prompts for ids in turns(target, tokenizer, prompt, config.max_new_tokens)]
-    samples = []
-    for ids in work[: config.warmup]:
-        compare(target, drafter, ids, plain, ours, config.seed)
-    for repetition in range(config.repetitions):
-        for i, ids in enumerate(tqdm(work, desc=f"{title} T={temperature:g}", leave=False)):
-            samples.append(compare(target, drafter, ids, plain, ours, config.seed + 1000 * repetition + i))
-    return samples
+    settings = target.generation_config.to_diff_dict() | sampling | {"max_new_tokens": max_new_tokens}
+    return GenerationConfig(**settings), GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
 
 
 def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
@@ -109,7 +125,7 @@ def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
     return found
 
 
-def compare(target, drafter, ids, plain, ours, seed: int) -> Sample:
+def compare(target, drafter, prompt: int, ids, plain, ours, seed: int) -> Sample:
     """One prompt, stock generate and then the drafter."""
     mask = torch.ones_like(ids)
     expected, plain_seconds = timed(target, seed, ids, attention_mask=mask, generation_config=plain)
@@ -117,6 +133,7 @@ def compare(target, drafter, ids, plain, ours, seed: int) -> Sample:
     figures = out.acceptance
     answer = out.sequences[0, ids.shape[1] :].tolist()
     return Sample(
+        prompt,
         expected.shape[1] - ids.shape[1],
         plain_seconds,
         len(answer),
@@ -156,10 +173,11 @@ def ends_in_a_loop(tokens: list[int], repeats: int = 3, longest: int = 24) -> bo
 
 
 def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
-    """Figures of one prompt set, each interval [low, high] at 95%."""
+    """Figures of one prompt set, each interval [low, high] at 95%; ``samples`` counts turns and repetitions."""
     straight = [s for s in samples if not s.loops]
     return {
-        "prompts": len(samples),
+        "prompts": len({s.prompt for s in samples}),
+        "samples": len(samples),
         "acceptance_length": acceptance_length(samples),
         "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
         "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
@@ -200,9 +218,13 @@ def speedup(samples: list[Sample]) -> float:
 
 
 def interval(samples: list[Sample], figure, resamples: int, seed: int) -> list[float]:
-    """95% percentile bootstrap over prompts."""
-    draw = random.Random(seed)
-    values = sorted(figure(draw.choices(samples, k=len(samples))) for _ in range(resamples))
+    """95% percentile bootstrap over prompts, each with all its samples."""
+    draw, prompts = random.Random(seed), {}
+    for sample in samples:
+        prompts.setdefault(sample.prompt, []).append(sample)
+    groups = list(prompts.values())
+    drawn = ([s for group in draw.choices(groups, k=len(groups)) for s in group] for _ in range(resamples))
+    values = sorted(map(figure, drawn))
     return [values[int(0.025 * resamples)], values[min(resamples - 1, int(0.975 * resamples))]]
 
 
@@ -212,14 +234,14 @@ def table(results: dict) -> str:
     columns += ["speedup (95%)", "identical"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, r in results.items():
-        straight = r["acceptance_length_without_loops"]
+        straight, sampled = r["acceptance_length_without_loops"], not name.endswith("T=0")
         low, high = r["acceptance_length_95"]
         slow, fast = r["speedup_95"]
         lines.append(
             f"| {name} | {r['prompts']} | {r['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) "
             f"| {'-' if straight is None else f'{straight:.2f}'} | {r['plain_tokens_per_second']:.0f} "
             f"| {r['tokens_per_second']:.0f} | {r['speedup']:.2f}x ({slow:.2f}-{fast:.2f}) "
-            f"| {r['identical']} of {r['prompts']} |"
+            f"| {'-' if sampled else str(r['identical']) + ' of ' + str(r['samples'])} |"
         )
     return "\n".join(lines)
 
@@ -242,10 +264,3 @@ def plot(results: dict, path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def write_json(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -5,7 +5,7 @@ A stage is a plain loop in its own module:
     trainer = Trainer(config, drafter, examples, pad_id)
     for step in trainer.steps():
         batches = trainer.batches(step)
-        metrics = trainer.update([lambda b=b: loss(b) for b in batches])
+        metrics = trainer.update(step, [lambda b=b: loss(b) for b in batches])
         trainer.record(step, metrics)
 
 Everything random follows from (seed, step, micro step), never from a generator's state, so a run that was killed and
@@ -14,7 +14,6 @@ resumed takes exactly the steps of one that was not.
 
 import contextlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from . import checkpoints, provenance
 from .data import batch_indices, collate
+from .files import move_in
 from .metrics import MetricsLog
 
 # May differ between a run and its continuation: they do not change what is computed.
@@ -122,7 +122,8 @@ class Trainer:
             if step % config.save_every == 0 or step == config.steps:
                 self._save(step)
         self.bar.close()
-        if self.accelerator.is_main_process:
+        finished_before = self.first_step == config.steps and (self.folder / "config.json").exists()
+        if self.accelerator.is_main_process and not finished_before:
             save_drafter(self.drafter, self.folder, config.dtype)
             self.log.close()
         self.accelerator.wait_for_everyone()
@@ -157,6 +158,8 @@ class Trainer:
 
     def update(self, step: int, losses: list[Callable[[], tuple[torch.Tensor, dict]]]) -> dict:
         """One optimizer step over the mean of ``losses`` (each -> loss, metrics), averaged over processes.
+
+        The gradient's norm is clipped to ``max_grad_norm``.
 
         Raises:
             ValueError: when the loss or the gradient is not finite; the drafter is left as it was.
@@ -231,19 +234,14 @@ def learning_rate(config, step: int) -> float:
 
 
 def save_drafter(drafter, folder: Path, dtype: str) -> None:
-    """Write the drafter in ``dtype``, in shards below 16 MB, leaving the one in memory as it is.
-
-    Files are written beside their place and moved there, config.json last: a folder with a config is complete.
-    """
+    """Write the drafter in ``dtype``, in shards below 16 MB, leaving the one in memory as it is."""
     weights = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in drafter.state_dict().items()}
-    drafter.config.dtype = getattr(torch, dtype)
+    own_dtype, drafter.config.dtype = drafter.config.dtype, getattr(torch, dtype)
     partial = folder / ".unfinished-drafter"
     shutil.rmtree(partial, ignore_errors=True)
-    (folder / "config.json").unlink(missing_ok=True)
     drafter.save_pretrained(partial, state_dict=weights, max_shard_size="15MB")
-    for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(file, folder / file.name)
-    partial.rmdir()
+    drafter.config.dtype = own_dtype
+    move_in(partial, folder)
 
 
 def _number(value):

@@ -39,11 +39,13 @@ class Rollouts:
 def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy objective plus the target-anchored KL term.
 
-    -mean over rollouts of mean over reachable tokens of min(r * A, clip(r, 1 - c, 1 + c) * A), with the per-token ratio
-    r = pi / pi_old, plus kl_coef * KL(P || Q) averaged the same way, P the target.
+    -mean over rollouts of the sum over reachable tokens of min(r * A, clip(r, 1 - c, 1 + c) * A), with the per-token
+    ratio r = pi / pi_old, plus kl_coef times the mean over rollouts of the mean over reachable states of KL(P || Q), P
+    the target. On policy, the first term's gradient is that of the expected reward: a mean over a rollout's tokens
+    would weigh long accepted prefixes less than the reward does, and past the second or third token turn against them.
 
     From the paper (PPOW, arXiv 2605.14978, as summarised): group-relative advantages, PPO-style clipping, the anchor on
-    the target. Ours: per-token ratios, reachable tokens only (:func:`reachable`) for both terms, the means, the
+    the target. Ours: per-token ratios, reachable tokens only (:func:`reachable`) for both terms, sum and mean, the
     direction of the KL, which always compares the two at temperature 1.
 
     Args:
@@ -65,7 +67,8 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
     # only the n reachable states are looked at: less memory, and nothing that lies elsewhere can leak into a gradient
     states = reach.nonzero(as_tuple=True)
     logits = _full_precision(rollouts.draft_logits[states])  # (n, D)
-    weights = _rollout_weights(reach, rollouts.window_mask, logits.dtype)[states]  # (n,)
+    count = (rollouts.window_mask.sum() * reach.shape[1]).clamp(min=1)  # rollouts that exist
+    share = (1 / reach.sum(-1).clamp(min=1).to(logits.dtype))[states[:2]] / count  # (n,) of the mean over states
     advantage = rollouts.advantages[..., None].expand(reach.shape)[states]  # (n,)
 
     draft = logits.log_softmax(-1)
@@ -73,25 +76,19 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
     chosen = policy.gather(-1, rollouts.draft_ids[states][:, None])[:, 0]
     ratio = (chosen - rollouts.old_logprobs[states]).exp()
     free, clipped = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
-    policy_loss = -(weights * torch.minimum(free, clipped)).sum()
+    policy_loss = -torch.minimum(free, clipped).sum() / count
 
     target = _full_precision(rollouts.target_logits[states]).log_softmax(-1)
     kl = (target.exp() * (target.clamp(min=-1e4) - draft)).sum(-1)  # KL(P || Q); the clamp keeps 0 * log 0 at 0
-    anchor = (weights * kl).sum()
+    anchor = (share * kl).sum()
     with torch.no_grad():
         metrics = {
             "policy_loss": policy_loss.detach(),
             "kl": anchor.detach(),
             "clipped": (free > clipped).sum() / max(1, len(ratio)),
-            "draft_entropy": -(weights * (draft.exp() * draft).sum(-1)).sum(),
+            "draft_entropy": -(share * (draft.exp() * draft).sum(-1)).sum(),
         }
     return policy_loss + kl_coef * anchor, metrics
-
-
-def _rollout_weights(reach: torch.Tensor, window_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(W, G, K): weights that make a sum the mean over a rollout's reachable tokens, then over existing rollouts."""
-    per_rollout = reach.sum(-1, keepdim=True).clamp(min=1)
-    return reach.to(dtype) / per_rollout / (window_mask.sum() * reach.shape[1]).clamp(min=1)
 
 
 def _full_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ that is spent, so a run always ends at rate zero. A run that was killed goes on 
 
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -22,13 +21,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from . import checkpoints, provenance
 from .config import PretrainConfig
-from .corpus import END_OF_TEXT, IM_END, prepare, write_json
+from .corpus import END_OF_TEXT, IM_END, prepare
 from .data import batch_indices
+from .files import move_in, write_json
 from .metrics import MetricsLog
 
 # May differ between a run and its continuation: tokens, weights and order do not follow from them.
 FREE_TO_CHANGE = {"data", "output", "tokens", "minutes", "checkpoint_minutes", "device"}
-CHUNK = 512  # positions whose logits exist at a time
+CHUNK = {"cpu": 512, "cuda": 8192}  # positions whose logits exist at a time: in a core's cache, or enough for a GPU
 HELDOUT_SEQUENCES = 64
 SHARD = "15MB"
 
@@ -219,7 +219,9 @@ def batch_loss(model, inputs: torch.Tensor, config: PretrainConfig) -> torch.Ten
     with torch.autocast(config.device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden = model.model(inputs[:, :-1], use_cache=False).last_hidden_state  # (B, T, H)
     labels = inputs[:, 1:].reshape(-1)  # (B * T,)
-    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1).to(dtype), model.lm_head.weight.to(dtype), labels, CHUNK)
+    return ChunkedCrossEntropy.apply(
+        hidden.flatten(0, 1).to(dtype), model.lm_head.weight.to(dtype), labels, CHUNK[config.device]
+    )
 
 
 def sequences(tokens: np.ndarray, length: int, indices) -> torch.Tensor:
@@ -295,9 +297,7 @@ def finish(config: PretrainConfig, model, tokenizer, record: dict, result: dict)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size=SHARD)
     tokenizer.save_pretrained(partial)
-    for file in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(file, output / file.name)  # config.json last: a folder with one is complete
-    partial.rmdir()
+    move_in(partial, output)
     samples = []
     for prompt in record["prompts"]:
         chat = [{"role": "user", "content": prompt}]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .data import local_files, read_files
+from .data import load_hub_dataset, local_files, read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +92,8 @@ def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int |
 
 def from_hub(benchmark: Benchmark) -> list[Prompt]:
     """All prompts of a benchmark through ``datasets``. Raises OSError when its repository cannot be read."""
-    import datasets
-
     try:
-        rows = datasets.load_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
+        rows = load_hub_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
     except OSError as error:
         raise OSError(
             f"Cannot load {benchmark.repository} from the Hub ({error}). Offline, name a folder that holds the "

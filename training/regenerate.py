@@ -8,6 +8,7 @@ Every assistant turn is written anew, in order, each after the turns before it. 
 appended as they are made, so an interrupted run continues with ``--resume``.
 """
 
+import functools
 import json
 import os
 import time
@@ -45,12 +46,14 @@ def main(config: RegenerateConfig) -> None:
     ):
         for first in range(0, len(todo), size):
             part = todo[first : first + size]
-            for index, (messages, complete) in zip(part, write_chats([chats[i] for i in part], answer)):
+            seeded = functools.partial(answer, seed=(config.seed * 1_000_003 + part[0]) & 0x7FFFFFFF)
+            for index, (messages, complete) in zip(part, write_chats([chats[i] for i in part], seeded)):
                 row = {"row": index, "messages": messages, "complete": complete}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
             os.fsync(out.fileno())
             bar.update(len(part))
+    in_row_order(output)
 
 
 def _turns(row: dict) -> list[int]:
@@ -78,6 +81,15 @@ def finished_rows(output: Path, resume: bool) -> set[int]:
         raise ValueError(f"{output} was not written by `ppow regenerate`; name another output.") from None
 
 
+def in_row_order(output: Path) -> None:
+    """Sort the finished lines by row: they were made in order of length, and readers may take the first few."""
+    with open(output, encoding="utf-8", newline="\n") as file:  # str.splitlines would also split inside some texts
+        lines = sorted(file, key=lambda line: json.loads(line)["row"])
+    partial = output.with_name(f".{output.name}.partial")
+    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(partial, output)
+
+
 def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]]) -> Iterator[tuple[Chat, bool]]:
     """Answer every user turn of some chats, turn by turn: -> (messages, complete) in order."""
     asked = [[(i, m) for i, m in enumerate(chat) if m["role"] == "user"] for chat in chats]
@@ -98,21 +110,23 @@ def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]])
 
 
 def local_writer(config: RegenerateConfig):
-    """-> batch size, and a function that answers a batch of chats with the target."""
+    """-> batch size, and a function that answers a batch of chats, from a seed, with the target."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    torch.manual_seed(config.seed)
+    if tokenizer.pad_token is None:  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     sampling = {"do_sample": False}
     if config.temperature > 0:  # the model's own distribution: no truncation by top-k or top-p
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
 
-    def answer(chats: list[Chat]) -> list[Answer]:
+    def answer(chats: list[Chat], seed: int) -> list[Answer]:
+        torch.manual_seed(seed)
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(model.device)
@@ -127,19 +141,19 @@ def local_writer(config: RegenerateConfig):
 
 
 def endpoint_writer(config: RegenerateConfig):
-    """-> batch size, and a function that answers a batch of chats through an OpenAI-compatible server."""
+    """-> batch size, and a function that answers a batch of chats, from a seed, through an OpenAI-compatible server."""
     url = config.endpoint.rstrip("/") + "/chat/completions"
     headers = {"Content-Type": "application/json"}
     if token := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {token}"
 
-    def one(chat: Chat) -> Answer:
+    def one(chat: Chat, seed: int) -> Answer:
         body = {
             "model": config.model,
             "messages": chat,
             "temperature": config.temperature,
             "max_tokens": config.max_new_tokens,
-            "seed": config.seed,
+            "seed": seed,
         }
         reply = post(urllib.request.Request(url, json.dumps(body).encode(), headers))
         try:
@@ -148,9 +162,9 @@ def endpoint_writer(config: RegenerateConfig):
         except (KeyError, IndexError, TypeError):
             raise ValueError(f"{url} answered without choices[0].message.content: {str(reply)[:200]}") from None
 
-    def answer(chats: list[Chat]) -> list[Answer]:
+    def answer(chats: list[Chat], seed: int) -> list[Answer]:
         with ThreadPoolExecutor(config.concurrency) as pool:
-            return list(pool.map(one, chats))
+            return list(pool.map(one, chats, range(seed, seed + len(chats))))
 
     return config.concurrency, answer
 

@@ -24,7 +24,7 @@ from .config import ReinforceConfig
 from .loop import Trainer
 from .objectives import Rollouts, ppow_loss
 from .rollout import Rollout, policy_logits, roll_out
-from .supervised import evaluate, freeze_embedding, load_examples, pad_token
+from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, pad_token
 from .target import FrozenTarget
 
 
@@ -32,8 +32,8 @@ def main(config: ReinforceConfig) -> None:
     torch.manual_seed(config.seed)
     accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
-    examples = load_examples(config, config.data, tokenizer, shortest=config.window_size)
-    held_out = load_examples(config, config.eval_data, tokenizer) if config.eval_data else []
+    examples = load_examples(config, config.data, tokenizer, config.window_size, answer=config.window_size)
+    held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = FrozenTarget.load(config.target, config.dtype, accelerator.device)
     drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32).to(accelerator.device).train()
     freeze_embedding(drafter)
@@ -49,7 +49,7 @@ def main(config: ReinforceConfig) -> None:
             metrics = trainer.update(step, [lambda r=r: loss(config, target, drafter, r) for r, _ in rollouts])
         metrics |= trainer.average([found for _, found in rollouts])
         if held_out and (step % config.eval_every == 0 or step == config.steps):
-            metrics |= evaluate(target, drafter, held_out, pad, trainer, config.window_size, 1.0)
+            metrics |= evaluate(target, drafter, held_out, pad, trainer)
         trainer.record(step, metrics)
 
 

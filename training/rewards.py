@@ -1,8 +1,8 @@
 """Rewards of PPOW and the acceptance they rest on. Pure functions.
 
 From the paper (PPOW, arXiv 2605.14978, as summarised): the Cost-Aware Speedup Reward, the Distribution-Based Proximity
-Reward and group-relative advantages. Ours: the throughput reward, the division by the group's standard deviation and
-its clamp, which tokens of a window count as reachable, and which of the two verifications gives k in training.
+Reward and group-relative advantages. Ours: the throughput reward, the division by the group's standard deviation, which
+tokens of a window count as reachable, and which of the two verifications gives k in training.
 """
 
 import torch
@@ -26,15 +26,12 @@ def accepted_greedy(draft_tokens: torch.Tensor, target_argmax: torch.Tensor) -> 
     return (draft_tokens == target_argmax).long().cumprod(-1).sum(-1)
 
 
-def accepted_sampling(
-    draft_tokens: torch.Tensor, draft_logprobs: torch.Tensor, target_logprobs: torch.Tensor, coins: torch.Tensor
-) -> torch.Tensor:
+def accepted_sampling(draft_logprobs: torch.Tensor, target_logprobs: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
     """k under rejection sampling (Leviathan et al., arXiv 2211.17192): draft x stands when its coin u < p(x) / q(x).
 
     For drafts sampled from Q each stands with probability sum_v min(p, q).
 
     Args:
-        draft_tokens: (.., K), for the shape only.
         draft_logprobs, target_logprobs: (.., K) log q and log p of the drafted tokens; q must be the distribution they
             were drawn from.
         coins: (.., K) uniform on [0, 1).
@@ -45,7 +42,7 @@ def accepted_sampling(
     Raises:
         ValueError: for differing shapes.
     """
-    _same_shape(draft_tokens=draft_tokens, draft_logprobs=draft_logprobs, target_logprobs=target_logprobs, coins=coins)
+    _same_shape(draft_logprobs=draft_logprobs, target_logprobs=target_logprobs, coins=coins)
     return (coins < (target_logprobs - draft_logprobs).exp()).long().cumprod(-1).sum(-1)
 
 
@@ -122,13 +119,10 @@ def proximity_reward(
     return bonus * ((accepted == 0) & (delta < margin)).float()
 
 
-def group_advantages(
-    rewards: torch.Tensor, normalize: bool = True, epsilon: float = 1e-6, limit: float = 5.0
-) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, normalize: bool = True) -> torch.Tensor:
     """Rewards (.., G) relative to the mean of their group, the G rollouts of one prefix (paper, as summarised).
 
-    ``normalize`` divides by the group's (population) standard deviation + ``epsilon`` and clamps to +-``limit`` (ours).
-    A group of G cannot exceed sqrt(G - 1), so a limit of 5 acts for G > 26 only; below, advantages sum to 0.
+    ``normalize`` divides by the group's (population) standard deviation + 1e-6 (ours). Advantages sum to 0.
     A group whose rewards are all equal teaches nothing: its advantages are exactly 0.
 
     Raises:
@@ -141,7 +135,7 @@ def group_advantages(
     centered = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(flat, 0.0)
     if not normalize:
         return centered
-    return (centered / (rewards.std(-1, unbiased=False, keepdim=True) + epsilon)).clamp(-limit, limit)
+    return centered / (rewards.std(-1, unbiased=False, keepdim=True) + 1e-6)
 
 
 def reachable(accepted: torch.Tensor, window_size: int) -> torch.Tensor:

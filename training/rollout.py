@@ -49,7 +49,7 @@ def roll_out(
 ) -> tuple[Rollout, dict]:
     """Draw, draft, verify and reward the windows of one batch: -> the rollout and its metrics."""
     generator, device = batch.generator(), batch.input_ids.device
-    reading = target.read(batch.input_ids, keep_cache=True)
+    reading = target.read(batch.input_ids, room=forest_rows(config, len(batch.lengths)) * config.window_size)
     embed = drafter.embedding_for(target.model)
     unrolled = Unrolled(drafter, embed, batch.input_ids, reading.taps)
     columns = drafter.draft_columns()
@@ -64,18 +64,19 @@ def roll_out(
     draft_uniforms, coins = uniforms.chunk(2, dim=-1)
     draft_ids, old_logprobs = draft(config, drafter, unrolled, rows, draft_uniforms)
     tokens = drafter.to_target_ids(draft_ids)
-    target_argmax, target_logprobs, target_logits = verify(config, target, reading, rows, tokens, columns)
+    target_argmax, target_logprobs, target_logits = verify(config, target, reading, starts, tokens, columns)
 
     if config.verification == "greedy":
         accepted = rewards.accepted_greedy(tokens, target_argmax)
     else:
-        accepted = rewards.accepted_sampling(tokens, old_logprobs, target_logprobs, coins)
+        accepted = rewards.accepted_sampling(old_logprobs, target_logprobs, coins)
     grouped = (config.windows_per_sequence, config.group_size)
     accepted = accepted.unflatten(1, grouped)  # (B, W, G)
-    speedup = speedup_reward(config, accepted)
+    speedup = window_reward(config, accepted)
     nearness = torch.zeros_like(speedup)
-    if config.proximity_bonus > 0 and bool((accepted == 0).any()):
-        best = argmax_window_logprobs(target, reading, batch, starts, config.window_size)  # (B, W, K)
+    needed = mask & (accepted == 0).any(-1)  # (B, W)
+    if config.proximity_bonus > 0 and bool(needed.any()):
+        best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
         nearness = rewards.proximity_reward(
             accepted,
             best[:, :, None].expand(-1, -1, config.group_size, -1),
@@ -118,12 +119,15 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def text_criticality(drafter, unrolled: Unrolled, reading: Reading, batch: Batch, columns):
     """Criticality (B, T - 1) of each pair's prediction, and which pairs predict a token of the answers."""
-    draft_logprobs = drafter.logits(unrolled.features).float().log_softmax(-1)  # (B, T - 1, D)
-    # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1
-    target_logprobs = reading.logits[:, 1:].index_select(-1, columns).float().log_softmax(-1)
-    valid = torch.zeros(draft_logprobs.shape[:2], dtype=torch.bool, device=columns.device)
+    critical = []
+    # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1; one text at a time, since
+    # this takes several float32 tensors of a text's size times the draft vocabulary
+    for features, logits in zip(unrolled.features, reading.logits[:, 1:]):
+        draft_logprobs = drafter.logits(features).float().log_softmax(-1)  # (T - 1, D)
+        critical.append(criticality(logits.index_select(-1, columns).float().log_softmax(-1), draft_logprobs))
+    valid = torch.zeros(unrolled.features.shape[:2], dtype=torch.bool, device=columns.device)
     valid[:, :-1] = batch.loss_mask[:, 2:]
-    return criticality(target_logprobs, draft_logprobs), valid
+    return torch.stack(critical), valid
 
 
 def draft(config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms):
@@ -146,58 +150,76 @@ def draft(config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, row
     return torch.stack(ids, -1), torch.stack(logprobs, -1)
 
 
-def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, rows, tokens, columns):
+def forest_rows(config: ReinforceConfig, texts: int) -> int:
+    """Rollouts of each of ``texts`` texts that one target forward verifies."""
+    rows = config.windows_per_sequence * config.group_size
+    return min(rows, max(1, config.max_forest_nodes // (config.window_size * texts)))
+
+
+def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, starts, tokens, columns):
     """The target's word on every drafted token, each after its own prefix.
 
     Args:
-        rows: (B, R) window starts; tokens: (B, R, K) drafted target ids.
+        starts: (B, W) window starts; tokens: (B, W * G, K) drafted target ids, the G rollouts of a window side by side.
 
     Returns:
-        argmax (B, R, K), log-probability of the drafted token (B, R, K), logits over the draft vocabulary (B, R, K, D).
+        argmax (B, W * G, K), log-probability of the drafted token (B, W * G, K), logits over the draft vocabulary
+        (B, W * G, K, D).
     """
-    size = config.window_size
-    per_forward = max(1, config.max_forest_nodes // size)
-    found = []
-    for part in torch.arange(rows.shape[1], device=rows.device).split(per_forward):
-        starts, drafted = rows[:, part], tokens[:, part]
-        # the first token is judged by the text's own logits at s + 1, the others by those after their predecessor
-        first = reading.logits.gather(1, (starts + 1)[:, :, None].expand(-1, -1, reading.logits.shape[-1]))
-        logits = first[:, :, None]
-        if size > 1:
-            later = target.continue_windows(reading, drafted[:, :, :-1], starts + 2, size - 1)
-            logits = torch.cat((logits, later), 2)
-        logits = logits.float()  # (B, r, K, V)
-        chosen = logits.gather(-1, drafted[..., None])[..., 0] - logits.logsumexp(-1)
-        found.append((logits.argmax(-1), chosen, logits.index_select(-1, columns)))
-    return tuple(torch.cat(parts, 1) for parts in zip(*found))
+    size, group = config.window_size, config.group_size
+    # the first token is judged by the text's own logits at s + 1, the same for all rollouts of a window
+    first = reading.logits.gather(1, (starts + 1)[:, :, None].expand(-1, -1, reading.logits.shape[-1])).float()
+    first = (first.argmax(-1), first.logsumexp(-1), first, first.index_select(-1, columns))
+    best, norm, first, drafted_logits = (value.repeat_interleave(group, dim=1) for value in first)
+    chosen = first.gather(-1, tokens[:, :, :1])[..., 0] - norm
+    found = [(best[..., None], chosen[..., None], drafted_logits[:, :, None])]
+    if size > 1:  # the others by those after their predecessor
+        prefix, parts = starts.repeat_interleave(group, dim=1) + 2, []
+        for part in torch.arange(tokens.shape[1], device=tokens.device).split(forest_rows(config, len(tokens))):
+            logits = target.continue_windows(reading, tokens[:, part, :-1], prefix[:, part], size - 1)
+            chosen = logits.gather(-1, tokens[:, part, 1:, None])[..., 0].float() - logits.float().logsumexp(-1)
+            parts.append((logits.argmax(-1), chosen, logits.index_select(-1, columns).float()))
+        found.append(tuple(torch.cat(part, 1) for part in zip(*parts)))
+    return tuple(torch.cat(part, 2) for part in zip(*found))
 
 
-def speedup_reward(config: ReinforceConfig, accepted: torch.Tensor) -> torch.Tensor:
+def window_reward(config: ReinforceConfig, accepted: torch.Tensor) -> torch.Tensor:
     """The paper's Cost-Aware Speedup Reward, or the one that charges every draft and counts the bonus."""
     if config.reward == "paper":
         return rewards.speedup_reward(accepted, config.cost_ratio)
     return rewards.throughput_reward(accepted, config.window_size, config.cost_ratio, config.verify_cost)
 
 
-def argmax_window_logprobs(target: FrozenTarget, reading: Reading, batch: Batch, starts, size: int) -> torch.Tensor:
+def argmax_window_logprobs(
+    target: FrozenTarget, reading: Reading, batch: Batch, starts, needed, size: int
+) -> torch.Tensor:
     """Log-probabilities (B, W, K) of the target's own argmax continuation after each window's prefix x_0 .. x_{s+1}.
 
     Where the text is what the target writes greedily, the text is that continuation and nothing needs to be computed.
+
+    Args:
+        needed: (B, W) bool, windows to answer for; the entries of the others mean nothing.
     """
     offsets = torch.arange(size, device=starts.device)
     place = (starts[:, :, None] + 1 + offsets).clamp(max=reading.logits.shape[1] - 1)  # (B, W, K)
     along = reading.logits.gather(1, place.flatten(1)[:, :, None].expand(-1, -1, reading.logits.shape[-1])).float()
     along = along.unflatten(1, place.shape[1:])  # (B, W, K, V)
     following = batch.input_ids.gather(1, (place + 1).clamp(max=batch.input_ids.shape[1] - 1).flatten(1))
-    inside = starts + 1 + size < batch.lengths[:, None]
-    if bool(inside.all()) and torch.equal(along.argmax(-1).flatten(1)[:, :], following):
-        return along.log_softmax(-1).amax(-1)
-    tokens, logprobs = [along[:, :, 0].argmax(-1)], [along[:, :, 0].log_softmax(-1).amax(-1)]
+    greedy = (along.argmax(-1) == following.view_as(place)).all(-1) & (starts + 1 + size < batch.lengths[:, None])
+    logprobs = along.log_softmax(-1).amax(-1)
+    todo = needed & ~greedy
+    count = int(todo.sum(1).max())
+    if count == 0:
+        return logprobs
+    chosen = todo.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, count) windows to continue
+    tokens, found = [along[:, :, 0].argmax(-1).gather(1, chosen)], [logprobs[:, :, 0].gather(1, chosen)]
+    prefix = starts.gather(1, chosen) + 2
     for length in range(1, size):
-        logits = target.continue_windows(reading, torch.stack(tokens, -1), starts + 2, length)[:, :, -1].float()
+        logits = target.continue_windows(reading, torch.stack(tokens, -1), prefix, length)[:, :, -1].float()
         tokens.append(logits.argmax(-1))
-        logprobs.append(logits.log_softmax(-1).amax(-1))
-    return torch.stack(logprobs, -1)
+        found.append(logits.log_softmax(-1).amax(-1))
+    continued = logprobs.scatter(1, chosen[:, :, None].expand(-1, -1, size), torch.stack(found, -1))
+    return torch.where(greedy[:, :, None], logprobs, continued)
 
 
 def policy_logits(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, rollout: Rollout):

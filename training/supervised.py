@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from ppow import PPOWConfig, PPOWDrafter
+from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
+from ppow.target_ppow import check_pair
 
 from .config import SupervisedConfig
 from .data import draft_vocabulary, encode, load_rows
@@ -23,13 +25,15 @@ from .objectives import supervised_step_loss
 from .target import FrozenTarget
 from .unrolled import Unrolled
 
+EVAL_WINDOW = DEFAULT_WINDOW_SIZE  # the same in both stages, so that their curves compare
+
 
 def main(config: SupervisedConfig) -> None:
     torch.manual_seed(config.seed)
     accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
-    examples = load_examples(config, config.data, tokenizer)
-    held_out = load_examples(config, config.eval_data, tokenizer) if config.eval_data else []
+    examples = load_examples(config, config.data, tokenizer, config.ttt_steps)
+    held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = FrozenTarget.load(config.target, config.dtype, accelerator.device)
     drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
     target.taps = drafter.config.target_taps
@@ -42,26 +46,26 @@ def main(config: SupervisedConfig) -> None:
             [lambda b=b: loss(target, drafter, b, config.ttt_steps, config.step_weight) for b in trainer.batches(step)],
         )
         if held_out and (step % config.eval_every == 0 or step == config.steps):
-            metrics |= evaluate(target, drafter, held_out, pad, trainer, config.ttt_steps, config.step_weight)
+            metrics |= evaluate(target, drafter, held_out, pad, trainer, config.step_weight)
         trainer.record(step, metrics)
 
 
 def loss(target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: int, step_weight: float):
-    """The training-time test on one batch: -> loss (), metrics.
+    """The training-time test on one batch of texts of at least ``ttt_steps`` + 2 tokens: -> loss (), metrics.
 
     ``agreement`` (steps,) is how often the drafter's first choice is the target's at each draft step;
     ``acceptance_length`` what that means for greedy windows of ``ttt_steps`` tokens along the text, bonus included.
     """
     reading = target.read(batch.input_ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)
-    best = labels.float().argmax(-1)  # (B, T)
+    best = reading.logits.argmax(-1)  # (B, T), of the whole vocabulary: what verification will compare with
     unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch.input_ids, reading.taps)
     texts, pairs = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
     unrolled.begin(torch.arange(pairs, device=best.device).expand(texts, -1))
     features, total, weights = unrolled.features, 0.0, 0.0
     losses, agreements, lengths = [], [], 1.0
     unbroken = torch.ones(texts, pairs, dtype=torch.bool, device=best.device)
-    for i in range(min(ttt_steps, pairs - 1)):
+    for i in range(ttt_steps):
         rows = pairs - 1 - i  # window s predicts x_{s+2+i}, which must exist
         if i:
             features = unrolled.advance(batch.input_ids[:, 1 + i : 1 + i + rows])
@@ -71,7 +75,7 @@ def loss(target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: in
         total = total + step_weight**i * step_loss
         weights += step_weight**i
         hit = torch.zeros_like(mask)
-        hit[mask] = logits.detach().float().argmax(-1) == best[:, 1 + i : 1 + i + rows][mask]
+        hit[mask] = drafter.to_target_ids(logits.detach().argmax(-1)) == best[:, 1 + i : 1 + i + rows][mask]
         unbroken = unbroken[:, :rows] & hit
         lengths = lengths + unbroken.sum() / batch.loss_mask[:, 2 : 2 + rows].sum().clamp(min=1)
         losses.append(step_loss.detach())
@@ -85,15 +89,15 @@ def loss(target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: in
 
 
 @torch.no_grad()
-def evaluate(target, drafter, examples, pad: int, trainer: Trainer, ttt_steps: int, step_weight: float) -> dict:
-    """The same figures on the first 64 held-out texts, named eval_*; the same on every process."""
+def evaluate(target, drafter, examples, pad: int, trainer: Trainer, step_weight: float = 1.0) -> dict:
+    """The same figures for windows of 10 on the first 64 held-out texts, named eval_*; the same on every process."""
     size = trainer.config.batch_size
     drafter.eval()
     collected = []
     for first in range(0, min(len(examples), 64), size):
         batch = make_batch(examples[first : first + size], pad, trainer.accelerator.device, seed=0)
         with trainer.autocast():
-            value, metrics = loss(target, drafter, batch, ttt_steps, step_weight)
+            value, metrics = loss(target, drafter, batch, EVAL_WINDOW, step_weight)
         collected.append({"loss": value, **metrics})
     drafter.train()
     return {f"eval_{key}": torch.stack([m[key].float() for m in collected]).mean(0) for key in collected[0]}
@@ -102,16 +106,23 @@ def evaluate(target, drafter, examples, pad: int, trainer: Trainer, ttt_steps: i
 # -- preparation -------------------------------------------------------------------------------------------------------
 
 
-def load_examples(config, source: str, tokenizer, shortest: int = 1) -> list:
-    """Encoded texts whose answers hold at least ``shortest`` tokens in a row that a drafter can predict."""
+def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -> list:
+    """Encoded texts long enough for ``steps`` draft steps, with ``answer`` tokens in a row that a drafter can predict.
+
+    x_0 and x_1 have no drafter pair before them, so a text needs ``steps`` + 2 tokens.
+    """
     rows = load_rows(source, config.split, config.limit)
     examples = encode(rows, tokenizer, config.max_length, drop_long=config.drop_long)
-    run = "1" * shortest  # x_0 and x_1 have no drafter pair before them
-    usable = [example for example in examples if run in "".join(map(str, map(int, example.loss_mask[2:])))]
+    run = "1" * answer
+    usable = [
+        example
+        for example in examples
+        if len(example.input_ids) >= steps + 2 and run in "".join(map(str, map(int, example.loss_mask[2:])))
+    ]
     if not usable:
         raise ValueError(
-            f"None of the {len(rows)} rows of {source} holds an answer of {shortest} tokens to learn from; "
-            "bring longer answers or raise max_length."
+            f"None of the {len(rows)} rows of {source} holds {steps + 2} tokens with an answer of {answer} tokens in "
+            "a row to learn from; bring longer answers or raise max_length."
         )
     return usable
 
@@ -124,7 +135,9 @@ def pad_token(tokenizer) -> int:
 def prepare_drafter(config: SupervisedConfig, target, examples: list) -> PPOWDrafter:
     """The drafter to train, in float32: a given one, or a fresh one in the shape of the target."""
     if config.drafter is not None:
-        return freeze_embedding(PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32))
+        drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32)
+        check_pair(target, drafter)
+        return freeze_embedding(drafter)
     chosen = {
         "draft_vocab_size": config.draft_vocab_size,
         "num_hidden_layers": config.num_layers,

@@ -42,14 +42,18 @@ class FrozenTarget:
         return cls(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), [])
 
     @torch.no_grad()
-    def read(self, input_ids: torch.Tensor, keep_cache: bool = False) -> Reading:
-        """Read texts (B, T), padded on the right (padding comes after every real token, so it needs no mask)."""
+    def read(self, input_ids: torch.Tensor, room: int = 0) -> Reading:
+        """Read texts (B, T), padded on the right (padding comes after every real token, so it needs no mask).
+
+        Args:
+            room: keep the target's keys, with space for this many nodes of windows behind them; 0 keeps nothing.
+        """
         config = self.model.config.get_text_config(decoder=True)
-        cache = SlotCache(config.num_hidden_layers, input_ids.shape[1]) if keep_cache else None
+        cache = SlotCache(config.num_hidden_layers, input_ids.shape[1] + room) if room else None
         outputs = self.model(
             input_ids=input_ids,
             past_key_values=cache,
-            use_cache=keep_cache,
+            use_cache=room > 0,
             output_hidden_states=self.taps,
             return_dict=True,
         )

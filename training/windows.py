@@ -112,9 +112,8 @@ def sample_windows(
     count: int,
     generator: torch.Generator,
     adaptive: bool,
-    exponent: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw windows of every text without replacement: uniformly, or one after the other by priority ** exponent.
+    """Draw windows of every text without replacement: uniformly, or one after the other by priority.
 
     The paper draws windows by priority after the switch; the formula is ours. Gumbel's trick: the largest ``count`` of
     log weight + Gumbel noise are such a draw, in the order of drawing. Where every priority of a text is 0, the draw
@@ -125,25 +124,24 @@ def sample_windows(
         count: W, windows per text.
         generator: on the CPU; decides the draw alone, whatever the device.
         adaptive: by priority (ADAW) instead of uniformly.
-        exponent: sharpens (> 1) or flattens (< 1) the priorities; 0 is uniform.
 
     Returns:
         starts (B, W) int64, 0 where there is none; mask (B, W) bool, False where a text has fewer windows.
 
     Raises:
-        ValueError: for shapes that do not fit, count < 1, a negative exponent, an adaptive draw without priorities.
+        ValueError: for shapes that do not fit, count < 1, an adaptive draw without priorities.
     """
     if exists.dim() != 2 or exists.dtype != torch.bool:
         raise ValueError(f"exists must be bool (B, T), got {exists.dtype} {tuple(exists.shape)}.")
     if adaptive and (priority is None or priority.shape != exists.shape):
         given = None if priority is None else tuple(priority.shape)
         raise ValueError(f"An adaptive draw needs a priority of shape {tuple(exists.shape)}, got {given}.")
-    if count < 1 or exponent < 0:
-        raise ValueError(f"Expected count >= 1 and exponent >= 0, got count={count}, exponent={exponent}.")
+    if count < 1:
+        raise ValueError(f"Expected count >= 1, got count={count}.")
     noise = torch.rand(exists.shape, generator=generator).clamp(min=1e-20)
     keys = -(-noise.log()).log().to(exists.device)
     if adaptive:
-        keys = priority.clamp(min=1e-12).log() * exponent + keys
+        keys = priority.clamp(min=1e-12).log() + keys
     keys = keys.masked_fill(~exists, -torch.inf)
     found = min(count, keys.shape[1])
     top, starts = keys.topk(found, dim=1)

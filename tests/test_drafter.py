@@ -1,0 +1,236 @@
+"""The drafter's files and features: saving and loading, tensor names, taps, and loading without the package."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from decoding_helpers import FAMILIES, build_target, prompt_batches, random_drafter
+from ppow import PPOWConfig, PPOWDrafter
+from ppow.drafting_ppow import DraftWindow
+from ppow.target_ppow import TargetState
+from ppow.training.target import FrozenTarget
+
+V, H, HT, MLP, HEADS, KV, D_HEAD = 24, 16, 12, 20, 4, 2, 6
+STYLES = {"llama": {}, "qwen3": {"qk_norm": True}}
+NORMS = {
+    "plain": {},
+    "norm_before_fc": {"norm_before_fc": True},
+    "fc_norm": {"fc_norm": True},
+    "norm_before_residual": {"norm_before_residual": True},
+    "norm_output": {"norm_output": True},
+    "all": {"norm_before_fc": True, "fc_norm": True, "norm_before_residual": True, "norm_output": True},
+}
+TAPS = [[1, 3, 4], [0, 5]]
+OPTIONS = list(itertools.product((1, 2), STYLES, TAPS, NORMS, (9, V), (False, True)))
+
+
+def build(layers=1, style="llama", taps=TAPS[0], norms="plain", draft_vocab=9, shared=False) -> PPOWDrafter:
+    """A drafter whose every tensor is random, norms and vocabulary too, so that none is right by default."""
+    config = PPOWConfig(
+        vocab_size=V,
+        draft_vocab_size=draft_vocab,
+        hidden_size=H,
+        intermediate_size=MLP,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV,
+        head_dim=D_HEAD,
+        target_hidden_size=H if shared else HT,
+        target_num_layers=6,
+        target_taps=taps,
+        share_target_embeddings=shared,
+        **STYLES[style],
+        **NORMS[norms],
+    )
+    drafter = PPOWDrafter(config).eval()
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.normal_()
+    if drafter.pruned:
+        ids = torch.randperm(V)[:draft_vocab].sort().values
+        member = torch.zeros(V, dtype=torch.bool).index_fill_(0, ids, True)
+        drafter.set_draft_vocabulary(ids - torch.arange(draft_vocab), member)
+    return drafter
+
+
+def expected_tensors(layers, style, taps, norms, draft_vocab, shared) -> dict[str, list[int]]:
+    """Names and shapes that EAGLE-3 checkpoints have in common, and the extras that its variants add."""
+    target = H if shared else HT
+    tensors = {"fc.weight": [H, len(taps) * target], "norm.weight": [H], "lm_head.weight": [draft_vocab, H]}
+    for layer in range(layers):
+        width = 2 * H if layer == 0 else H  # the first layer reads embedding and features side by side
+        prefix = f"layers.{layer}"
+        tensors |= {
+            f"{prefix}.self_attn.q_proj.weight": [HEADS * D_HEAD, width],
+            f"{prefix}.self_attn.k_proj.weight": [KV * D_HEAD, width],
+            f"{prefix}.self_attn.v_proj.weight": [KV * D_HEAD, width],
+            f"{prefix}.self_attn.o_proj.weight": [H, HEADS * D_HEAD],
+            f"{prefix}.mlp.gate_proj.weight": [MLP, H],
+            f"{prefix}.mlp.up_proj.weight": [MLP, H],
+            f"{prefix}.mlp.down_proj.weight": [H, MLP],
+            f"{prefix}.input_layernorm.weight": [H],
+            f"{prefix}.post_attention_layernorm.weight": [H],
+        }
+        if style == "qwen3":
+            tensors |= {f"{prefix}.self_attn.{name}_norm.weight": [D_HEAD] for name in "qk"}
+    tensors["layers.0.hidden_norm.weight"] = [H]
+    if not shared:
+        tensors["embed_tokens.weight"] = [V, H]
+    if draft_vocab < V:
+        tensors |= {"d2t": [draft_vocab], "t2d": [V]}
+    if NORMS[norms].get("norm_before_fc"):
+        tensors["input_norm.weight"] = [len(taps) * target]
+    if NORMS[norms].get("fc_norm"):
+        tensors |= {f"fc_norm.{i}.weight": [target] for i in range(len(taps))}
+    return tensors
+
+
+def forward(drafter: PPOWDrafter) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    taps = torch.randn(2, 5, drafter.fc.in_features, generator=generator).to(drafter.dtype)
+    embeds = torch.randn(2, 5, H, generator=generator).to(drafter.dtype)
+    inputs = {"inputs_embeds": embeds} if drafter.config.share_target_embeddings else {}
+    with torch.no_grad():
+        return drafter(torch.arange(10).view(2, 5), taps, **inputs).logits
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("style", STYLES)
+def test_every_kind_of_drafter_is_saved_and_loaded_bit_for_bit(tmp_path, layers, style):
+    for number, options in enumerate(o for o in OPTIONS if o[:2] == (layers, style)):
+        drafter = build(*options)
+        for parameter in drafter.parameters():  # not drafter.to(): it would round the buffer of RoPE frequencies
+            parameter.data = parameter.data.to((torch.float32, torch.bfloat16)[number % 2])
+        folder = tmp_path / str(number)
+        drafter.save_pretrained(folder)
+        stored = load_file(folder / "model.safetensors")
+        assert {name: list(tensor.shape) for name, tensor in stored.items()} == expected_tensors(*options), options
+        loaded, report = PPOWDrafter.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), (options, report)
+        for field in set(PPOWConfig.__annotations__) - {"model_type"}:
+            assert getattr(loaded.config, field) == getattr(drafter.config, field), (options, field)
+        for name, tensor in drafter.state_dict().items():
+            found = loaded.state_dict()[name]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor), (options, name)
+        assert torch.equal(forward(loaded), forward(drafter)), options
+
+
+def test_vocabulary_tensors_hold_offsets_and_membership(tmp_path):
+    drafter = build()
+    drafter.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["d2t"].dtype == torch.int64 and stored["t2d"].dtype == torch.bool
+    ids = torch.arange(9) + stored["d2t"]
+    assert ids.tolist() == stored["t2d"].nonzero().flatten().tolist() == drafter.draft_columns().tolist()
+
+
+def test_how_it_drafts_is_saved_too(tmp_path):
+    drafter = build()
+    drafter.generation_config.window_size = 6
+    drafter.save_pretrained(tmp_path)
+    assert PPOWDrafter.from_pretrained(tmp_path).generation_config.window_size == 6
+
+
+ALONE = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModel
+sys.modules["ppow"] = None  # however it is installed here, it cannot be imported
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+drafter = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+generator = torch.Generator().manual_seed(1)
+taps = torch.randn(2, 5, drafter.fc.in_features, generator=generator)
+logits = drafter(torch.arange(10).view(2, 5), taps).logits
+torch.save(logits.detach(), sys.argv[2])
+print(json.dumps([type(config).__name__, type(drafter).__name__, type(drafter).__module__]))
+"""
+
+
+def test_a_folder_serves_a_process_without_the_package(tmp_path):
+    drafter = build(norms="all")
+    drafter.save_pretrained(tmp_path / "drafter")
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, tmp_path / "drafter", tmp_path / "logits.pt"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    config, model, module = json.loads(done.stdout.splitlines()[-1])
+    assert (config, model) == ("PPOWConfig", "PPOWDrafter") and module.startswith("transformers_modules.")
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), forward(drafter))
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    build().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SafetensorError, match="incomplete|not fully covered"):
+        PPOWDrafter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [("target_tap", "target_taps"), ("draft_vocabulary_size", "draft_vocab_size"), ("qknorm", "qk_norm")],
+)
+def test_unknown_configuration_keys_name_the_nearest_known_one(tmp_path, key, nearest):
+    message = f"Unknown configuration key '{key}' .* nearest known key is '{nearest}'"
+    with pytest.raises(ValueError, match=message):
+        PPOWConfig(**{key: 1})
+    build().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: 1}))
+    with pytest.raises(ValueError, match=message):
+        PPOWDrafter.from_pretrained(tmp_path)
+
+
+# -- taps --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taps", [[1, 2, 3], [0, 2], [3]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taps_are_hidden_state_indices(family, taps):
+    """While decoding and in training the tapped states are those of ``output_hidden_states=True``, side by side."""
+    target = build_target(family, FAMILIES[family][4][0])
+    drafter = random_drafter(target, target_taps=taps)
+    ((ids, _),) = prompt_batches(1, 1, seed=4)
+    text = torch.cat((ids, torch.tensor([[7, 3, 11, 5]])), 1)
+    with torch.no_grad():
+        states = target(text, output_hidden_states=True).hidden_states
+        assert len(states) == target.config.num_hidden_layers + 1
+        expected = torch.cat([states[tap] for tap in taps], -1)
+
+        state = TargetState(target, drafter, None, 1, 64, None)
+        positions = torch.arange(text.shape[1])[None]
+        prompt = ids.shape[1]
+        _, first = state.prefill(ids, None, positions[:, :prompt], chunk=None)
+        _, second = state.verify(DraftWindow.chain(text[:, prompt:]))
+        read = FrozenTarget(target, taps).read(text).taps
+    tolerance = 1e-9 if target.dtype == torch.float64 else 1e-4
+    for found in (torch.cat((first, second), 1), read):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_default_taps_are_eagle3s():
+    layers = {4: [1, 2, 3], 6: [1, 3, 5], 7: [2, 3, 4], 32: [2, 16, 29], 61: [2, 30, 58]}
+    for count, taps in layers.items():
+        assert PPOWConfig(target_num_layers=count).target_taps == taps
+
+
+def test_the_order_of_the_taps_is_the_order_of_fcs_columns():
+    drafter = build(taps=[1, 3, 4])
+    taps = torch.randn(1, 2, 3, HT)
+    weights = drafter.fc.weight.view(H, 3, HT)
+    expected = torch.einsum("btkh,okh->bto", taps, weights)
+    torch.testing.assert_close(drafter.fuse(taps.flatten(2)), expected, rtol=1e-4, atol=1e-4)
