@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test style
+.PHONY: help demo space test style hub
 
 help:
 	@echo "make demo   generate with and without the bundled drafter and compare"
+	@echo "make space  serve the page on which both race, at http://127.0.0.1:7860"
 	@echo "make test   lint, format check and tests"
 	@echo "make style  apply the lint fixes and the format"
+	@echo "make hub    start a Hub of your own on this machine, to try pushing and pulling"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -24,6 +26,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/ppow demo
 
+space: $(STAMP)
+	$(BIN)/ppow space
+
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,3 +37,6 @@ test: $(STAMP)
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+hub: $(STAMP)
+	$(BIN)/python -m tests.hub

@@ -3,8 +3,9 @@
     python benchmarks/bundle.py --text DATA/text --prompts DATA/prompts --work runs/bundle
 
 Every stage is a plain `ppow` command, printed before it runs; a stage whose result exists is skipped, one that was cut
-off resumes. The settings are those of the bundled pair: two CPU cores and about two and a half hours. `--scale gpu`
-takes those of a larger pair, meant for one GPU; `--set supervised.steps=50` changes a single one. DATA is a folder of
+off resumes. `--scale gpu` takes the settings of the bundled pair: one H200 for about twelve minutes, five of them for
+the target; the last stage was run on one CPU core in half an hour. Without it the settings are those of a smaller pair
+that two CPU cores make in two and a half hours. `--set supervised.steps=50` changes a single one. DATA is a folder of
 permissively licensed chats and prompts, one JSON object per line.
 """
 
@@ -19,6 +20,7 @@ import zlib
 from pathlib import Path
 
 from ppow.model_cards import render
+from ppow.training import hub
 
 SEED = 0
 SETTINGS = {
@@ -46,7 +48,7 @@ SETTINGS = {
         "save_every": 50,
         "eval_every": 50,
     },
-    "evaluate": {"prompts": "gsm8k", "limit": 60, "max_new_tokens": 96, "window_size": 10},
+    "evaluate": {"prompts": "gsm8k,mt_bench", "limit": 60, "max_new_tokens": 96, "window_size": 10},
 }
 GPU_SETTINGS = {
     "pretrain": {
@@ -63,27 +65,46 @@ GPU_SETTINGS = {
         "checkpoint_minutes": 2,
         "device": "cuda",
     },
-    "regenerate": {"max_new_tokens": 128, "batch_size": 2048, "dtype": "bfloat16"},
+    "regenerate": {"max_new_tokens": 128, "batch_size": 1600, "dtype": "bfloat16"},
     "supervised": {
-        "steps": 2500,
+        "steps": 886,
         "batch_size": 64,
         "learning_rate": 2e-3,
         "warmup_steps": 50,
         "max_length": 320,
         "drop_long": True,
         "draft_vocab_size": 3072,
+        "dtype": "bfloat16",
         "save_every": 500,
         "eval_every": 250,
     },
-    "reinforce": {
-        "steps": 500,
-        "batch_size": 16,
-        "learning_rate": 2e-4,
+    "supervised-2": {
+        "seed": 1,
+        "steps": 1350,
+        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
         "max_length": 320,
         "drop_long": True,
-        "max_forest_nodes": 1024,
+        "dtype": "bfloat16",
+        "save_every": 450,
+        "eval_every": 150,
     },
-    "evaluate": {},
+    "reinforce": {
+        "steps": 150,
+        "batch_size": 8,
+        "accumulation": 2,
+        "rollout_temperature": 0.5,
+        "learning_rate": 5e-5,
+        "warmup_steps": 10,
+        "max_length": 256,
+        "drop_long": True,
+        "kl_coef": 0.1,
+        "dtype": "bfloat16",
+        "save_every": 25,
+        "eval_every": 25,
+    },
+    "evaluate": SETTINGS["evaluate"],
 }
 # (group of texts, rows whose answers the target writes anew, sampling temperature)
 TEXTS = [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)]
@@ -99,17 +120,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
     parser.add_argument("--out", type=Path, default=Path("bundled"), help="folder for target/ and drafter/")
     parser.add_argument("--work", type=Path, default=Path("runs/bundle"))
-    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="the bundled pair, or a larger one")
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="a smaller pair, or the bundled one")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
-    parser.add_argument("--until", choices=SETTINGS, default="evaluate", help="stop after this stage")
+    parser.add_argument("--until", choices=GPU_SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
-    settings, texts = SETTINGS, TEXTS
-    if arguments.scale == "gpu":
-        texts = GPU_TEXTS
-        settings = {stage: {**options, **GPU_SETTINGS[stage]} for stage, options in SETTINGS.items()}
+    settings, texts = (GPU_SETTINGS, GPU_TEXTS) if arguments.scale == "gpu" else (SETTINGS, TEXTS)
     settings = override(settings, arguments.set)
-    work, stages = arguments.work, list(SETTINGS)[: list(SETTINGS).index(arguments.until) + 1]
+    work, stages = arguments.work, list(settings)[: list(settings).index(arguments.until) + 1]
     work.mkdir(parents=True, exist_ok=True)
 
     target, train, held_out = work / "target", work / "train.jsonl", work / "heldout.jsonl"
@@ -119,20 +137,20 @@ def main() -> None:
         chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in texts]
         write_texts(arguments.text, chosen, work, target, settings["regenerate"], train, held_out)
     shared = {"target": target, "data": train, "eval_data": held_out, "seed": SEED}
-    for stage in ("supervised", "reinforce"):
-        if stage in stages and not (work / stage / "config.json").exists():
-            drafter = {"drafter": work / "supervised"} if stage == "reinforce" else {}
-            ppow(stage, output_dir=work / stage, resume=True, **shared, **drafter, **settings[stage])
+    drafters = []  # in the order of training; the second part of a stage is named after its first
+    for stage in [stage for stage in stages if stage.startswith(("supervised", "reinforce"))]:
+        if not (work / stage / "config.json").exists():
+            start = {"drafter": drafters[-1]} if drafters else {}
+            options = {**shared, **start, **settings[stage]}
+            ppow(stage.partition("-")[0], output_dir=work / stage, resume=True, **options)
+        drafters.append(work / stage)
     if "evaluate" not in stages:
         return
-    evaluations = {}
-    for stage in ("supervised", "reinforce"):
-        evaluation = work / f"evaluate-{stage}"
-        if not (evaluation / "metrics.json").exists():
-            options = {"target": target, "drafter": work / stage, "prompts_dir": arguments.prompts}
-            ppow("evaluate", output_dir=evaluation, **options, **settings["evaluate"])
-        evaluations[stage] = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
-    assemble(target, work, evaluations, arguments.out)
+    evaluation = work / "evaluate"
+    if not (evaluation / "metrics.json").exists():
+        systems = {"target": target, "drafter": drafters[-1], "baseline": drafters[-2]}
+        ppow("evaluate", output_dir=evaluation, prompts_dir=arguments.prompts, **systems, **settings["evaluate"])
+    assemble(target, drafters[-1], evaluation, arguments.out)
 
 
 def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
@@ -147,31 +165,29 @@ def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
     return settings
 
 
-def assemble(target: Path, work: Path, evaluations: dict, out: Path) -> None:
-    """Put the pair together: weights, tokenizer and configuration, drafting options for CPUs, and the cards.
+def assemble(target: Path, drafter: Path, evaluation: Path, out: Path) -> None:
+    """Put the pair together: weights, tokenizer and configuration, drafting options for CPUs, figures and the cards.
 
     The code that ``save_pretrained`` leaves beside a drafter stays out: in this repository it is modeling_ppow/.
     """
-    for part, source in (("target", target), ("drafter", work / "reinforce")):
+    for part, source in (("target", target), ("drafter", drafter)):
         folder = out / part
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for file in source.iterdir():
-            if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja"} and file.name != "provenance.json":
+            if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-    drafter = out / "drafter"
-    config = json.loads((drafter / "config.json").read_text())
+    folder = out / "drafter"
+    config = json.loads((folder / "config.json").read_text())
     config.pop("auto_map", None)
-    (drafter / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = json.loads((drafter / "generation_config.json").read_text()) | DRAFTING
-    (drafter / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
-    stages = [json.loads((work / stage / "provenance.json").read_text()) for stage in ("supervised", "reinforce")]
-    training = json.loads((out / "target" / "training.json").read_text())
-    cards = {"target": {"training": training}}
-    cards["drafter"] = {"config": config, "evaluations": evaluations, "stages": stages}
-    for part, facts in cards.items():
-        (out / part / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (out / part / "README.md").write_text(render(part, facts))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = json.loads((folder / "generation_config.json").read_text()) | DRAFTING
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
+    for name in (hub.METRICS, hub.PICTURE):
+        shutil.copyfile(evaluation / name, folder / name)
+    (folder / "README.md").write_text(hub.card(folder, "bundled/drafter", revision=None, license="other"))
+    facts = {name: json.loads((out / "target" / f"{name}.json").read_text()) for name in ("training", "provenance")}
+    (out / "target" / "README.md").write_text(render("target", facts))
 
 
 def write_texts(

@@ -29,5 +29,5 @@ def render(name: str, facts: dict) -> str:
     )
     try:
         return environment.get_template(f"{name}.md.jinja").render(facts)
-    except jinja2.UndefinedError as error:
+    except (jinja2.UndefinedError, TypeError) as error:
         raise ValueError(f"The card {name!r} needs a fact that the run did not record: {error}.") from None

@@ -131,6 +131,13 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.move(source, destination)
 
+    def copy(self, length: int) -> "SlotCache":
+        """A cache of its own with the first ``length`` entries."""
+        copy = SlotCache(len(self.layers), length + 1)
+        for mine, theirs in zip(self.layers, copy.layers):
+            theirs.update(mine.keys[:, :, :length], mine.values[:, :, :length])
+        return copy
+
     def set_length(self, length: int) -> None:
         for layer in self.layers:
             layer.length = length

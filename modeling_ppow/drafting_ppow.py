@@ -28,7 +28,12 @@ class DraftOptions:
         tree_top_k: nodes expanded per level, and children per expanded node.
         tree_nodes: drafted nodes verified per cycle (the root comes on top).
         draft_threshold: end a chain early once its joint draft probability is below this (0: never). Saves draft steps
-            that would hardly be accepted, at the price of one host synchronisation per step; meant for CPUs.
+            that would hardly be accepted, at the price of one host synchronisation per step; meant for CPUs, and
+            without effect on the fast path.
+        cuda_graphs: take the fast path of :mod:`graphs_ppow`. None: where the hardware and the target allow it; True:
+            or else raise; False: never.
+        compile_layers: let torch.compile fuse the layers' small kernels before the fast path records them. Faster
+            still, after half a minute at the first call.
     """
 
     window_size: int = DEFAULT_WINDOW_SIZE
@@ -36,12 +41,16 @@ class DraftOptions:
     tree_top_k: int | None = None
     tree_nodes: int | None = None
     draft_threshold: float = 0.0
+    cuda_graphs: bool | None = None
+    compile_layers: bool = False
 
     def __post_init__(self):
         for name in ("window_size", *DEFAULT_TREE):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1.")
+        if self.cuda_graphs not in (None, True, False):
+            raise ValueError(f"cuda_graphs={self.cuda_graphs!r}: expected True, False or None (where possible).")
         if not 0 <= self.draft_threshold < 1:
             raise ValueError(f"draft_threshold={self.draft_threshold!r}: expected a probability in [0, 1).")
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
@@ -52,6 +61,13 @@ class DraftOptions:
     def is_tree(self) -> bool:
         return self.tree_nodes is not None
 
+    @property
+    def slots(self) -> int:
+        """Cache slots behind the committed ones that a cycle may write."""
+        if not self.is_tree:
+            return self.window_size + 1
+        return max(self.tree_nodes + 1, (self.tree_depth - 1) * self.tree_top_k)
+
     @classmethod
     def resolve(cls, *configs) -> "DraftOptions":
         """The first of ``configs`` (objects with attributes, e.g. generation configs) that says how to draft wins.
@@ -60,17 +76,19 @@ class DraftOptions:
         EAGLE's protocol); one that names only ``window_size`` asks for a chain.
         """
         named = [{f.name: getattr(c, f.name, None) for f in dataclasses.fields(cls)} for c in configs]
-        threshold = next((v["draft_threshold"] for v in named if v["draft_threshold"] is not None), 0.0)
+        shared = {}
+        for name in ("draft_threshold", "cuda_graphs", "compile_layers"):
+            shared |= next(({name: values[name]} for values in named if values[name] is not None), {})
         for position, values in enumerate(named):
             if any(values[key] is not None for key in DEFAULT_TREE):
                 tree = {
                     key: next((v[key] for v in named[position:] if v[key] is not None), default)
                     for key, default in DEFAULT_TREE.items()
                 }
-                return cls(**tree)
+                return cls(**tree, **{**shared, "draft_threshold": 0.0})
             if values["window_size"] is not None:
-                return cls(window_size=values["window_size"], draft_threshold=threshold)
-        return cls(draft_threshold=threshold)
+                return cls(window_size=values["window_size"], **shared)
+        return cls(**shared)
 
 
 @dataclass
@@ -124,9 +142,12 @@ class DrafterState:
         valid: (B, S) bool over prompt slots, False where no pair exists (padding); None when all exist.
     """
 
+    whole_windows = False  # whether windows keep their full size where less room is left
+
     def __init__(self, drafter, embed, cache: SlotCache, lengths: torch.Tensor, valid: torch.Tensor | None):
         self.drafter, self.embed, self.cache = drafter, embed, cache
         self.lengths, self.valid = lengths, valid
+        self._longest: int | None = None  # of lengths, looked up when needed
         self.hidden: torch.Tensor | None = None  # (B, 1, H) output at the newest pair
         self.positions: torch.Tensor | None = None  # (B,) RoPE position of the newest pair
 
@@ -144,25 +165,46 @@ class DrafterState:
         last = (counts - 1).clamp(min=0)[:, None]  # a row that has ended adds nothing; its features are not used
         self.hidden = hidden.gather(1, last[:, :, None].expand(-1, -1, hidden.shape[-1]))
         self.positions = positions.gather(1, last)[:, 0]
-        self.lengths = self.lengths + counts
+        self.lengths, self._longest = self.lengths + counts, None
 
     def _run(self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """New pairs, each row's columns in order behind its own length -> features (B, M, H)."""
         batch, count = positions.shape
         index = torch.arange(count, device=positions.device)
+        causal = (index[:, None] >= index).expand(batch, -1, -1)
         slots = self.lengths[:, None] + index
-        view = int(self.lengths.max()) + count
-        mask = None
-        if count > 1 or self.valid is not None or batch > 1:
-            chain = (index[:, None] >= index).expand(batch, -1, -1)
-            prefix = self.lengths[:, None].expand(-1, count)
-            mask = window_allowed(prefix, chain, index.expand(batch, -1), slots, view, self.valid)
-        return self._step(embeds, hidden, self.drafter.rotary(hidden, positions), slots, view, mask)
+        return self._step(embeds, hidden, self.drafter.rotary(hidden, positions), slots, self.lengths, causal, count)
 
-    def _step(self, embeds, hidden, rotary, slots, view, allowed) -> torch.Tensor:
+    def _step(self, embeds, hidden, rotary, slots, base, seen, ahead: int) -> torch.Tensor:
+        """One pass of N new pairs.
+
+        Args:
+            embeds, hidden: (B, N, H).
+            rotary: cos and sin (B, N, d).
+            slots: (B, N) where the pairs are written.
+            base: (B,) every slot below it is visible to all N, and
+            seen: (B, N, W) bool which of the W slots from ``base`` on each of them sees.
+            ahead: slots behind the committed ones that are in use afterwards.
+        """
+        view = self._view(ahead)
         self.cache.open_window(slots, view)
-        mask = None if allowed is None else additive_mask(allowed, hidden.dtype)
-        return self.drafter.step(embeds, hidden, rotary, self.drafter.attend(self.cache, mask))
+        return self.drafter.step(
+            embeds, hidden, rotary, self.drafter.attend(self.cache, self._mask(base, seen, view, hidden.dtype))
+        )
+
+    def _view(self, ahead: int) -> int:
+        """Slots that attention reads when ``ahead`` of them lie behind the committed ones."""
+        if self._longest is None:
+            self._longest = int(self.lengths.max())
+        return self._longest + ahead
+
+    def _mask(self, base, seen, view: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Visibility as :meth:`_step` describes it -> additive (B, 1, N, view) mask, or None where all is visible."""
+        if seen.shape[:2] == (1, 1) and seen.shape[2] == 1 and self.valid is None:
+            return None
+        prefix = base[:, None].expand(-1, seen.shape[1])
+        slots = base[:, None] + torch.arange(seen.shape[2], device=base.device)
+        return additive_mask(window_allowed(prefix, seen, None, slots, view, self.valid), dtype)
 
     def chain(
         self, root: torch.Tensor, size: int, sample: Callable | None = None, threshold: float = 0.0
@@ -180,14 +222,7 @@ class DrafterState:
         batch = root.shape[0]
         steps = torch.arange(1, size + 1, device=root.device)
         cos, sin = self.drafter.rotary(hidden, self.positions[:, None] + steps)  # (B, size, d)
-        longest = int(self.lengths.max())
-        allowed = None
-        if self.valid is not None or batch > 1:
-            # step i sees the pairs below its own slot, lengths + i, and that slot
-            index = torch.arange(longest + size, device=root.device)
-            allowed = index < (self.lengths[:, None] + steps)[:, :, None]  # (B, size, longest + size)
-            if self.valid is not None:
-                allowed[:, :, : self.valid.shape[1]] &= self.valid[:, None]
+        itself = torch.ones(batch, 1, 1, dtype=torch.bool, device=root.device)
         for i in range(size):
             logits = self.drafter.logits(hidden[:, -1])  # (B, D)
             if sample is None:
@@ -203,15 +238,10 @@ class DrafterState:
                 if bool((joint < threshold).all()):
                     break
             if i + 1 < size:
-                view = longest + i + 1
-                hidden = self._step(
-                    self.embed(tokens[-1])[:, None].to(hidden),
-                    hidden[:, -1:],
-                    (cos[:, i : i + 1], sin[:, i : i + 1]),
-                    (self.lengths + i)[:, None],
-                    view,
-                    None if allowed is None else allowed[:, None, i : i + 1, :view],
-                )
+                base = self.lengths + i  # below it lie the committed pairs and those of the earlier steps
+                rotary = cos[:, i : i + 1], sin[:, i : i + 1]
+                embeds = self.embed(tokens[-1])[:, None].to(hidden)
+                hidden = self._step(embeds, hidden[:, -1:], rotary, base[:, None], base, itself, i + 1)
         if not ids:
             return DraftWindow.chain(torch.stack(tokens, 1))
         return DraftWindow.chain(torch.stack(tokens, 1), torch.stack(ids, 1), torch.stack(probs, 1))
@@ -220,14 +250,13 @@ class DrafterState:
         """Draft a dynamic tree of at most ``nodes`` nodes under ``root`` (B,); see EAGLE-2, section 4."""
         drafter, device, batch = self.drafter, root.device, root.shape[0]
         width = min(top_k, drafter.config.draft_vocab_size)
-        longest, span = int(self.lengths.max()), (depth - 1) * width
-        view = longest + span
+        span = (depth - 1) * width
         score, draft = drafter.logits(self.hidden[:, -1]).float().log_softmax(-1).topk(width)  # (B, width)
         token = drafter.to_target_ids(draft)
         hidden = self.hidden[:, -1:].expand(-1, width, -1)  # every first-level node continues the same features
         # candidates in order of creation, number 0 being the root
         ids, scores, tokens = torch.arange(1, width + 1, device=device).expand(batch, -1), [score], [token]
-        parents, levels, total = [torch.zeros_like(ids)], [1] * width, width
+        parents, total = [torch.zeros_like(ids)], width
         seen = torch.zeros(batch, width, max(span, 1), dtype=torch.bool, device=device)  # expanded ancestors
         for level in range(1, depth):
             first = (level - 1) * width
@@ -235,36 +264,26 @@ class DrafterState:
             seen.scatter_(2, own.expand(batch, -1)[:, :, None], True)
             slots = self.lengths[:, None] + own
             position = (self.positions + level)[:, None].expand(-1, width)
-            allowed = self._tree_allowed(seen, view)
             rotary = drafter.rotary(hidden, position)
-            hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, view, allowed)
+            hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, self.lengths, seen, span)
             child_score, child = drafter.logits(hidden).float().log_softmax(-1).topk(width)  # (B, width, width)
             child_score = (score[:, :, None] + child_score).flatten(1)
             child = drafter.to_target_ids(child).flatten(1)
             scores.append(child_score)
             tokens.append(child)
             parents.append(ids.repeat_interleave(width, dim=1))
-            levels += [level + 1] * width * width
             score, best = child_score.topk(width)  # the next frontier
             token, ids, total = child.gather(1, best), total + 1 + best, total + width * width
             parent = best // width
             seen = seen.gather(1, parent[:, :, None].expand_as(seen))
             hidden = hidden.gather(1, parent[:, :, None].expand(-1, -1, hidden.shape[-1]))
-        return _best_nodes(root, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1), levels, nodes)
-
-    def _tree_allowed(self, seen: torch.Tensor, view: int) -> torch.Tensor:
-        """Prefix pairs and expanded ancestors (B, width, span) -> (B, 1, width, view) bool."""
-        batch, width, span = seen.shape
-        slots = self.lengths[:, None] + torch.arange(span, device=seen.device)
-        allowed = torch.arange(view, device=seen.device) < self.lengths[:, None, None]
-        allowed = allowed.expand(batch, width, -1).clone()
-        if self.valid is not None:
-            allowed[:, :, : self.valid.shape[1]] &= self.valid[:, None]
-        return allowed.scatter_(2, slots[:, None].expand(-1, width, -1), seen)[:, None]
+        # the first level has `width` candidates, every later one width * width
+        level = (torch.arange(total, device=device) - width).div(width * width, rounding_mode="floor") + 2
+        return _best_nodes(root, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1), level, depth, nodes)
 
 
-def _best_nodes(root, tokens, scores, parents, levels, nodes) -> DraftWindow:
-    """Keep the ``nodes`` candidates (B, C) of highest joint probability and renumber them, parents first."""
+def _best_nodes(root, tokens, scores, parents, levels, depth: int, nodes: int) -> DraftWindow:
+    """Keep the ``nodes`` candidates (B, C), C levels, of highest joint probability and renumber them, parents first."""
     batch, count = tokens.shape
     # A child never scores above its parent; on a tie the stable sort keeps the earlier one, which is the parent.
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(nodes, count)]
@@ -273,8 +292,7 @@ def _best_nodes(root, tokens, scores, parents, levels, nodes) -> DraftWindow:
     number.scatter_(1, chosen + 1, torch.arange(1, chosen.shape[1] + 1, device=tokens.device).expand(batch, -1))
     zero = torch.zeros(batch, 1, dtype=torch.long, device=tokens.device)
     parent = torch.cat((zero, number.gather(1, parents.gather(1, chosen))), 1)
-    level = torch.tensor(levels, device=tokens.device).expand(batch, -1).gather(1, chosen)
-    depth = levels[-1]
+    level = levels.expand(batch, -1).gather(1, chosen)
     return DraftWindow(
         torch.cat((root[:, None], tokens.gather(1, chosen)), 1),
         parent,

@@ -14,14 +14,20 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
+from .graphs_ppow import fast_path
 from .target_ppow import TargetState, check_pair
 from .transcript_ppow import Acceptance, Transcript
 from .verifier_ppow import Verifier
+
+LOADING_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "code_revision", "proxies")
+# Every window meets another number of keys, and cuDNN's attention plans each new shape for some 40 ms.
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -32,6 +38,7 @@ class PPOWGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 @torch.no_grad()
+@sdpa_kernel(SDPA_BACKENDS)
 def decode(
     target,
     input_ids: torch.LongTensor,
@@ -67,30 +74,57 @@ def decode(
     verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(input_ids.device), text)
 
     prompt = Prompt.prepare(input_ids, config, model_kwargs)
-    capacity = prompt.end + min(text.remaining(), 512) + max(options.window_size, options.tree_nodes or 0) + 1
-    target_state = TargetState(target, drafter, prompt.past, input_ids.shape[0], capacity, prompt.valid)
+    # running ahead, a row may go one window beyond its end before that is known, and draft another from there
+    fast = fast_path(target, drafter, options, prompt, prompt.end + text.remaining() + 2 * options.slots)
+    if fast is None:
+        capacity = prompt.end + min(text.remaining(), 512) + options.slots
+        target_state = TargetState(target, drafter, prompt.past, input_ids.shape[0], capacity, prompt.valid)
+    else:
+        target_state = fast.target_state
     logits, taps = target_state.prefill(
         prompt.ids, prompt.attention_mask, prompt.position_ids, config.prefill_chunk_size
     )
     verdict = verifier(DraftWindow.chain(prompt.ids[:, -1:]), logits[:, None])  # a window of the last token alone
+    verdict.fetch()
     text.commit(verdict, drafted=None)
     root = verdict.tokens[:, 0]
-    drafter_state = start_drafter(drafter, target, target_state, prompt, taps, root)
+    drafter_state = start_drafter(drafter, target, target_state, prompt, taps, root, fast)
 
-    while not text.finished:
+    def cycle():
         window = draft(drafter_state, root, options, text.remaining() - 1, verifier)
         logits, taps = target_state.verify(window)
         verdict = verifier(window, logits)
-        counts = text.commit(verdict, drafted=window.max_depth)  # (B,) tokens gained; 0 for rows that have ended
-        if text.finished and not config.return_dict_in_generate:
-            break
-        root = torch.where(counts > 0, verdict.tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0], root)
-        width = int(counts.max())
+        verdict.fetch()
+        return window.max_depth, verdict, taps
+
+    def keep(verdict, taps, counts):  # (B,) tokens gained; 0 for rows that have ended -> the next root
+        width = verdict.path.shape[1] if drafter_state.whole_windows else int(counts.max())
         path = verdict.path[:, :width]
         positions = target_state.next_position[:, None] + torch.arange(width, device=path.device)
         target_state.keep(path, counts, in_order=not options.is_tree)
         taps = taps.gather(1, path[:, :, None].expand(-1, -1, taps.shape[-1]).to(taps.device))
         drafter_state.extend(taps, verdict.tokens[:, :width], positions, counts)
+        return torch.where(counts > 0, verdict.tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0], root)
+
+    can_run_ahead = drafter_state.whole_windows and verifier.prefix_free and not text.needs_every_prefix
+    growing, upcoming = text.growing(), None
+    grow = torch.tensor(growing, device=root.device)
+    while not text.finished:
+        depth, verdict, taps = upcoming or cycle()
+        upcoming = None
+        if can_run_ahead and text.remaining() > depth + 1:
+            # the next cycle is under way before this one's tokens are read; should one of them end the text, in vain
+            root = keep(verdict, taps, torch.where(grow, verdict.accepted + 1, 0))
+            upcoming = cycle()
+            text.commit(verdict, drafted=depth)
+        else:
+            counts = text.commit(verdict, drafted=depth)
+            if text.finished and not config.return_dict_in_generate:
+                break
+            root = keep(verdict, taps, torch.tensor(counts, device=root.device))
+        if growing != text.growing():
+            growing = text.growing()
+            grow = torch.tensor(growing, device=root.device)
 
     if streamer is not None:
         streamer.end()
@@ -100,19 +134,20 @@ def decode(
         sequences=text.sequences(),
         scores=text.stacked(text.scores),
         logits=text.stacked(text.logits),
-        past_key_values=returned_cache(target_state, drafter_state),
+        past_key_values=returned_cache(target_state, drafter_state, prompt.end + text.gained),
         acceptance=text.acceptance,
     )
 
 
 def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:
     """A window of at most ``room`` tokens in depth (what still fits besides the next token itself)."""
+    if state.whole_windows:
+        room = max(options.window_size, options.tree_depth or 0)
     if room < 1:
         return DraftWindow.chain(root[:, None])
     if options.is_tree:
         return state.tree(root, min(options.tree_depth, room), options.tree_top_k, options.tree_nodes)
-    sample = verifier.draft_sample if verifier.do_sample else None
-    return state.chain(root, min(options.window_size, room), sample, options.draft_threshold)
+    return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)
 
 
 def check_call(target, config, options, processors, synced_gpus, input_ids, model_kwargs) -> None:
@@ -188,7 +223,7 @@ class Prompt:
         return cls(ids, mask, positions, past, start, None if mask is None else mask.bool())
 
 
-def start_drafter(drafter, target, state: TargetState, prompt: Prompt, taps, root) -> DrafterState:
+def start_drafter(drafter, target, state: TargetState, prompt: Prompt, taps, root, fast) -> DrafterState:
     """The drafter's state after the prompt: pairs (taps of x_t, x_{t+1}) for every prompt token the target read."""
     batch, device = root.shape[0], root.device
     cache, valid = state.cache.drafter_cache, prompt.valid
@@ -201,7 +236,10 @@ def start_drafter(drafter, target, state: TargetState, prompt: Prompt, taps, roo
             seen[:, :start] = False
             valid = seen
     lengths = torch.full((batch,), start, dtype=torch.long, device=device)
-    drafter_state = DrafterState(drafter, drafter.embedding_for(target), cache, lengths, valid)
+    if fast is None:
+        drafter_state = DrafterState(drafter, drafter.embedding_for(target), cache, lengths, valid)
+    else:
+        drafter_state = fast.drafter_state
     tokens = torch.cat((prompt.ids[:, 1:], root[:, None]), 1)
     counts = torch.full((batch,), tokens.shape[1], dtype=torch.long, device=device)
     drafter_state.extend(taps, tokens, prompt.position_ids, counts)
@@ -214,15 +252,17 @@ def start_drafter(drafter, target, state: TargetState, prompt: Prompt, taps, roo
     return drafter_state
 
 
-def returned_cache(target_state: TargetState, drafter_state: DrafterState) -> SlotCache | None:
+def returned_cache(target_state: TargetState, drafter_state: DrafterState, length: int) -> SlotCache | None:
     """The cache for a next turn, holding all tokens but the last; None for batches, whose rows end at odd lengths."""
     if target_state.lengths.shape[0] > 1:
         return None
-    cache = target_state.cache
-    cache.set_length(int(target_state.lengths[0]))
-    drafter_state.cache.set_length(int(drafter_state.lengths[0]))
-    cache.drafter_cache = drafter_state.cache
-    return cache
+    caches = []
+    for state in (target_state, drafter_state):
+        cache = state.cache.copy(length) if drafter_state.whole_windows else state.cache  # graphs own their buffers
+        cache.set_length(length)
+        caches.append(cache)
+    caches[0].drafter_cache = caches[1]
+    return caches[0]
 
 
 # -- entrances ---------------------------------------------------------------------------------------------------------
@@ -263,6 +303,8 @@ def generate(model, assistant_model=None, streamer=None, **kwargs):
             f"custom_generate needs assistant_model=<PPOW drafter>, got {type(assistant_model).__name__}. Load it with "
             "AutoModel.from_pretrained(<drafter repository>, trust_remote_code=True)."
         )
+    for name in LOADING_OPTIONS:  # transformers hands on what it loaded this module with
+        kwargs.pop(name, None)
     names = [field.name for field in dataclasses.fields(DraftOptions)]
     chosen = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
 

@@ -31,7 +31,7 @@ def ancestors_of(parents: torch.Tensor, max_depth: int) -> torch.Tensor:
 def window_allowed(
     prefix: torch.Tensor,
     ancestors: torch.Tensor,
-    depth: torch.Tensor,
+    depth: torch.Tensor | None,
     slots: torch.Tensor,
     view: int,
     valid: torch.Tensor | None = None,
@@ -44,9 +44,10 @@ def window_allowed(
 
     Args:
         prefix: (B, N) committed slots each node may see: slots ``0 .. prefix - 1``.
-        ancestors: (B, N, N) bool, of :func:`ancestors_of`.
-        depth: (B, N) distance of each node from the end of its prefix; a node stands at position prefix + depth.
-        slots: (B, N) slot each node is written to; beyond every node's prefix.
+        ancestors: (B, N, W) bool, which of the W nodes in ``slots`` each node sees, as of :func:`ancestors_of`.
+        depth: (B, N) distance of each node from the end of its prefix; a node stands at position prefix + depth. Only
+            a sliding window needs it.
+        slots: (B, W) slot each node is written to; beyond every node's prefix.
         view: slots that attention reads.
         valid: (B, S <= view) bool, False for padding among the first S slots.
         sliding_window: keys further back than this many positions are invisible, counted in slots as transformers does.

@@ -28,11 +28,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import ModelOutput
 
+from .attention_ppow import attend_window
 from .cache_ppow import SlotCache
 from .configuration_ppow import PPOWConfig
 from .drafting_ppow import DEFAULT_WINDOW_SIZE
+from .formats_ppow import import_checkpoint, is_foreign
 from .generation_ppow import decode, register_assisted_decoding
 from .masks_ppow import additive_mask
+from .weights_ppow import HUB_OPTIONS
 
 CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
 from .generation_ppow import generate  # noqa: F401
@@ -47,7 +50,7 @@ class CachedAttention:
 
     Args:
         cache: the drafter's cache, opened for a window or appending.
-        mask: additive (B, 1, N, view) mask, or None for "all of it".
+        mask: additive (B, 1, N, view) mask, a mask of ``pack_window``, or None for "all of it".
         causal: without a mask, whether N > 1 new entries see each other causally (a fresh prefix).
     """
 
@@ -56,6 +59,8 @@ class CachedAttention:
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         key, value = self.cache.update(key, value, layer)
+        if self.mask is not None and self.mask.dtype == torch.int32:  # on the fast path: see attention_ppow
+            return attend_window(query, key, value, self.mask, query.shape[-1] ** -0.5).transpose(1, 2)
         return nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -326,6 +331,31 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             "A PPOW drafter drafts for its target and cannot generate alone. "
             "Call target.generate(**inputs, assistant_model=drafter)."
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, target=None, **kwargs):
+        """As in transformers; also takes an EAGLE-3 drafter of another trainer (see ``formats_ppow``).
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            target: the drafter's target (model, configuration, folder or Hub id). Needed for a drafter of another
+                trainer, whose checkpoint leaves things to its target; otherwise not looked at.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: another trainer's drafter without a target, or one that cannot be imported.
+        """
+        source, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        if source is None or kwargs.get("config") or not is_foreign(PPOWConfig.get_config_dict(source, **hub)[0]):
+            return super().from_pretrained(source, *args, **kwargs)
+        if target is None:
+            raise ValueError(
+                f"{source} is no PPOW drafter. If it is an EAGLE-3 drafter of another trainer, say for which target: "
+                "PPOWDrafter.from_pretrained(..., target=<model, Hub id or folder>)."
+            )
+        imported = import_checkpoint(str(source), target, **hub)
+        rest = {key: value for key, value in kwargs.items() if key not in hub}
+        return super().from_pretrained(None, *args, config=imported.config, state_dict=imported.tensors, **rest)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Save weights, configuration, code, and ``custom_generate/``, so that the folder serves every entrance."""

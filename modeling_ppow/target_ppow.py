@@ -5,6 +5,7 @@ import os
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .attention_ppow import pack_window
 from .cache_ppow import SlotCache, as_slot_cache
 from .drafting_ppow import DraftWindow
 from .masks_ppow import additive_mask, window_allowed
@@ -77,6 +78,17 @@ class WindowMasks:
             )
         return masks if len(masks) > 1 else masks.popitem()[1]
 
+    def packed(self, prefix, ancestors, depth, first) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The same for :mod:`attention_ppow`: prefix (B,), ancestors (B, N, N), depth (B, N), first (B,) real slot."""
+        masks = {}
+        for kind in self.layer_types:
+            oldest, seen = first[:, None].expand_as(depth), ancestors
+            if kind == "sliding_attention":
+                oldest = torch.maximum(oldest, prefix[:, None] + depth - self.sliding_window + 1)
+                seen = ancestors & (depth[:, :, None] - depth[:, None, :] < self.sliding_window)
+            masks[kind] = pack_window(prefix, seen, oldest)
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
 
 class TargetState:
     """The target with a :class:`SlotCache`.
@@ -119,20 +131,27 @@ class TargetState:
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht)."""
-        count = window.tokens.shape[1]
+        return self._verify(window.tokens, window.depth, window.ancestors)
+
+    def _verify(self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor):
+        count = tokens.shape[1]
         slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
-        view = int(self.lengths.max()) + count
+        view = self._view(count)
         self.cache.open_window(slots, view)
-        positions = self.next_position[:, None] + window.depth
-        result = self._forward(window.tokens, self._mask(window, slots, view), positions, last_only=False)
+        positions = self.next_position[:, None] + depth
+        result = self._forward(tokens, self._mask(depth, ancestors, slots, view), positions, last_only=False)
         self.cache.close_window()
         return result
 
-    def _mask(self, window: DraftWindow, slots: torch.Tensor, view: int):
+    def _view(self, count: int) -> int:
+        """Slots that attention reads when ``count`` nodes follow the committed ones."""
+        return int(self.lengths.max()) + count
+
+    def _mask(self, depth: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor, view: int):
         if self.uses_flash:  # one causal row without padding: flash attention aligns it by itself
             return None
         prefix = self.lengths[:, None].expand_as(slots)
-        return self.window_masks(prefix, window.ancestors, window.depth, slots, view, self.valid)
+        return self.window_masks(prefix, ancestors, depth, slots, view, self.valid)
 
     def _forward(self, input_ids, attention_mask, position_ids, last_only: bool):
         keep = {"logits_to_keep": 1} if last_only and self.target._supports_logits_to_keep() else {}

@@ -58,7 +58,7 @@ class Transcript:
         self.scores = [[] for _ in range(self.batch)] if collect and generation_config.output_scores else None
         self.logits = [[] for _ in range(self.batch)] if collect and generation_config.output_logits else None
         self.acceptance = Acceptance(*([[] for _ in range(self.batch)] for _ in range(3)))
-        self.ids = input_ids
+        self.device, self.ids = input_ids.device, input_ids.cpu()  # written token by token, so kept by the host
         self.lengths = [self.prompt_length] * self.batch
         self.ended_at: list[int | None] = [None] * self.batch  # length at which a criterion stopped the row
         self.max_length = stopping_criteria.max_length
@@ -75,6 +75,15 @@ class Transcript:
         if self.max_length is None:
             return 1 << 30
         return max((self.max_length - self.lengths[row] for row in range(self.batch) if self.active(row)), default=0)
+
+    def growing(self) -> list[bool]:
+        """:meth:`active` of every row."""
+        return [self.active(row) for row in range(self.batch)]
+
+    @property
+    def gained(self) -> int:
+        """Tokens of the first row behind its prompt, less the newest, which no cache holds yet."""
+        return self.lengths[0] - self.prompt_length - 1
 
     @property
     def horizon(self) -> int | None:
@@ -102,19 +111,19 @@ class Transcript:
         if extra:
             tail = torch.tensor(extra, dtype=ids.dtype, device=ids.device).expand(self.batch, -1)
             ids = torch.cat((ids, tail), 1)
-        return ids
+        return ids.to(self.device)
 
-    def commit(self, verdict, drafted: int | None) -> torch.Tensor:
+    def commit(self, verdict, drafted: int | None) -> list[int]:
         """Append what a verification yielded to every row that still grows.
 
         Args:
-            verdict: accepted (B,), tokens (B, M) and the collected scores.
+            verdict: a fetched :class:`Verdict`.
             drafted: depth of the window, or None for the prompt's own token, which is no verification.
 
         Returns:
-            (B,) int64 tokens appended per row: accepted + 1, less where a stop cut the window, 0 for ended rows.
+            Tokens appended per row: accepted + 1, less where a stop cut the window, 0 for ended rows.
         """
-        accepted, tokens = verdict.accepted.tolist(), verdict.tokens.tolist()
+        accepted, tokens = verdict.fetched()
         counts = [0] * self.batch
         for row in [row for row in range(self.batch) if self.active(row)]:
             counts[row] = self._append(row, tokens[row][: accepted[row] + 1], verdict)
@@ -122,7 +131,7 @@ class Transcript:
                 self.acceptance.drafted[row].append(drafted)
                 self.acceptance.accepted[row].append(accepted[row])
                 self.acceptance.gained[row].append(counts[row])
-        return torch.tensor(counts, device=verdict.tokens.device)
+        return counts
 
     def _append(self, row: int, tokens: list[int], verdict) -> int:
         """Append tokens to a row until something stops it; -> how many were appended."""
@@ -144,13 +153,13 @@ class Transcript:
                     break
         self.lengths[row] = start + count
         if self.streamer is not None:
-            self.streamer.put(self.ids[row, start : start + count].cpu())
+            self.streamer.put(self.ids[row, start : start + count])
         return count
 
     def _stops(self, row: int, length: int, token: int) -> bool:
         if self.needs_every_prefix:
             scores = None if self.scores is None else tuple(s[None] for s in self.scores[row])
-            return bool(self.criteria(self.ids[row : row + 1, :length], scores).all())
+            return bool(self.criteria(self.ids[row : row + 1, :length].to(self.device), scores).all())
         at_end = self.max_length is not None and length >= self.max_length
         return at_end or token in self.eos_ids or any(c(self.ids[row : row + 1], None).all() for c in self.max_times)
 
@@ -167,7 +176,7 @@ class Transcript:
         for row, length in enumerate(self.lengths):
             if length < longest:
                 ids[row, length:] = self.pad
-        return ids
+        return ids.to(self.device)
 
     def stacked(self, rows: list[list[torch.Tensor]] | None) -> tuple[torch.Tensor, ...] | None:
         """Per-token scores of all rows -> one (B, V) tensor per new token.

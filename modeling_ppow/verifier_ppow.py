@@ -45,6 +45,37 @@ class Verdict:
     tokens: torch.Tensor
     scores: list[list[torch.Tensor]] | None = None
     logits: list[list[torch.Tensor]] | None = None
+    _table: torch.Tensor | None = None  # (B, 1 + M) accepted and tokens, on their way to the host
+    _arrived: torch.cuda.Event | None = None
+
+    def fetch(self) -> None:
+        """Start to copy the outcome to the host, behind what the device has been given so far."""
+        self._table = torch.cat((self.accepted[:, None], self.tokens), 1).to("cpu", non_blocking=True)
+        if self.accepted.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def fetched(self) -> tuple[list[int], list[list[int]]]:
+        """``accepted`` and ``tokens`` on the host, without waiting for anything that was started after ``fetch``."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        table = self._table.tolist()
+        return [row[0] for row in table], [row[1:] for row in table]
+
+
+class DraftSampler:
+    """Draws drafts from logits (B, D), warped as the target's are: -> draft ids (B,), their distribution (B, D)."""
+
+    def __init__(self, warpers: list):
+        self.warpers = warpers
+        self.key = repr([(type(warper).__name__, sorted(vars(warper).items())) for warper in warpers])
+
+    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.float()
+        for warper in self.warpers:
+            logits = warper(None, logits)
+        probs = logits.softmax(-1)
+        return sample(probs), probs
 
 
 class Verifier:
@@ -60,15 +91,8 @@ class Verifier:
     def __init__(self, processors, do_sample: bool, columns: torch.Tensor, text: Transcript):
         self.processors, self.do_sample, self.columns, self.text = processors, do_sample, columns, text
         self.prefix_free = all(_is_stock(p, _PREFIX_FREE) for p in processors)
-        self.warpers = [p for p in processors if _is_stock(p, _DRAFT_WARPERS)]
-
-    def draft_sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw drafts from logits (B, D): -> draft ids (B,), the distribution (B, D) they came from."""
-        logits = logits.float()
-        for warper in self.warpers:
-            logits = warper(None, logits)
-        probs = logits.softmax(-1)
-        return sample(probs), probs
+        warpers = [p for p in processors if _is_stock(p, _DRAFT_WARPERS)]
+        self.draft_sample = DraftSampler(warpers) if do_sample else None
 
     def __call__(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         """Verify ``window`` against the target's logits (B, N, V)."""

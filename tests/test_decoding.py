@@ -259,6 +259,7 @@ def test_the_three_entrances_agree(tmp_path, tiny_tokenizer):
         assistant_model=loaded,
         custom_generate=str(tmp_path),
         trust_remote_code=True,
+        revision="main",  # handed on by transformers
         window_size=3,
         streamer=sink,
     )

@@ -98,6 +98,33 @@ def test_evaluate_writes_true_figures(pair, tmp_path, drafting, capsys):
     assert str(pair) not in (tmp_path / "metrics.json").read_text()
 
 
+def test_a_baseline_is_measured_on_the_same_prompts(pair, tmp_path, capsys):
+    config = EvaluateConfig(
+        target=str(pair / "target"),
+        drafter=str(pair / "drafter"),
+        baseline=str(pair / "drafter"),
+        output_dir=str(tmp_path),
+        prompts=[str(pair / "questions.jsonl")],
+        temperatures=[0.0],
+        max_new_tokens=12,
+        bootstrap=100,
+    )
+    evaluate.main(config)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (ours,), (other,) = metrics["results"].values(), metrics["baseline"].values()
+    assert ours["acceptance_length"] == other["acceptance_length"]
+    assert ours["gain"] == {"acceptance_length": 0.0, "acceptance_length_95": [0.0, 0.0]}
+    assert metrics["baseline_drafting"] == metrics["drafting"]
+    assert "acceptance length +0.00" in capsys.readouterr().out
+
+
+def test_the_gain_is_a_paired_difference():
+    better = [sample([4], [3], [3], prompt=0), sample([2], [1], [3], prompt=1)]
+    worse = [sample([3], [2], [3], prompt=0), sample([1], [0], [3], prompt=1)]
+    found = evaluate.gain(better, worse, 200, seed=0)
+    assert found == {"acceptance_length": 1.0, "acceptance_length_95": [1.0, 1.0]}  # every prompt gains exactly one
+
+
 def test_demo_streams_and_checks(pair, tmp_path, capsys, monkeypatch):
     names = {"target": str(pair / "target"), "drafter": str(pair / "drafter")}
     prompts = str(pair / "questions.jsonl")

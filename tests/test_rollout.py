@@ -123,7 +123,7 @@ def test_forest_verification_equals_one_forward_per_window(sliding, max_forest_n
         for row in range(rows.shape[1]):
             start = int(rows[text, row])
             whole = torch.cat((batch.input_ids[text, : start + 2], tokens[text, row]))[None]
-            plain = target.model(whole).logits[0, start + 1 : start + 5].float()
+            plain = target.model(whole).logits[0, start + 1 : start + 5]
             assert torch.equal(argmax[text, row], plain.argmax(-1))
             torch.testing.assert_close(logits[text, row], plain[:, columns], atol=1e-5, rtol=1e-5)
             expected = plain.log_softmax(-1).gather(1, tokens[text, row][:, None])[:, 0]
@@ -231,7 +231,7 @@ def test_reinforcement_raises_the_reward():
         batch.seed = step
         rollout, metrics = stage2.roll_out(config, target, drafter, batch, step=1)
         rewards.append(float(metrics["reward"]))
-        loss, _ = reinforce.loss(config, target, drafter, rollout)
+        loss, _ = reinforce.loss(config, target, drafter, 1, batch, rollout)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -137,6 +137,20 @@ def test_a_run_that_broke_off_resumes_bit_exactly(home, whole_runs, stage, fails
     assert_same_run(whole_runs[stage], tmp_path)
 
 
+def test_the_closed_form_learns_and_resumes_bit_exactly(home, tmp_path):
+    """Stage 2 without rollouts: from its second checkpoint it goes on as if it had never stopped."""
+    changes = {"estimator": "exact", "verification": "text", "supervised_coef": 0.5, "learning_rate": 1e-2}
+    reinforce.main(options(home, "reinforce", tmp_path / "whole", **changes))
+    rewards = [line["reward"] for line in metrics_of(tmp_path / "whole")]
+    assert max(rewards[3:]) > rewards[0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for name in ("config.json", "checkpoints/step-000006"):
+        path = tmp_path / "again" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    reinforce.main(options(home, "reinforce", tmp_path / "again", resume=True, **changes))
+    assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
     """SIGKILL as soon as the second checkpoint exists; the resumed run equals an uninterrupted one."""
@@ -157,11 +171,14 @@ def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
     assert_same_run(whole_runs[stage], tmp_path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [("supervised", {}), ("reinforce", {}), ("reinforce", {"estimator": "exact", "supervised_coef": 0.5})],
+)
+def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, changes, tmp_path):
     module, _ = STAGES[stage]
-    module.main(options(home, stage, tmp_path / "one", steps=2, batch_size=1))
-    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, accumulation=1))
+    module.main(options(home, stage, tmp_path / "one", steps=2, batch_size=1, **changes))
+    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, accumulation=1, **changes))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     command = [*launcher, "-m", "ppow.training.cli", stage, *flags]

@@ -107,7 +107,7 @@ def test_best_nodes_keeps_the_most_probable_and_renumbers():
     tokens = torch.tensor([[10, 11, 12, 20, 21, 22, 23]])
     scores = torch.tensor([[-0.5, -3.0, -0.7, -0.9, -4.0, -1.0, -5.0]])
     parents = torch.tensor([[0, 0, 0, 1, 1, 3, 3]])
-    window = _best_nodes(torch.tensor([9]), tokens, scores, parents, [1, 1, 1, 2, 2, 2, 2], nodes=4)
+    window = _best_nodes(torch.tensor([9]), tokens, scores, parents, torch.tensor([1, 1, 1, 2, 2, 2, 2]), 2, nodes=4)
     assert window.tokens.tolist() == [[9, 10, 12, 20, 22]]
     assert window.parents.tolist() == [[0, 0, 0, 1, 2]]
     assert window.depth.tolist() == [[0, 1, 1, 2, 2]]
@@ -117,17 +117,18 @@ def test_best_nodes_keeps_the_most_probable_and_renumbers():
 def test_best_nodes_prefers_the_parent_on_a_tie():
     # a certain child has its parent's score; keeping the child without the parent would break the tree
     tokens, scores = torch.tensor([[10, 11, 20, 21]]), torch.tensor([[-1.0, -2.0, -1.0, -9.0]])
-    window = _best_nodes(torch.tensor([9]), tokens, scores, torch.tensor([[0, 0, 1, 1]]), [1, 1, 2, 2], nodes=1)
+    parents, levels = torch.tensor([[0, 0, 1, 1]]), torch.tensor([1, 1, 2, 2])
+    window = _best_nodes(torch.tensor([9]), tokens, scores, parents, levels, 2, nodes=1)
     assert window.tokens.tolist() == [[9, 10]]
 
 
 def test_best_nodes_per_row_and_fewer_candidates_than_nodes():
     tokens = torch.tensor([[10, 11], [12, 13]])
     scores = torch.tensor([[-1.0, -2.0], [-2.0, -1.0]])
-    parents = torch.zeros(2, 2, dtype=torch.long)
-    window = _best_nodes(torch.tensor([8, 9]), tokens, scores, parents, [1, 1], nodes=1)
+    parents, levels = torch.zeros(2, 2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    window = _best_nodes(torch.tensor([8, 9]), tokens, scores, parents, levels, 1, nodes=1)
     assert window.tokens.tolist() == [[8, 10], [9, 13]]
-    window = _best_nodes(torch.tensor([8, 9]), tokens, scores, parents, [1, 1], nodes=60)
+    window = _best_nodes(torch.tensor([8, 9]), tokens, scores, parents, levels, 1, nodes=60)
     assert window.tokens.tolist() == [[8, 10, 11], [9, 12, 13]]
 
 
@@ -145,7 +146,8 @@ def test_best_nodes_keeps_every_parent_of_what_it_keeps():
             levels += [level] * width * width
         tokens = torch.randint(0, 50, (2, len(levels)))
         nodes = int(torch.randint(1, len(levels) + 1, ()))
-        window = _best_nodes(tokens[:, 0], tokens, torch.cat(scores, 1), torch.cat(parents, 1), levels, nodes)
+        scores, parents, levels = torch.cat(scores, 1), torch.cat(parents, 1), torch.tensor(levels)
+        window = _best_nodes(tokens[:, 0], tokens, scores, parents, levels, depth, nodes)
         parent_depth = window.depth.gather(1, window.parents)
         assert torch.equal(parent_depth[:, 1:], window.depth[:, 1:] - 1)
         assert (window.parents[:, 1:] < torch.arange(1, window.parents.shape[1])).all()

@@ -23,7 +23,11 @@ COMMANDS = {
     "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
     "reinforce": Command(".reinforce", "ReinforceConfig", "stage 2: PPOW reinforcement learning"),
     "evaluate": Command(".evaluate", "EvaluateConfig", "measure acceptance length and speedup"),
+    "push": Command(".hub", "PushConfig", "make a drafter a repository of the Hub"),
+    "import": Command(".convert", "ImportConfig", "make another trainer's EAGLE-3 drafter usable"),
+    "export": Command(".convert", "ExportConfig", "write a drafter for vLLM, SGLang, ..."),
     "demo": Command(".demo", "DemoConfig", "generate with and without the bundled drafter"),
+    "space": Command(".space", "SpaceConfig", "serve the page on which plain target and drafter race"),
 }
 
 

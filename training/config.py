@@ -41,6 +41,7 @@ class TrainingConfig(Config):
     log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
     resume: bool = option("go on from the latest complete checkpoint in output_dir", False)
     trackers: list[str] = option("accelerate trackers, e.g. tensorboard,wandb", [])
+    push_to_hub: str | None = option("ORG/NAME: push every checkpoint and the drafter there, in the background", None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,9 +90,22 @@ class ReinforceConfig(TrainingConfig):
     steps: int = option("optimizer steps (ours)", 500, at_least=1)
     learning_rate: float = option("peak learning rate of AdamW (ours)", 2e-5, above=0)
 
+    objective: Literal["ppow", "cst", "lk", "lk_mixed", "eal", "d_pace", "vat", "gto", "draft_opd"] = option(
+        "what to optimise: PPOW, or one of the controls of training/objectives.py (paper)", "ppow"
+    )
+    estimator: Literal["rollout", "exact"] = option(
+        "of PPOW's expected reward: sampled windows (paper), or its closed form along the text (ours)", "rollout"
+    )
+    supervised_coef: float = option("weight of stage 1's loss beside the objective (ours)", 0.0, at_least=0)
+    step_weight: float = option(
+        "draft step i weighs step_weight ** i in supervised losses; 0.8 as in EAGLE-3 (ours)", 0.8, above=0, at_most=1
+    )
+    tree_branches: int = option("branches per node of the tree in verification=tree (ours)", 4, at_least=1)
+
     window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
     group_size: int = option("rollouts of one prefix, G_roll (paper)", 8, at_least=2)
     windows_per_sequence: int = option("prefixes drawn from a sequence (ours)", 8, at_least=1)
+    all_windows: bool = option("learn from every window of a text instead; not with rollouts (ours)", False)
     adaptive_switch: float = option(
         "fraction of the steps after which windows are drawn by criticality (ADAW), not uniformly; 1: never (ours)",
         0.5,
@@ -99,7 +113,10 @@ class ReinforceConfig(TrainingConfig):
         at_most=1,
     )
     rollout_temperature: float = option("temperature of the drafter's rollouts (ours)", 1.0, above=0)
-    verification: Literal["greedy", "sampling"] = option("rule that accepts tokens in training (ours)", "greedy")
+    verification: Literal["greedy", "sampling", "text", "tree"] = option(
+        "rule that accepts tokens in training; estimator=exact knows two more: each text's own rule, and a tree (ours)",
+        "greedy",
+    )
     max_forest_nodes: int = option("drafted nodes verified in one target forward (ours)", 4096, at_least=1)
 
     updates_per_rollout: int = option(
@@ -126,6 +143,13 @@ class ReinforceConfig(TrainingConfig):
                 f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
                 f"{self.window_size} tokens; raise it to {self.group_size * self.window_size} or more."
             )
+        rolls = self.objective in ("ppow", "gto", "draft_opd") and self.estimator == "rollout"
+        if self.estimator == "exact" and self.objective != "ppow":
+            raise ValueError(f"estimator=exact belongs to objective=ppow, got objective={self.objective!r}.")
+        if self.verification in ("text", "tree") and self.estimator != "exact":
+            raise ValueError(f"verification={self.verification!r} needs estimator=exact; rollouts: greedy or sampling.")
+        if self.all_windows and rolls:
+            raise ValueError("all_windows would roll out from every position; raise windows_per_sequence instead.")
         throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
         first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput
         if self.proximity_bonus >= first:
@@ -179,6 +203,8 @@ class DraftingConfig(Config):
     draft_threshold: float | None = option(
         "end a chain once its joint draft probability is below this; none: the drafter's own", None, at_least=0, below=1
     )
+    cuda_graphs: bool | None = option("decode from CUDA graphs; none: where possible", None)
+    compile_layers: bool | None = option("let torch.compile fuse what the graphs record; none: as the drafter's", None)
     threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
 
     def __post_init__(self):
@@ -196,7 +222,8 @@ class EvaluateConfig(DraftingConfig):
 
     target: str = option("target model: Hub id or folder")
     drafter: str = option("drafter: Hub id or folder")
-    output_dir: str = option("folder for metrics.json, the table and provenance.json")
+    baseline: str | None = option("another drafter to measure in the same run, such as its stage 1", None)
+    output_dir: str = option("folder for metrics.json, the table and the plot")
     prompts: list[str] = option("benchmarks by name or .jsonl files", ["mt_bench", "humaneval", "gsm8k"])
     prompts_dir: str | None = option("folder that holds the named benchmarks; none: the Hub", None)
     limit: int | None = option("prompts per benchmark; none: all", None, at_least=1)
@@ -235,6 +262,51 @@ class DemoConfig(DraftingConfig):
                 f"A drafter belongs to one target: give both or neither, got target={self.target!r} and "
                 f"drafter={self.drafter!r}."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpaceConfig(Config):
+    """Serve the page on which plain target and drafter race; without arguments, with the bundled pair."""
+
+    target: str | None = option("target model: Hub id or folder; none: the bundled one", None)
+    drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
+    baseline: str | None = option("a second drafter to race, such as the drafter's stage 1", None)
+    host: str = option("address to listen on; 0.0.0.0: all", "127.0.0.1")
+    port: int = option("port to listen on", 7860, at_least=0, at_most=65535)
+    threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.target is None) != (self.drafter is None):
+            raise ValueError(
+                f"A drafter belongs to one target: give both or neither, got target={self.target!r} and "
+                f"drafter={self.drafter!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(Config):
+    """Turn an EAGLE-3 drafter of another trainer into a PPOW drafter for plain transformers and `ppow reinforce`."""
+
+    _positional = "source"
+
+    source: str = option("the drafter: Hub id or folder")
+    target: str = option("the target that it was trained for: Hub id or folder")
+    out: str | None = option("folder to write; none: the drafter's name with -ppow, here", None)
+    dry_run: bool = option("only print what would be mapped, dropped and assumed", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """Write a PPOW drafter as a serving engine or another trainer reads it, and print the command that serves it."""
+
+    _positional = "drafter"
+
+    drafter: str = option("PPOW drafter: Hub id or folder")
+    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle"] = option("who is to read it")
+    target: str | None = option("its target: Hub id or folder; none: as the drafter records it", None)
+    out: str | None = option("folder to write; none: the drafter's name with the format, here", None)
+    dry_run: bool = option("only print what would be mapped, dropped and assumed", False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,3 +375,27 @@ def parse_group(text: str) -> tuple[str, float, int]:
     if not name or len(numbers) > 2 or not 0 < weight < float("inf") or max_chars <= 0:
         raise ValueError(f"group {text!r} must be name:weight[:max characters], positive numbers, as in chat:1:1500.")
     return name, weight, max_chars
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushConfig(Config):
+    """Make a drafter a repository of the Hub, in one commit, with its card; or push the Space that shows it."""
+
+    _positional = "drafter"
+
+    drafter: str = option("drafter to push: a folder, or a Hub id")
+    repo: str = option("ORG/NAME on the Hub; made when missing")
+    space: bool = option("push the demo Space of a drafter that is on the Hub", False)
+    target: str | None = option("Hub id of the target; none: the one that the drafter records", None)
+    metrics: str | None = option("output folder of `ppow evaluate`; none: metrics.json beside the drafter", None)
+    private: bool = option("a new repository is private", False)
+    revision: str = option("branch to push to; made when missing", "main")
+    create_pr: bool = option("open a pull request instead of pushing to the branch", False)
+    tag: str | None = option("tag the commit, and pin the card's snippets to the tag", None)
+    license: str | None = option("licence of the weights, as the Hub names it", None)
+    dry_run: bool = option("show the files and the card, and upload nothing", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tag and self.create_pr:
+            raise ValueError("A pull request is tagged after it was merged: give --tag or --create-pr, not both.")

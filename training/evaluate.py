@@ -2,8 +2,10 @@
 
     ppow evaluate --target TARGET --drafter DRAFTER --prompts gsm8k --prompts-dir PROMPTS --output-dir runs/figures
 
-Protocol: batch 1, prefill included, the two systems take turns prompt by prompt so that the machine's drift hits both
-alike, after ``warmup`` untimed generations. Tokens are the ids produced, counted the same way on both sides (never
+With ``--baseline STAGE1`` a second drafter is measured on the same prompts, and the difference with its interval.
+
+Protocol: batch 1, prefill included, the systems take turns prompt by prompt so that the machine's drift hits all alike,
+after ``warmup`` untimed generations. Tokens are the ids produced, counted the same way on both sides (never
 re-tokenised text). Tokens per second are the mean over prompts, as in Spec-Bench, and the speedup is the ratio of those
 means; the acceptance length is pooled over all verifications, bonus included. Intervals are 95% bootstrap intervals
 over prompts.
@@ -30,7 +32,7 @@ from .prompts import load_prompts
 
 @dataclass
 class Sample:
-    """One prompt answered by both systems.
+    """One prompt answered by the plain target and with a drafter.
 
     Attributes:
         prompt: number of the prompt; the turns and repetitions of one prompt belong together.
@@ -60,38 +62,51 @@ def main(config: EvaluateConfig) -> None:
     dtype = getattr(torch, config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
-    drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=dtype).to(device)
+    names = [config.drafter] + ([config.baseline] if config.baseline else [])
+    drafters = [PPOWDrafter.from_pretrained(name, dtype=dtype).to(device) for name in names]
     drafting = drafting_options(config)
 
-    results = {}
+    results, baseline = {}, {}
     for name, chosen in prompts.items():
         for temperature in config.temperatures:
-            samples = measure(target, tokenizer, drafter, chosen, config, temperature, drafting, name)
-            results[f"{Path(name).stem} T={temperature:g}"] = summarize(samples, config.bootstrap, config.seed)
-    options = DraftOptions.resolve(GenerationConfig(**drafting), drafter.generation_config)
-    record = {"results": results, "drafting": dataclasses.asdict(options), **provenance.record("evaluate", config)}
-    write_json(Path(config.output_dir) / "metrics.json", record)
+            title = f"{Path(name).stem} T={temperature:g}"
+            measured = measure(target, tokenizer, drafters, chosen, config, temperature, drafting, title)
+            figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
+            results[title] = figures[0]
+            if config.baseline:
+                figures[0]["gain"] = gain(*measured, config.bootstrap, config.seed)
+                baseline[title] = figures[1]
+    options = [DraftOptions.resolve(GenerationConfig(**drafting), drafter.generation_config) for drafter in drafters]
+    record = {"results": results, "drafting": dataclasses.asdict(options[0])}
+    if config.baseline:
+        record |= {"baseline": baseline, "baseline_drafting": dataclasses.asdict(options[1])}
+    write_json(Path(config.output_dir) / "metrics.json", record | provenance.record("evaluate", config))
     print(table(results))
+    if config.baseline:
+        print(f"\nbaseline {Path(config.baseline).name}:\n{table(baseline)}\n")
+        for title, result in results.items():
+            low, high = result["gain"]["acceptance_length_95"]
+            print(f"{title}: acceptance length {result['gain']['acceptance_length']:+.2f} ({low:+.2f} to {high:+.2f})")
     plot(results, Path(config.output_dir) / "acceptance.png")
 
 
 def measure(
-    target, tokenizer, drafter, prompts, config, temperature: float, drafting: dict, title: str
-) -> list[Sample]:
-    """Answer every prompt (and the second turns of two-turn ones) with both systems."""
+    target, tokenizer, drafters: list, prompts, config, temperature: float, drafting: dict, title: str
+) -> list[list[Sample]]:
+    """Answer every prompt (and the second turns of two-turn ones) with all systems: -> the samples of each drafter."""
     plain, ours = generation_configs(target, temperature, config.max_new_tokens, drafting)
     work = [
         (number, ids)
         for number, prompt in enumerate(prompts)
         for ids in turns(target, tokenizer, prompt, config.max_new_tokens)
     ]
-    samples = []
     for number, ids in work[: config.warmup]:
-        compare(target, drafter, number, ids, plain, ours, config.seed)
+        compare(target, drafters, number, ids, plain, ours, config.seed)
+    samples = []
     for repetition in range(config.repetitions):
-        for i, (number, ids) in enumerate(tqdm(work, desc=f"{title} T={temperature:g}", leave=False)):
-            samples.append(compare(target, drafter, number, ids, plain, ours, config.seed + 1000 * repetition + i))
-    return samples
+        for i, (number, ids) in enumerate(tqdm(work, desc=title, leave=False)):
+            samples.append(compare(target, drafters, number, ids, plain, ours, config.seed + 1000 * repetition + i))
+    return [list(column) for column in zip(*samples)]
 
 
 def drafting_options(config: DraftingConfig) -> dict:
@@ -125,25 +140,28 @@ def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
     return found
 
 
-def compare(target, drafter, prompt: int, ids, plain, ours, seed: int) -> Sample:
-    """One prompt, stock generate and then the drafter."""
-    mask = torch.ones_like(ids)
+def compare(target, drafters: list, prompt: int, ids, plain, ours, seed: int) -> list[Sample]:
+    """One prompt: stock generate, then each drafter; -> a sample per drafter."""
+    mask, samples = torch.ones_like(ids), []
     expected, plain_seconds = timed(target, seed, ids, attention_mask=mask, generation_config=plain)
-    out, seconds = timed(target, seed, ids, attention_mask=mask, generation_config=ours, assistant_model=drafter)
-    figures = out.acceptance
-    answer = out.sequences[0, ids.shape[1] :].tolist()
-    return Sample(
-        prompt,
-        expected.shape[1] - ids.shape[1],
-        plain_seconds,
-        len(answer),
-        seconds,
-        figures.gained[0],
-        figures.accepted[0],
-        figures.drafted[0],
-        torch.equal(expected, out.sequences),
-        ends_in_a_loop(answer),
-    )
+    for drafter in drafters:
+        out, seconds = timed(target, seed, ids, attention_mask=mask, generation_config=ours, assistant_model=drafter)
+        figures = out.acceptance
+        answer = out.sequences[0, ids.shape[1] :].tolist()
+        sample = Sample(
+            prompt,
+            expected.shape[1] - ids.shape[1],
+            plain_seconds,
+            len(answer),
+            seconds,
+            figures.gained[0],
+            figures.accepted[0],
+            figures.drafted[0],
+            torch.equal(expected, out.sequences),
+            ends_in_a_loop(answer),
+        )
+        samples.append(sample)
+    return samples
 
 
 def timed(target, seed: int, ids, **arguments):
@@ -217,11 +235,25 @@ def speedup(samples: list[Sample]) -> float:
     return rate(samples, "tokens", "seconds") / rate(samples, "plain_tokens", "plain_seconds")
 
 
-def interval(samples: list[Sample], figure, resamples: int, seed: int) -> list[float]:
+def gain(samples: list[Sample], baseline: list[Sample], resamples: int, seed: int) -> dict:
+    """Acceptance length over a baseline's on the same prompts, with the interval of the paired difference."""
+
+    def difference(pairs: list[tuple[Sample, Sample]]) -> float:
+        ours, others = zip(*pairs)
+        return acceptance_length(ours) - acceptance_length(others)
+
+    pairs = list(zip(samples, baseline))
+    return {
+        "acceptance_length": difference(pairs),
+        "acceptance_length_95": interval(pairs, difference, resamples, seed, prompt=lambda pair: pair[0].prompt),
+    }
+
+
+def interval(samples: list, figure, resamples: int, seed: int, prompt=lambda sample: sample.prompt) -> list[float]:
     """95% percentile bootstrap over prompts, each with all its samples."""
     draw, prompts = random.Random(seed), {}
     for sample in samples:
-        prompts.setdefault(sample.prompt, []).append(sample)
+        prompts.setdefault(prompt(sample), []).append(sample)
     groups = list(prompts.values())
     drawn = ([s for group in draw.choices(groups, k=len(groups)) for s in group] for _ in range(resamples))
     values = sorted(map(figure, drawn))

@@ -30,7 +30,16 @@ from .files import move_in
 from .metrics import MetricsLog
 
 # May differ between a run and its continuation: they do not change what is computed.
-_FREE_TO_CHANGE = {"resume", "save_every", "keep_last", "log_every", "trackers", "output_dir", "eval_every"}
+_FREE_TO_CHANGE = {
+    "resume",
+    "save_every",
+    "keep_last",
+    "log_every",
+    "trackers",
+    "output_dir",
+    "eval_every",
+    "push_to_hub",
+}
 
 
 @dataclass
@@ -73,6 +82,11 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
         )
+        self.hub = None
+        if config.push_to_hub and accelerator.is_main_process:
+            from .hub import BackgroundPush
+
+            self.hub = BackgroundPush(config.push_to_hub)
         self.micro_steps = config.accumulation * accelerator.num_processes
         if len(examples) < self.micro_steps * config.batch_size:
             raise ValueError(
@@ -126,6 +140,10 @@ class Trainer:
         if self.accelerator.is_main_process and not finished_before:
             save_drafter(self.drafter, self.folder, config.dtype)
             self.log.close()
+        if self.hub is not None:
+            self.hub.wait()
+            self.hub.push(self.folder, config.steps)
+            self.hub.wait()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -133,9 +151,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
             state = {"config": config, "micro_steps": self.micro_steps}
-            checkpoints.save(
+            saved = checkpoints.save(
                 self.folder / "checkpoints", step, self.drafter, self.optimizer, state, self.config.keep_last
             )
+            if self.hub is not None:
+                self.hub.push(saved, step)
         self.accelerator.wait_for_everyone()
 
     def batches(self, step: int) -> list[Batch]:

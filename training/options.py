@@ -29,6 +29,8 @@ def option(help: str, default=dataclasses.MISSING, *, at_least=None, above=None,
 class Config:
     """Base of every command's configuration: checked when made, readable from argv, a dict or a JSON file."""
 
+    _positional = None  # name of the field that may also be given without its --key
+
     @classmethod
     def command(cls) -> str:
         """The name on the command line: ``SupervisedConfig`` -> ``supervised``."""
@@ -38,9 +40,10 @@ class Config:
     def from_args(cls, argv: typing.Sequence[str]):
         """Read ``--key value`` arguments.
 
-        Keys take dashes or underscores; booleans are ``--key`` / ``--no-key`` (or ``--key=true``); lists are comma
-        separated or repeated; ``none`` unsets an optional field. ``--config file.json`` gives values that the other
-        arguments override, and ``--help`` prints the fields and exits.
+        One field, ``_positional``, may come without its key. Keys take dashes or underscores; booleans are ``--key`` /
+        ``--no-key`` (or ``--key=true``); lists are comma separated or repeated; ``none`` unsets an optional field.
+        ``--config file.json`` gives values that the other arguments override, and ``--help`` prints the fields and
+        exits.
 
         Raises:
             ValueError: unknown or missing key, missing value, a value of the wrong type or out of bounds.
@@ -53,6 +56,9 @@ class Config:
             if token in ("-h", "--help"):
                 print(cls.help())
                 raise SystemExit(0)
+            if not token.startswith("--") and cls._positional and cls._positional not in given:
+                given[cls._positional] = token
+                continue
             if not token.startswith("--"):
                 raise ValueError(f"{cls.command()}: unexpected argument {token!r}; options are written --key value.")
             name, has_value, text = token[2:].partition("=")
@@ -98,7 +104,9 @@ class Config:
     @classmethod
     def help(cls) -> str:
         """The page that ``ppow COMMAND --help`` prints."""
-        required = " ".join(f"--{_dashes(name)} {name.upper()}" for name in cls._required())
+        required = " ".join(
+            name.upper() if name == cls._positional else f"--{_dashes(name)} {name.upper()}" for name in cls._required()
+        )
         lines = [f"usage: ppow {cls.command()} {required} [options]".replace("  ", " "), "", cls.__doc__ or "", ""]
         for field in dataclasses.fields(cls):
             default = "required" if field.name in cls._required() else f"default {_show(_default(field))}"

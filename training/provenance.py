@@ -23,6 +23,9 @@ _LOCAL_PATH = re.compile(r"(?:~|[A-Za-z]:[\\/]|/|\.\.?/)[^,=]*")
 def write(folder: str | Path, command: str, config) -> Path:
     """Write ``folder/provenance.json``; the records of earlier (resumed) runs stay in it under ``earlier``.
 
+    A run that starts from a drafter's folder keeps that drafter's own record under ``started_from``, so that the last
+    file of a chain of stages tells all of them.
+
     Args:
         folder: the run's output folder; made when missing.
         command: name of the command, e.g. ``supervised``.
@@ -34,18 +37,28 @@ def write(folder: str | Path, command: str, config) -> Path:
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     content = record(command, config)
+    start = Path(getattr(config, "drafter", None) or folder) / FILE
+    if start != path and start.exists():
+        content["started_from"] = read(start)
     if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            before = None
-        if not isinstance(before, dict):
-            raise ValueError(f"{path} is not a provenance file; move it away.")
+        before = read(path)
+        before.pop("started_from", None)
         content["earlier"] = [*before.pop("earlier", []), before]
     partial = path.with_name(f".{FILE}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def read(path: Path) -> dict:
+    """A provenance file's content; ValueError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a provenance file; move it away.")
+    return content
 
 
 def record(command: str, config) -> dict:
@@ -58,7 +71,7 @@ def record(command: str, config) -> dict:
         "seed": options.get("seed"),
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git": git_revision(Path(__file__).parent),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "hardware": hardware(),
     }
 
@@ -100,6 +113,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def hardware() -> dict:

@@ -13,6 +13,8 @@ step and the sampling formula, greedy verification in training, and that advanta
 only (those up to the first rejection).
 """
 
+import copy
+
 import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer
@@ -20,12 +22,14 @@ from transformers import AutoTokenizer
 from ppow import PPOWDrafter
 from ppow.target_ppow import check_pair
 
+from . import supervised
 from .config import ReinforceConfig
-from .loop import Trainer
-from .objectives import Rollouts, ppow_loss
-from .rollout import Rollout, policy_logits, roll_out
+from .loop import Batch, Trainer
+from .objectives import Rollouts, cst_loss, objective_of
+from .rollout import Rollout, policy_logits, roll_out, window_reward
 from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, pad_token
 from .target import FrozenTarget
+from .text_windows import read_windows
 
 
 def main(config: ReinforceConfig) -> None:
@@ -41,24 +45,53 @@ def main(config: ReinforceConfig) -> None:
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
     trainer = Trainer(config, drafter, examples, pad, accelerator)
+    reference = frozen_reference(config, drafter)
+    rolls = objective_of(config).batch == "rollouts"
 
     for step in trainer.steps():
-        with trainer.autocast():
-            rollouts = [roll_out(config, target, drafter, batch, step) for batch in trainer.batches(step)]
-        for _ in range(config.updates_per_rollout):
-            metrics = trainer.update(step, [lambda r=r: loss(config, target, drafter, r) for r, _ in rollouts])
-        metrics |= trainer.average([found for _, found in rollouts])
+        batches, rollouts = trainer.batches(step), []
+        if rolls:
+            with trainer.autocast():
+                rollouts = [roll_out(config, target, drafter, batch, step, reference) for batch in batches]
+        given = [(step, batch, rollout) for batch, (rollout, _) in zip(batches, rollouts)]
+        given = given or [(step, batch) for batch in batches]
+        for _ in range(config.updates_per_rollout if rolls else 1):
+            metrics = trainer.update(step, [lambda g=g: loss(config, target, drafter, *g) for g in given])
+        if rolls:
+            metrics |= trainer.average([found for _, found in rollouts])
         if held_out and (step % config.eval_every == 0 or step == config.steps):
             metrics |= evaluate(target, drafter, held_out, pad, trainer)
         trainer.record(step, metrics)
 
 
-def loss(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, rollout: Rollout):
-    """The PPOW objective on one rollout: -> loss (), metrics."""
-    logits = policy_logits(config, target, drafter, rollout)
+def frozen_reference(config: ReinforceConfig, drafter: PPOWDrafter) -> PPOWDrafter | None:
+    """The drafter as it starts, for GTO, which rewards a tree by what it gains over this one's; else None."""
+    if config.objective != "gto":
+        return None
+    return copy.deepcopy(drafter).eval().requires_grad_(False)
+
+
+def loss(
+    config: ReinforceConfig,
+    target: FrozenTarget,
+    drafter: PPOWDrafter,
+    step: int,
+    batch: Batch,
+    rollout: Rollout | None = None,
+) -> tuple[torch.Tensor, dict]:
+    """The configured objective on a batch of texts, or on what was rolled out from them: -> loss (), metrics."""
+    objective = objective_of(config)
+    k = torch.arange(config.window_size + 1, device=batch.input_ids.device)
+    rewards = window_reward(config, k)  # (K + 1,)
+    if objective.batch == "text":
+        windows, metrics = read_windows(config, target, drafter, batch, step)
+        value, found = objective.function(windows, config, rewards)
+        if config.supervised_coef:
+            value = value + config.supervised_coef * cst_loss(windows, config.step_weight)[0]
+        return value, metrics | found
     flat = Rollouts(
         draft_ids=rollout.draft_ids.flatten(0, 1),
-        draft_logits=logits.flatten(0, 1),
+        draft_logits=policy_logits(config, target, drafter, rollout).flatten(0, 1),
         old_logprobs=rollout.old_logprobs.flatten(0, 1),
         target_logits=rollout.target_logits.flatten(0, 1),
         advantages=rollout.advantages.flatten(0, 1),
@@ -66,4 +99,8 @@ def loss(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, ro
         window_mask=rollout.window_mask.flatten(),
         temperature=config.rollout_temperature,
     )
-    return ppow_loss(flat, config.clip_range, config.kl_coef)
+    value, metrics = objective.function(flat, config, rewards)
+    if config.supervised_coef:
+        taught = supervised.loss(target, drafter, batch, config.window_size, config.step_weight)[0]
+        value = value + config.supervised_coef * taught
+    return value, metrics

@@ -14,7 +14,8 @@ from ppow import PPOWDrafter
 from . import rewards
 from .config import ReinforceConfig
 from .loop import Batch
-from .target import FrozenTarget, Reading
+from .objectives import gto_reward
+from .target import FrozenTarget, Reading, log_norm
 from .unrolled import Unrolled
 from .windows import adaptive_on, criticality, sample_windows, window_priority
 
@@ -45,9 +46,17 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(
-    config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, step: int
+    config: ReinforceConfig,
+    target: FrozenTarget,
+    drafter: PPOWDrafter,
+    batch: Batch,
+    step: int,
+    reference: PPOWDrafter | None = None,
 ) -> tuple[Rollout, dict]:
-    """Draw, draft, verify and reward the windows of one batch: -> the rollout and its metrics."""
+    """Draw, draft, verify and reward the windows of one batch: -> the rollout and its metrics.
+
+    With a ``reference`` drafter, each window's group is rewarded as one tree against the reference's own (GTO).
+    """
     generator, device = batch.generator(), batch.input_ids.device
     reading = target.read(batch.input_ids, room=forest_rows(config, len(batch.lengths)) * config.window_size)
     embed = drafter.embedding_for(target.model)
@@ -85,7 +94,15 @@ def roll_out(
             config.proximity_margin,
         )
     reward = speedup + nearness
-    advantages = rewards.group_advantages(reward, normalize=config.normalize_advantages)
+    if reference is None:
+        advantages = rewards.group_advantages(reward, normalize=config.normalize_advantages)
+    else:  # GTO: one advantage per tree, over those of a text; the reference draws from the same chances
+        unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, reading.taps)
+        others, _ = draft(config, reference, unrolled, rows, draft_uniforms)
+        _, other_logprobs, _ = verify(config, target, reading, starts, reference.to_target_ids(others), columns)
+        trees = gto_reward(target_logprobs.unflatten(1, grouped)) - gto_reward(other_logprobs.unflatten(1, grouped))
+        trees = rewards.group_advantages(trees, normalize=config.normalize_advantages)  # (B, W)
+        advantages = trees[:, :, None].expand(-1, -1, config.group_size)
     rollout = Rollout(
         batch.input_ids,
         reading.taps,
@@ -163,22 +180,24 @@ def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, star
         starts: (B, W) window starts; tokens: (B, W * G, K) drafted target ids, the G rollouts of a window side by side.
 
     Returns:
-        argmax (B, W * G, K), log-probability of the drafted token (B, W * G, K), logits over the draft vocabulary
-        (B, W * G, K, D).
+        argmax (B, W * G, K), log-probability of the drafted token (B, W * G, K) in float32, logits over the draft
+        vocabulary (B, W * G, K, D) in the target's dtype.
     """
     size, group = config.window_size, config.group_size
     # the first token is judged by the text's own logits at s + 1, the same for all rollouts of a window
-    first = reading.logits.gather(1, (starts + 1)[:, :, None].expand(-1, -1, reading.logits.shape[-1])).float()
-    first = (first.argmax(-1), first.logsumexp(-1), first, first.index_select(-1, columns))
-    best, norm, first, drafted_logits = (value.repeat_interleave(group, dim=1) for value in first)
-    chosen = first.gather(-1, tokens[:, :, :1])[..., 0] - norm
+    row = torch.arange(len(starts), device=starts.device)[:, None]
+    first = reading.logits[row, starts + 1]  # (B, W, V)
+    grouped = tokens[:, :, 0].unflatten(1, (-1, group))  # (B, W, G)
+    chosen = (first.gather(-1, grouped).float() - log_norm(first)[..., None]).flatten(1)
+    best, drafted_logits = first.argmax(-1), first.index_select(-1, columns)
+    best, drafted_logits = (value.repeat_interleave(group, dim=1) for value in (best, drafted_logits))
     found = [(best[..., None], chosen[..., None], drafted_logits[:, :, None])]
     if size > 1:  # the others by those after their predecessor
         prefix, parts = starts.repeat_interleave(group, dim=1) + 2, []
         for part in torch.arange(tokens.shape[1], device=tokens.device).split(forest_rows(config, len(tokens))):
             logits = target.continue_windows(reading, tokens[:, part, :-1], prefix[:, part], size - 1)
-            chosen = logits.gather(-1, tokens[:, part, 1:, None])[..., 0].float() - logits.float().logsumexp(-1)
-            parts.append((logits.argmax(-1), chosen, logits.index_select(-1, columns).float()))
+            chosen = logits.gather(-1, tokens[:, part, 1:, None])[..., 0].float() - log_norm(logits)
+            parts.append((logits.argmax(-1), chosen, logits.index_select(-1, columns)))
         found.append(tuple(torch.cat(part, 1) for part in zip(*parts)))
     return tuple(torch.cat(part, 2) for part in zip(*found))
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from ppow.cache_ppow import SlotCache
+from ppow.generation_ppow import SDPA_BACKENDS
 from ppow.target_ppow import WindowMasks
 
 
@@ -42,6 +44,7 @@ class FrozenTarget:
         return cls(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), [])
 
     @torch.no_grad()
+    @sdpa_kernel(SDPA_BACKENDS)
     def read(self, input_ids: torch.Tensor, room: int = 0) -> Reading:
         """Read texts (B, T), padded on the right (padding comes after every real token, so it needs no mask).
 
@@ -61,6 +64,7 @@ class FrozenTarget:
         return Reading(taps, outputs.logits, cache)
 
     @torch.no_grad()
+    @sdpa_kernel(SDPA_BACKENDS)
     def continue_windows(
         self, reading: Reading, tokens: torch.Tensor, prefix: torch.Tensor, window: int
     ) -> torch.Tensor:
@@ -80,8 +84,9 @@ class FrozenTarget:
         text = reading.cache.get_seq_length()
         node_prefix = prefix.repeat_interleave(window, dim=1)  # (B, N)
         depth = torch.arange(window, device=device).repeat(rows).expand(batch, -1)
-        chain = torch.ones(window, window, dtype=torch.bool, device=device).tril()
-        ancestors = torch.block_diag(*[chain] * rows).expand(batch, -1, -1)  # (B, N, N)
+        node = torch.arange(count, device=device)
+        same = node[:, None] // window == node // window
+        ancestors = (same & (node[:, None] >= node)).expand(batch, -1, -1)  # (B, N, N)
         slots = torch.arange(text, text + count, device=device).expand(batch, -1)
         masks = self.window_masks(node_prefix, ancestors, depth, slots, text + count)
         reading.cache.open_window(slots, text + count)
@@ -95,3 +100,10 @@ class FrozenTarget:
         )
         reading.cache.close_window()
         return outputs.logits.unflatten(1, (rows, window))
+
+
+def log_norm(logits: torch.Tensor, rows: int = 256) -> torch.Tensor:
+    """logsumexp of logits (.., V) -> (..) in float32 or better, ``rows`` rows at a time: no float32 copy of all."""
+    flat = logits.flatten(0, -2)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.cat([part.to(wide).logsumexp(-1) for part in flat.split(rows)]).view(logits.shape[:-1])

@@ -46,9 +46,10 @@ class PrefixAttention:
         kv_heads, dim = key.shape[1], key.shape[-1]
         query = query.unflatten(1, (kv_heads, -1)) * dim**-0.5  # (B, K, A/K, R, d)
         scores = query @ prefix_key[:, :, None].transpose(-1, -2)  # (B, K, A/K, R, T)
-        scores = scores.masked_fill(~self.visible, -torch.inf)
+        scores = scores.masked_fill_(~self.visible, -torch.inf)  # in place: the largest tensor of a step
         own_scores = (query[..., None, :] * own_key).sum(-1)  # (B, K, A/K, R, J)
-        weights = torch.cat((scores, own_scores), -1).float().softmax(-1).to(query.dtype)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        weights = torch.cat((scores, own_scores), -1).softmax(-1, dtype=wide).to(query.dtype)
         length = scores.shape[-1]
         out = weights[..., :length] @ prefix_value[:, :, None]
         out = out + (weights[..., length:, None] * own_value).sum(-2)

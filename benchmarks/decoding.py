@@ -1,0 +1,465 @@
+"""What a decoding cycle costs, and what that makes of an acceptance length.
+
+    python benchmarks/decoding.py --shape llama-3.1-8b --output benchmarks/results/decoding-llama-3.1-8b.json
+    python benchmarks/decoding.py --target bundled/target --drafter bundled/drafter
+
+With `--shape` target and drafter have the shapes of a known pair and random weights. Every forward, cache move and
+synchronisation is real; only which drafted tokens count as accepted is drawn from a seeded profile, so that an
+acceptance length can be given (`--acceptance-length`) that random weights would never reach. With `--target` and
+`--drafter` nothing is forced, and the prompts are real. All systems run in one process, one after the other; figures
+are medians over repetitions, and speeds are compared within the run only.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config
+
+from ppow import PPOWConfig, PPOWDrafter, generation_ppow
+from ppow.graphs_ppow import FastPath
+from ppow.training.demo import PROMPTS
+from ppow.training.files import write_json
+from ppow.training.prompts import load_prompts
+from ppow.training.provenance import hardware, versions
+from ppow.verifier_ppow import Verdict, Verifier
+
+_LLAMA = {"rope_theta": 500000.0, "max_position_embeddings": 131072, "vocab_size": 128256, "num_key_value_heads": 8}
+_QWEN = {"rope_theta": 1e6, "max_position_embeddings": 40960, "vocab_size": 151936, "num_key_value_heads": 8}
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, **more) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "head_dim": 128,
+        **more,
+    }
+
+
+# name -> (configuration class, its fields, draft vocabulary)
+SHAPES = {
+    "llama-3.1-8b": (LlamaConfig, _shape(4096, 14336, 32, 32, **_LLAMA), 32000),
+    "llama-3.3-70b": (LlamaConfig, _shape(8192, 28672, 80, 64, **_LLAMA), 32000),
+    "qwen3-8b": (Qwen3Config, _shape(4096, 12288, 36, 32, **_QWEN), 32000),
+    "qwen3-32b": (Qwen3Config, _shape(5120, 25600, 64, 64, **_QWEN), 32000),
+    "tiny": (LlamaConfig, {**_shape(64, 128, 4, 4, **_LLAMA), "head_dim": 16, "num_key_value_heads": 2}, 500),
+}
+SMALL = _shape(2048, 8192, 16, 32, **_LLAMA) | {"head_dim": 64}  # Llama-3.2-1B, for transformers' assisted decoding
+CHAIN = {"window_size": 10}
+TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}
+
+
+@dataclass
+class System:
+    """One way to decode: ``options`` go into the generation config, ``arguments`` to ``generate``."""
+
+    name: str
+    options: dict
+    arguments: dict
+    batch: int = 1
+    forced: float | None = None  # acceptance length to force; None: whatever happens
+    repeats: int | None = None
+
+
+def main(argv=None) -> dict:
+    arguments = parse(argv)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    if arguments.shape:
+        target, drafter = random_pair(arguments.shape, device, dtype)
+    else:
+        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).to(device).eval()
+        drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=dtype).to(device).eval()
+    target.generation_config = GenerationConfig(pad_token_id=0)
+    report = {
+        "settings": {**vars(arguments), "output": None, "device": device, "dtype": str(dtype).split(".")[-1]},
+        "forced_acceptance": bool(arguments.shape),
+        "versions": versions(),
+        "hardware": hardware(),
+        "machine": machine(target, drafter, device, dtype),
+        "systems": [],
+    }
+    prompts = real_prompts(arguments, device) if arguments.target else random_prompts(target, arguments, device)
+    for system in systems(arguments, device, dtype):
+        report["systems"].append(measure(system, target, drafter, prompts, arguments, device))
+        show(report["systems"][-1], report["systems"][0])
+        save(report, arguments.output)  # whatever ends the run early, what was measured is kept
+    if device == "cuda":
+        report["verification"] = verification_costs(target, drafter, arguments.prompt)
+        print("a verification of N nodes, compiled and replayed, ms:", report["verification"])
+    save(report, arguments.output)
+    if arguments.output:
+        plot(report, arguments.output.with_suffix(".png"))
+    return report
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, acceptance forced")
+    parser.add_argument("--target", help="a real target instead, with --drafter")
+    parser.add_argument("--drafter")
+    parser.add_argument("--prompts", help=".jsonl of prompts for a real pair; none: those of `ppow demo`")
+    parser.add_argument("--acceptance-length", type=float, default=6.4, help="forced, bonus included")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=256, help="tokens to generate")
+    parser.add_argument("--batches", default="1,2,4,8", help="batch sizes of the fast path")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", help="comma separated parts of names of systems to run (stock always runs)")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.shape) == bool(arguments.target and arguments.drafter):
+        parser.error("give --shape, or --target and --drafter")
+    return arguments
+
+
+def random_pair(shape: str, device: str, dtype: torch.dtype):
+    """Target and drafter of a shape, with random weights made where they will stay."""
+    kind, fields, draft_vocabulary = SHAPES[shape]
+    target = random_model(kind(**fields), device, dtype)
+    config = PPOWConfig.from_target(target.config, draft_vocab_size=draft_vocabulary)
+    with torch.device(device), default_dtype(dtype):
+        drafter = PPOWDrafter(config).eval()
+    return target, drafter.to(device=device, dtype=dtype)
+
+
+def random_model(config, device: str, dtype: torch.dtype):
+    config._attn_implementation = "sdpa"
+    with torch.device(device), default_dtype(dtype):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_prompts(target, arguments, device: str) -> list[torch.Tensor]:
+    """One prompt (largest batch, P) of random tokens."""
+    vocabulary = target.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(arguments.seed)
+    rows = max(map(int, arguments.batches.split(",")))
+    return [torch.randint(1, vocabulary, (rows, arguments.prompt), generator=generator).to(device)]
+
+
+def real_prompts(arguments, device: str) -> list[torch.Tensor]:
+    """First turns (largest batch, P), every row the same, in the target's chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+    rows = max(map(int, arguments.batches.split(",")))
+    texts = [prompt.turns[0] for prompt in load_prompts(arguments.prompts)] if arguments.prompts else PROMPTS
+    ids = []
+    for text in texts:
+        chat = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids.append(encoded["input_ids"].expand(rows, -1).to(device))
+    return ids
+
+
+def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
+    """What is compared, stock ``generate()`` first."""
+    length = arguments.acceptance_length if arguments.shape else None
+    plain, fast = {"cuda_graphs": False}, {"cuda_graphs": True}
+    compiled = {**fast, "compile_layers": True}
+    chosen = [
+        System("stock generate", {}, {}, repeats=2),
+        System("prompt lookup (transformers)", {}, {"prompt_lookup_num_tokens": 10}, repeats=2),
+        System("PPOW plain, chain", {**CHAIN, **plain}, {}, forced=length),
+        System("PPOW plain, tree", {**TREE, **plain}, {}, forced=length),
+    ]
+    if device == "cuda":
+        chosen += [
+            System("PPOW fast, chain", {**CHAIN, **fast}, {}, forced=length),
+            System("PPOW fast, tree", {**TREE, **fast}, {}, forced=length),
+        ]
+        for batch in map(int, arguments.batches.split(",")):
+            chosen.append(System("PPOW compiled, chain", {**CHAIN, **compiled}, {}, batch, length))
+        chosen += [
+            System("PPOW compiled, chain, sampled", {**CHAIN, **compiled, "do_sample": True}, {}, forced=length),
+            System("PPOW compiled, tree", {**TREE, **compiled}, {}, forced=length),
+            System("static cache, compiled", {}, {"cache_implementation": "static"}, repeats=3),
+        ]
+    if arguments.shape and arguments.shape.startswith("llama"):
+        assistant = "a small Llama, transformers' assisted decoding"
+        chosen.append(System(assistant, {}, {"assistant_model": (SMALL, device, dtype)}, repeats=2))
+    only = arguments.only.split(",") if arguments.only else [""]
+    return [chosen[0]] + [system for system in chosen[1:] if any(part in system.name for part in only)]
+
+
+def measure(system: System, target, drafter, prompts, arguments, device: str) -> dict:
+    """Tokens per second of one system, and for ours what the parts of a cycle cost."""
+    calls = dict(system.arguments)
+    ours = "PPOW" in system.name
+    if ours:
+        calls["assistant_model"] = drafter
+    elif isinstance(calls.get("assistant_model"), tuple):
+        fields, *place = calls["assistant_model"]
+        calls["assistant_model"] = random_model(LlamaConfig(**fields), *place)
+    prompts = [ids[: system.batch] for ids in prompts]
+    seconds, lengths, parts = [], [], {}
+    repeats = min(system.repeats or arguments.repeats, arguments.repeats)
+    for run in range(1 + repeats):
+        torch.manual_seed(arguments.seed + run)
+        seconds.append(sum(run_once(system, target, ids, calls, arguments.new, lengths) for ids in prompts))
+    if ours:
+        with timed_parts(parts, device):
+            for ids in prompts:
+                run_once(system, target, ids, calls, arguments.new, [])
+    speeds = [len(prompts) * system.batch * arguments.new / second for second in seconds[1:]]
+    row = {
+        "name": system.name,
+        "batch": system.batch,
+        "forced_acceptance_length": system.forced,
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_runs": speeds,
+        "first_run_seconds": seconds[0],
+    }
+    if ours:
+        row["acceptance_length"] = statistics.fmean(lengths[len(prompts) :])
+        row["cycle_ms"] = {name: statistics.median(values) for name, values in parts.items()}
+    return row
+
+
+def run_once(system: System, target, ids, calls: dict, new: int, lengths: list) -> float:
+    """Seconds of one ``generate`` call that makes exactly ``new`` tokens a row."""
+    options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": None, "eos_token_id": None}
+    options |= {"pad_token_id": 0, "return_dict_in_generate": True}
+    config = GenerationConfig(**{**options, **system.options})
+    force = forced(system.forced, system.options) if system.forced else contextlib.nullcontext()
+    synchronize(ids.device)
+    start = time.perf_counter()
+    with force:
+        out = target.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            **calls,
+        )
+    synchronize(ids.device)
+    seconds = time.perf_counter() - start
+    if out.sequences.shape[1] != ids.shape[1] + new:
+        raise RuntimeError(f"{system.name}: {out.sequences.shape[1] - ids.shape[1]} new tokens, expected {new}.")
+    if hasattr(out, "acceptance"):
+        lengths.append(out.acceptance.acceptance_length)
+    return seconds
+
+
+def synchronize(device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+# -- forced acceptance -------------------------------------------------------------------------------------------------
+
+
+def constant_rate(length: float, depth: int) -> float:
+    """Per-position acceptance p with 1 + p + ... + p^depth = length."""
+    if not 1 <= length <= depth + 1:
+        raise ValueError(f"acceptance length {length} cannot come from windows of {depth} tokens.")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**j for j in range(depth + 1)) < length else (low, middle)
+    return low
+
+
+@contextlib.contextmanager
+def forced(length: float, options: dict):
+    """Let verifications accept as if every position were accepted with one probability, drawn on the device."""
+    rate = constant_rate(length, options.get("tree_depth", options.get("window_size")))
+
+    class ForcedVerifier(Verifier):
+        def __call__(self, window, logits):
+            verdict = super().__call__(window, logits)  # at its real cost
+            if window.max_depth == 0:
+                return verdict
+            batch, device = window.tokens.shape[0], window.tokens.device
+            stands = torch.rand(batch, window.max_depth, device=device) < rate
+            accepted = stands.cumprod(1).sum(1)
+            # whichever nodes: moving them costs the same
+            path = torch.arange(window.max_depth + 1, device=device).expand(batch, -1).contiguous()
+            return Verdict(accepted, path, window.tokens.gather(1, path), verdict.scores, verdict.logits)
+
+    original, generation_ppow.Verifier = generation_ppow.Verifier, ForcedVerifier
+    try:
+        yield
+    finally:
+        generation_ppow.Verifier = original
+
+
+# -- where the time goes -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def timed_parts(parts: dict, device: str):
+    """Collect milliseconds per cycle of draft, verify, accept, keep and extend into ``parts``.
+
+    Each part is synchronised, so their sum exceeds an undisturbed cycle, in which host and device overlap.
+    """
+    from ppow import drafting_ppow, graphs_ppow, target_ppow, transcript_ppow
+
+    drafters = (drafting_ppow.DrafterState, graphs_ppow.GraphDrafter)
+    targets = (target_ppow.TargetState, graphs_ppow.GraphTarget)
+    places = [("draft", kind, name) for kind in drafters for name in ("chain", "tree")]
+    places += [("extend", kind, "extend") for kind in drafters]
+    places += [("verify", kind, "verify") for kind in targets] + [("keep", kind, "keep") for kind in targets]
+    places += [("accept", generation_ppow.Verifier, "__call__"), ("commit", transcript_ppow.Transcript, "commit")]
+    places = [place for place in places if place[2] in vars(place[1])]
+    originals = [(kind, name, vars(kind)[name]) for _, kind, name in places]
+    nested = []
+
+    def timed(part, function):
+        def run(*args, **kwargs):
+            if nested:  # a fast state calling the plain one it extends
+                return function(*args, **kwargs)
+            nested.append(part)
+            try:
+                synchronize(device)
+                start = time.perf_counter()
+                result = function(*args, **kwargs)
+                synchronize(device)
+                parts.setdefault(part, []).append(1000 * (time.perf_counter() - start))
+                return result
+            finally:
+                nested.pop()
+
+        return run
+
+    for (part, kind, name), (_, _, function) in zip(places, originals):
+        setattr(kind, name, timed(part, function))
+    try:
+        yield
+    finally:
+        for kind, name, function in originals:
+            setattr(kind, name, function)
+
+
+def machine(target, drafter, device: str, dtype: torch.dtype) -> dict:
+    """What a cycle must move, and how fast this machine moves it."""
+    embeddings = {id(target.get_input_embeddings().weight)}
+    read = sum(p.numel() for p in target.parameters() if id(p) not in embeddings) * dtype.itemsize
+    step = sum(p.numel() for name, p in drafter.named_parameters() if "embed" not in name and "fc." not in name)
+    facts = {"target_bytes": read, "draft_step_bytes": step * dtype.itemsize}
+    if device == "cuda":
+        facts["copy_bytes_per_second"] = copy_speed(device)
+        facts["matmul_bytes_per_second"] = matmul_speed(device, dtype)
+    return facts
+
+
+def copy_speed(device: str) -> float:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    sink = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of(lambda: sink.copy_(source))
+
+
+def matmul_speed(device: str, dtype: torch.dtype, nodes: int = 11) -> float:
+    """Bytes of weights per second through matrix products with ``nodes`` rows, each weight read for the first time."""
+    weights = [torch.randn(14336, 4096, device=device, dtype=dtype) for _ in range(8)]
+    rows = torch.randn(nodes, 4096, device=device, dtype=dtype)
+    graph = torch.cuda.CUDAGraph()
+
+    def products():
+        for weight in weights:
+            torch.nn.functional.linear(rows, weight)
+
+    products()
+    with torch.cuda.graph(graph):
+        products()
+    return sum(w.numel() for w in weights) * dtype.itemsize / seconds_of(graph.replay)
+
+
+def seconds_of(function, repeats: int = 20) -> float:
+    function()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def verification_costs(target, drafter, kept: int) -> dict[int, float]:
+    """Milliseconds of one verification of 1, 11 and 61 nodes behind ``kept`` slots, compiled and replayed."""
+    from ppow.drafting_ppow import DraftWindow
+
+    path = FastPath(target, drafter, 1, kept + 128, True)
+    path.begin(None)
+    state = path.target_state
+    ids = torch.zeros(1, kept, dtype=torch.long, device=target.device)
+    state.prefill(ids, None, torch.arange(kept, device=target.device)[None], None)
+    costs = {}
+    for nodes in (1, 11, 61):
+        window = DraftWindow.chain(torch.zeros(1, nodes, dtype=torch.long, device=target.device))
+        costs[nodes] = 1000 * seconds_of(lambda window=window: state.verify(window))
+    return costs
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def show(row: dict, stock: dict) -> None:
+    parts = "  ".join(f"{name} {value:.2f}" for name, value in row.get("cycle_ms", {}).items())
+    ratio = row["tokens_per_second"] / stock["tokens_per_second"]
+    length = f"{row['acceptance_length']:5.2f}" if "acceptance_length" in row else "     "
+    forced_note = " (forced)" if row["forced_acceptance_length"] else ""
+    print(
+        f"{row['name']:48s} batch {row['batch']}  {row['tokens_per_second']:8.1f} tokens/s  {ratio:6.2f}x  "
+        f"acceptance length {length}{forced_note}  {parts}",
+        flush=True,
+    )
+
+
+def save(report: dict, output: Path | None) -> None:
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, report)
+
+
+def plot(report: dict, path: Path) -> None:
+    """Tokens per second against the acceptance length: what each cycle's cost allows, and the roofline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    lengths = [1 + 0.1 * i for i in range(101)]
+    for row in report["systems"]:
+        if row["batch"] > 1:
+            continue
+        if "acceptance_length" in row:
+            rate = row["tokens_per_second"] / row["acceptance_length"]  # cycles per second
+            axes.plot(lengths, [rate * length for length in lengths], label=row["name"])
+            axes.plot(row["acceptance_length"], row["tokens_per_second"], "o", color=axes.lines[-1].get_color())
+        else:
+            axes.axhline(row["tokens_per_second"], linestyle=":", color="grey")
+            axes.text(11, row["tokens_per_second"], row["name"], fontsize=7, ha="right", va="bottom")
+    facts = report["machine"]
+    if "matmul_bytes_per_second" in facts:
+        cycle = (facts["target_bytes"] + 10 * facts["draft_step_bytes"]) / facts["matmul_bytes_per_second"]
+        axes.plot(lengths, [length / cycle for length in lengths], "k--", label="weights at measured bandwidth, K = 10")
+    axes.set(xlabel="acceptance length (bonus included)", ylabel="tokens per second", ylim=(0, None))
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Window attention on a GPU: a few nodes against a long cache, without a mask tensor and without a host round trip.
+
+A verification asks N nodes (1 to some 100) to attend to everything a row has kept and to their own ancestors. Stock
+attention needs the mask written out, repeats grouped keys in memory, and must be told from the host how far to read.
+Here the lengths stay on the device: the kernel reads them, so one CUDA graph serves every length. Keys are split over
+many programs whose partial softmaxes are merged afterwards (Flash-Decoding, Dao et al. 2023).
+"""
+
+import os
+
+import torch
+from torch import nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it; the plain path needs none of this
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # lets the kernel's tests run without a GPU
+WINDOW_ATTENTION = "ppow_window"  # its name among transformers' attention functions
+
+
+def pack_window(base: torch.Tensor, seen: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Describe what a window's nodes see, small enough to be read by every program of the kernel.
+
+    Args:
+        base: (B,) slots kept; every node sees the slots ``first .. base - 1``.
+        seen: (B, N, W) bool, which of the W slots from ``base`` on each node sees.
+        first: (B, N) first visible slot of each node (behind padding, inside a sliding window).
+
+    Returns:
+        (B, 1, N, 2 + W) int32: first, base, seen. Four dimensions, so that transformers' models hand it through to
+        the attention function as they do with any finished mask.
+    """
+    columns = (first[:, :, None], base[:, None, None].expand(-1, seen.shape[1], 1), seen)
+    return torch.cat([column.to(torch.int32) for column in columns], -1)[:, None]
+
+
+def window_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention function in transformers' form, for a mask of :func:`pack_window`.
+
+    Args:
+        query: (B, heads, N, d).
+        key, value: (B, kv heads, S, d), the whole buffer; slots beyond the window are not read.
+        attention_mask: (B, 1, N, 2 + W) int32.
+
+    Returns:
+        (B, N, heads, d) and None.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_window(query, key, value, attention_mask, scaling), None
+
+
+@torch.compiler.disable
+def attend_window(query, key, value, packed, scaling: float) -> torch.Tensor:
+    """softmax(q k / sqrt(d)) v over the visible slots: shapes as in :func:`window_attention`, -> (B, N, heads, d)."""
+    batch, heads, nodes, size = query.shape
+    if triton is None or not (query.is_cuda or INTERPRETED):
+        return _attend_densely(query, key, value, packed, scaling)
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    rows = group * nodes  # the queries that share a key head lie together, so each key is read once
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    blocks = triton.cdiv(rows, block_m)
+    splits = min(32, max(1, 2 * _processors(query) // (batch * kv_heads * blocks)))
+    if value.stride(-1) != 1 or key.stride(-1) != 1 or query.stride(-1) != 1:
+        raise ValueError("window attention reads rows of heads: the last dimension must be contiguous.")
+    partial = query.new_empty(batch * kv_heads, splits, rows, size, dtype=torch.float32)
+    statistics = query.new_empty(2, batch * kv_heads, splits, rows, dtype=torch.float32)
+    out = query.new_empty(batch, nodes, heads, size)
+    exact, pad = query.dtype == torch.float32, max(16, triton.next_power_of_2(size))
+    _attend_part[(splits, blocks, batch * kv_heads)](
+        query, key, value, packed, partial, statistics[0], statistics[1],
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], packed.stride(0), packed.stride(2),
+        kv_heads, nodes, packed.shape[-1] - 2, rows, scaling * 1.4426950408889634,
+        GROUP=group, SIZE=size, PAD=pad, BLOCK_M=block_m, BLOCK_N=64 if size <= 128 else 32,
+        SPLITS=splits, EXACT=exact, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _merge_parts[(rows, batch * kv_heads)](
+        partial, statistics[0], statistics[1], out, *out.stride()[:3], kv_heads, nodes, rows,
+        GROUP=group, SIZE=size, PAD=pad, SPLITS=splits,
+        SPLITS_PAD=triton.next_power_of_2(splits), num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+def _attend_densely(query, key, value, packed, scaling: float) -> torch.Tensor:
+    """The same with the mask written out: what the kernel is tested against, and what CPUs run."""
+    first, base, seen = packed[..., :1], packed[..., 1:2], packed[..., 2:]
+    slot = torch.arange(key.shape[2], device=key.device)
+    allowed = (slot >= first) & (slot < base)  # (B, 1, N, S)
+    own = (base.long() + torch.arange(seen.shape[-1], device=key.device)).clamp(max=key.shape[2] - 1)
+    allowed = allowed.scatter(3, own, seen.bool())
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def _processors(tensor: torch.Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 8
+
+
+if triton is not None:
+
+    @triton.jit
+    def _attend_part(
+        query, key, value, packed, partial, peaks, sums,
+        q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot, p_batch, p_node,
+        kv_heads, nodes, window, rows, scale,
+        GROUP: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        SPLITS: tl.constexpr, EXACT: tl.constexpr,
+    ):  # fmt: skip
+        """One split of the keys for one block of the queries that share a key head."""
+        split, block, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        batch, kv_head = pair // kv_heads, pair % kv_heads
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = row < rows
+        head, node = kv_head * GROUP + row // nodes, row % nodes
+        column = tl.arange(0, PAD)
+        wide = column < SIZE
+        about = packed + batch * p_batch + node * p_node
+        first = tl.load(about, mask=inside, other=0)
+        base = tl.load(packed + batch * p_batch + 1)
+        total = base + window
+        share = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
+        start = split * share
+        stop = tl.minimum(start + share, total)
+        at = query + batch.to(tl.int64) * q_batch + head[:, None] * q_head + node[:, None] * q_node + column[None]
+        q = tl.load(at, mask=inside[:, None] & wide[None], other=0.0)
+        keys = key + batch.to(tl.int64) * k_batch + kv_head * k_head
+        values = value + batch.to(tl.int64) * v_batch + kv_head * v_head
+        peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        norm = tl.zeros([BLOCK_M], tl.float32)
+        total_value = tl.zeros([BLOCK_M, PAD], tl.float32)
+        for left in range(start, stop, BLOCK_N):
+            slot = left + tl.arange(0, BLOCK_N)
+            real = slot < stop
+            k = tl.load(keys + slot[None] * k_slot + column[:, None], mask=real[None] & wide[:, None], other=0.0)
+            score = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32") * scale
+            in_window = (slot >= base) & real
+            ask = inside[:, None] & in_window[None]
+            own = tl.load(about[:, None] + 2 + (slot - base)[None], mask=ask, other=0) != 0
+            visible = own | ((slot[None] >= first[:, None]) & (slot < base)[None])
+            score = tl.where(visible & real[None], score, -1.0e30)
+            highest = tl.maximum(peak, tl.max(score, 1))
+            fade = tl.exp2(peak - highest)
+            # where nothing was visible yet, highest is the stand-in for minus infinity and must not count
+            weight = tl.where(visible & real[None], tl.exp2(score - highest[:, None]), 0.0)
+            v = tl.load(values + slot[:, None] * v_slot + column[None], mask=real[:, None] & wide[None], other=0.0)
+            norm = norm * fade + tl.sum(weight, 1)
+            total_value *= fade[:, None]
+            total_value += tl.dot(weight.to(v.dtype), v, input_precision="ieee" if EXACT else "tf32")
+            peak = highest
+        line = (pair * SPLITS + split) * rows + row
+        tl.store(partial + line[:, None] * SIZE + column[None], total_value, mask=inside[:, None] & wide[None])
+        tl.store(peaks + line, peak, mask=inside)
+        tl.store(sums + line, norm, mask=inside)
+
+    @triton.jit
+    def _merge_parts(
+        partial, peaks, sums, out, o_batch, o_node, o_head, kv_heads, nodes, rows,
+        GROUP: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    ):  # fmt: skip
+        """One query: the splits' softmaxes, put on one scale and added."""
+        row, pair = tl.program_id(0), tl.program_id(1)
+        batch, kv_head = pair // kv_heads, pair % kv_heads
+        split, column = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)
+        line = (pair * SPLITS + split) * rows + row
+        there = split < SPLITS
+        peak = tl.load(peaks + line, mask=there, other=-1.0e30)
+        weight = tl.exp2(peak - tl.max(peak, 0))
+        norm = tl.sum(weight * tl.load(sums + line, mask=there, other=0.0), 0)
+        part = partial + line[:, None] * SIZE + column[None]
+        value = tl.load(part, mask=there[:, None] & (column < SIZE)[None], other=0.0)
+        mean = tl.sum(value * weight[:, None], 0) / norm
+        at = out + batch * o_batch + (row % nodes) * o_node + (kv_head * GROUP + row // nodes) * o_head + column
+        tl.store(at, mean.to(out.dtype.element_ty), mask=column < SIZE)

@@ -1,0 +1,361 @@
+"""What the page shows, as HTML: pure functions of runs, windows and figures. Every text from outside is escaped."""
+
+import html
+
+from figures import Figures
+from race import PLAIN, Run
+from text import visible
+
+# kind of a token -> (name in the legend, what it means)
+KINDS = {
+    "accepted": ("accepted", "drafted, and the target agreed (dotted line)"),
+    "bonus": ("bonus", "the target's extra token behind a wholly accepted window (double line)"),
+    "own": ("target's own", "its correction where a window broke, or a token without a window (wavy line)"),
+}
+# kind of a node of a window -> (its mark, what the mark means)
+MARKS = {
+    "accepted": ("✓", "accepted"),
+    "rejected": ("✗", "turned down"),
+    "dropped": ("–", "behind the break, discarded"),
+    "own": ("✎", "the target's own"),
+    "bonus": ("★", "bonus"),
+}
+
+
+def kinds(run: Run, depth: int) -> list[str]:
+    """The kind of every token of a run with a drafter; ``depth`` guesses a window's length while it still runs."""
+    found = []
+    for number, (_, tokens) in enumerate(run.steps):
+        if number == 0:  # from the prompt's own forward
+            found += ["own"] * len(tokens)
+            continue
+        known = number <= len(run.accepted)
+        accepted = run.accepted[number - 1] if known else len(tokens) - 1
+        drafted = run.drafted[number - 1] if known else depth
+        last = "bonus" if 0 < drafted <= accepted else "own"
+        found += ["accepted" if i < accepted else last for i in range(len(tokens))]
+    return found
+
+
+def legend() -> str:
+    items = "".join(
+        f'<li><span class="t {kind}">{html.escape(name)}</span> <span>{html.escape(meaning)}</span></li>'
+        for kind, (name, meaning) in KINDS.items()
+    )
+    return f'<ul class="legend" aria-label="Legend">{items}</ul>'
+
+
+def panes(runs: list[Run], names: list[str], texts: dict[str, list[str]], depth: int) -> str:
+    """The panes side by side. ``texts``: per run the piece of every token."""
+    by_name = {run.name: run for run in runs}
+    return f'<div class="panes">{"".join(pane(by_name.get(n), n, runs, texts.get(n, []), depth) for n in names)}</div>'
+
+
+def pane(run: Run | None, name: str, runs: list[Run], texts: list[str], depth: int) -> str:
+    """One system's pane; one that waits has the size of one that runs, so that nothing jumps."""
+    title, run_now = html.escape(name if name == PLAIN else f"with {name}"), run or Run(name)
+    marks = ["plain"] * len(texts) if name == PLAIN else kinds(run_now, depth)
+    times = [seconds for seconds, tokens in list(run_now.steps) for _ in tokens]
+    spans = "".join(
+        f'<span class="t {mark}" data-t="{seconds:.4f}">{html.escape(piece)}</span>'
+        for piece, mark, seconds in zip(texts, marks, times)
+    )
+    total = run_now.seconds if run_now.seconds is not None else (times[-1] if times else 0.0)
+    state = "running" if run_now.seconds is None else "stopped" if run_now.stopped else "done"
+    state = state if run else "waiting"
+    shown = [
+        ("time", f"{total:.2f} s" if run else "–", "clock"),
+        ("tokens/s", f"{run_now.rate:.0f}" if run else "–", "rate"),
+        ("tokens", len(times) if run else "–", "count"),
+    ]
+    if name != PLAIN:
+        gained = run_now.gained or [len(tokens) for _, tokens in list(run_now.steps)[1:]]
+        shown.append(("acceptance length", f"{sum(gained) / len(gained):.2f}" if gained else "–", ""))
+        ratio = run_now.rate / runs[0].rate if state == "done" and runs[0].rate else None
+        shown.append(("speedup", f"{ratio:.2f}×" if ratio else "–", ""))
+    return (
+        f'<section class="pane {state}" aria-label="{title}" data-seconds="{total:.4f}">'
+        f"<h2>{title} <small>{state}</small></h2>{numbers(shown)}"
+        f'<div class="answer" dir="auto" tabindex="0" role="group" aria-label="answer">{spans}</div>'
+        f'<button type="button" class="small" data-copy {"" if spans else "disabled"}>Copy text</button></section>'
+    )
+
+
+def numbers(shown: list[tuple]) -> str:
+    """Label and value pairs; the class lets the replay count some of them up."""
+    cells = "".join(f"<div><dt>{label}</dt><dd class='{role}'>{value}</dd></div>" for label, value, role in shown)
+    return f"<dl class='numbers'>{cells}</dl>"
+
+
+def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
+    """The facts of a finished race, and the replay's buttons."""
+    if any(run.stopped for run in runs):
+        return note("Stopped. What was written until then stays; it does not enter the figures.")
+    plain, facts = runs[0], []
+    for run in runs[1:]:
+        facts.append(f"<strong>{run.rate / plain.rate:.2f}×</strong> with {html.escape(run.name)}")
+    if same is None:
+        facts.append(
+            f"At temperature {temperature:g} both texts are drawn from one distribution, so they differ by chance; "
+            "set it to 0 to compare token by token."
+        )
+    elif same:
+        facts.append(f"✓ <strong>Identical output</strong>: all {len(plain.tokens)} tokens compared, none differs.")
+    else:
+        place = min(first_difference(plain.tokens, run.tokens) for run in runs[1:] if run.tokens != plain.tokens)
+        facts.append(
+            f"✗ <strong>The outputs differ</strong>, from token {place + 1} on. In float32 this should not happen."
+        )
+    buttons = "".join(
+        f'<button type="button" class="small" data-replay="{slower}">{label}</button>'
+        for slower, label in ((1, "▶ Replay at true speed"), (4, "▶ 4 times slower"))
+    )
+    return f'<div class="verdict" role="status"><p>{" · ".join(facts)}</p><p class="row">{buttons}</p></div>'
+
+
+def first_difference(one: list[int], other: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def note(text: str) -> str:
+    return f'<div class="verdict" role="status"><p>{html.escape(text)}</p></div>'
+
+
+def problem(text: str) -> str:
+    return f'<div class="verdict problem" role="alert"><p>⚠ {html.escape(text)}</p></div>'
+
+
+# -- inside a window ---------------------------------------------------------------------------------------------------
+
+
+def chip(token: int, kind: str, words: dict, extra: str = "") -> str:
+    label = f"{MARKS[kind][0]} " if kind in MARKS else ""
+    tail = f"<small>{extra}</small>" if extra else ""
+    return f'<span class="chip {kind}"><span class="mark">{label}</span><bdi>{visible(words[token])}</bdi>{tail}</span>'
+
+
+HINT = (
+    f'<p class="hint">{" · ".join(f"{mark} {meaning}" for mark, meaning in MARKS.values())}. Criticality: how sure the '
+    "target is of the next token, times how far the drafter's distribution is from the target's; PPOW trains most "
+    "where it is high.</p>"
+)
+
+
+def window(windows: list[dict], number: int, words: dict) -> str:
+    """Verification ``number`` (from 1). ``words``: token id -> piece."""
+    if not windows:
+        return '<p class="hint">Run a race first; then step through its verifications here.</p>'
+    w = windows[min(max(number, 1), len(windows)) - 1]
+    broke = w["accepted"] < w["drafted"]
+    if not w["drafted"]:
+        line = "Only one token was left to write, so nothing was drafted."
+    elif broke:
+        how = "it broke at" if rejected(w) else "the tree holds nothing there for"
+        line = f"{w['accepted']} of {w['drafted']} drafted positions accepted; {how} position {w['accepted'] + 1}."
+    else:
+        line = f"All {w['drafted']} drafted positions accepted."
+    gain = f"Tokens gained: {len(w['gained'])}."
+    if w["own"] is None:
+        gain += " The answer ended inside the window."
+    parts = [f'<p class="fact"><strong>{line}</strong> {gain}</p>', levels(w, words)]
+    if not w["exact"]:
+        parts.append(
+            '<p class="hint">Drafted tokens were drawn by chance. The accepted ones are as drawn; behind them stand '
+            "the drafter's likeliest tokens.</p>"
+        )
+    parts.append(candidates(w, broke, words))
+    return f'<div class="window">{"".join(parts)}{HINT}</div>'
+
+
+def rejected(w: dict) -> list[int]:
+    """The nodes that the target turned down where the accepted path ends; none where a tree ends early."""
+    last = w["path"][-1] if w["path"] else 0
+    return [node for node in range(1, len(w["nodes"])) if w["parents"][node] == last]
+
+
+def levels(w: dict, words: dict) -> str:
+    """The window level by level: below each accepted token, what was drafted to follow it."""
+    children: dict[int, list[int]] = {}
+    for node in range(1, len(w["nodes"])):
+        children.setdefault(w["parents"][node], []).append(node)
+    rows, here = [], 0
+    for level in range(1, w["drafted"] + 1):
+        drafted = children.get(here, [])
+        if not drafted:
+            break
+        taken = w["path"][level - 1] if level <= len(w["path"]) else None
+        chips = []
+        for node in drafted:
+            below = 0 if node == taken or len(drafted) == 1 else descendants(node, children)
+            kind = "accepted" if node == taken else "rejected" if level <= w["accepted"] + 1 else "dropped"
+            chips.append(chip(w["nodes"][node], kind, words, f"+{below} below" if below else ""))
+        rows.append(level_row(str(level), "".join(chips), criticality_at(w, level)))
+        here = taken if taken is not None else drafted[0]
+    if w["own"] is not None:
+        broke = w["accepted"] < w["drafted"]
+        kind = "own" if broke or not w["drafted"] else "bonus"
+        name = "bonus" if kind == "bonus" else "target"
+        place = criticality_at(w, w["accepted"] + 1) if not broke else ""
+        rows.append(level_row(name, chip(w["own"], kind, words), place))
+    root = level_row("root", chip(w["nodes"][0], "root", words), "")
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("position", "criticality", "tokens"))
+    return f'<table class="levels"><thead><tr>{head}</tr></thead><tbody>{root}{"".join(rows)}</tbody></table>'
+
+
+def level_row(name: str, chips: str, criticality: str) -> str:
+    return f"<tr><th scope='row'>{name}</th><td>{criticality}</td><td>{chips}</td></tr>"
+
+
+def criticality_at(w: dict, level: int) -> str:
+    """The criticality of a position as a bar and a number; nothing where the text does not reach."""
+    if level > len(w["criticality"]):
+        return ""
+    value = w["criticality"][level - 1]
+    return f'<span class="meter"><span style="width:{min(value / 2, 1):.0%}"></span></span> {value:.2f}'
+
+
+def descendants(node: int, children: dict) -> int:
+    return sum(1 + descendants(child, children) for child in children.get(node, []))
+
+
+def candidates(w: dict, broke: bool, words: dict) -> str:
+    """The likeliest next tokens of both sides at the break, or of the target behind a whole window."""
+    place = "at the break" if broke else "behind the window"
+    sides = [(f"Target's top candidates {place}", w["target_top"])]
+    if w["draft_top"]:
+        sides.append((f"Drafter's top candidates {place}", w["draft_top"]))
+    tables = "".join(
+        f"<table class='candidates'><caption>{title}</caption><tbody>"
+        + "".join(
+            f"<tr><th scope='row'><bdi>{visible(words[token])}</bdi></th>"
+            f"<td><span class='meter'><span style='width:{p:.0%}'></span></span><b>{p:.1%}</b></td></tr>"
+            for token, p in entries
+        )
+        + "</tbody></table>"
+        for title, entries in sides
+    )
+    return f'<div class="tops">{tables}</div>'
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def figures_table(groups: dict[str, dict[str, Figures]], temperatures: dict[str, float]) -> str:
+    """One row per kind of run and drafter."""
+    columns = (
+        "settings",
+        "drafter",
+        "races",
+        "acceptance length",
+        "plain tokens/s",
+        "tokens/s",
+        "speedup",
+        "identical",
+    )
+    rows = ""
+    for label, systems in groups.items():
+        for name, f in systems.items():
+            same = f"{f.identical} of {f.races}" if temperatures[label] == 0 else "sampled"
+            cells = (
+                *(html.escape(text) for text in (label, name)), f.races, f"{f.acceptance_length:.2f}",
+                f"{f.plain_tokens_per_second:.0f}", f"{f.tokens_per_second:.0f}", f"{f.speedup:.2f}×", same,
+            )  # fmt: skip
+            rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th scope='col'>{column}</th>" for column in columns)
+    return (
+        f"<div class='scroll' tabindex='0' role='group' aria-label='Figures of your races'>"
+        f"<table class='figures'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def bars(title: str, xlabel: str, series: dict[str, list[float]], percent: bool) -> str:
+    """A bar chart, one bar per series at every position 1, 2, ..."""
+    count = max((len(values) for values in series.values()), default=0)
+    highest = 1.0 if percent else max((v for values in series.values() for v in values), default=1) or 1
+    slot = 320 / max(count, 1)
+    width, shapes = min(slot * 0.8 / len(series), 30), []
+    for s, values in enumerate(series.values()):
+        for i, value in enumerate(values):
+            x = 40 + slot * (i + 0.5) + width * (s - len(series) / 2)
+            height = 130 * value / highest
+            shapes.append(
+                f"<rect class='s{s}' x='{x:.1f}' y='{150 - height:.1f}' width='{width:.1f}' height='{height:.1f}'/>"
+            )
+            label = f"{value:.0%}" if percent else f"{value:g}"
+            if len(series) == 1 and slot >= 20:
+                shapes.append(f"<text class='value' x='{x + width / 2:.1f}' y='{146 - height:.1f}'>{label}</text>")
+    ticks = "".join(f"<text x='{40 + slot * (i + 0.5):.1f}' y='166'>{i + 1}</text>" for i in range(count))
+    return chart(
+        title, xlabel, series, "".join(shapes) + ticks, f"{highest:.0%}" if percent else f"{highest:g}", percent
+    )
+
+
+def points(title: str, xlabel: str, series: dict[str, list[tuple[int, float]]]) -> str:
+    """A line through points (x, y) per series, with a line at y = 1."""
+    xs = [x for values in series.values() for x, _ in values] or [1]
+    highest = max([1.0, *(y for values in series.values() for _, y in values)]) * 1.1
+    low, span = min(xs), max(max(xs) - min(xs), 1)
+    place = [
+        [(60 + 280 * (x - low) / span, 150 - 130 * y / highest, x, y) for x, y in sorted(values)]
+        for values in series.values()
+    ]
+    one = 150 - 130 / highest
+    shapes = [
+        f"<line class='one' x1='40' x2='360' y1='{one:.1f}' y2='{one:.1f}'/><text x='366' y='{one:.1f}'>1×</text>"
+    ]
+    for s, found in enumerate(place):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in found)
+        shapes.append(f"<polyline class='l{s}' points='{path}'/>")
+        for x, y, _, value in found:
+            shapes.append(f"<circle class='s{s}' cx='{x:.1f}' cy='{y:.1f}' r='4'/>")
+            shapes.append(f"<text class='value' x='{x:.1f}' y='{y - 8:.1f}'>{value:.2f}×</text>")
+    ticks = {round(x, 1): label for found in place for x, _, label, _ in found}
+    shapes += [f"<text x='{x}' y='166'>{label}</text>" for x, label in ticks.items()]
+    return chart(title, xlabel, series, "".join(shapes), f"{highest:.1f}×", False)
+
+
+def chart(title: str, xlabel: str, series: dict, shapes: str, highest: str, percent: bool) -> str:
+    """A framed chart with a title, its data as text for screen readers, and a legend when it has several series."""
+    key = "".join(f"<span class='key k{s}'>{html.escape(name)}</span> " for s, name in enumerate(series))
+
+    def say(value) -> str:
+        if isinstance(value, tuple):
+            return f"{value[0]}: {value[1]:.2f}"
+        return f"{value:.0%}" if percent else f"{value:g}"
+
+    spoken = "; ".join(f"{html.escape(name)}: {', '.join(map(say, values))}" for name, values in series.items())
+    return (
+        f"<figure class='chart'><figcaption>{title} {key if len(series) > 1 else ''}</figcaption>"
+        f"<svg viewBox='0 0 384 190' role='img' aria-label='{title}, by {xlabel}. {spoken}'>"
+        f"<line class='axis' x1='40' x2='360' y1='150' y2='150'/><text class='end' x='34' y='24'>{highest}</text>"
+        f"<text class='end' x='34' y='153'>0</text>{shapes}<text x='200' y='185'>{xlabel}</text></svg></figure>"
+    )
+
+
+METHOD = """
+<div class="method">
+<svg viewBox="0 0 760 250" role="img" aria-label="The method: stage 1 trains the drafter on the target's own
+answers; stage 2 draws windows where target and drafter diverge, lets the drafter write eight rollouts of each, lets the
+target verify them in one forward, and rewards accepted prefixes per unit of cost.">
+<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">
+<path d="M0 0 8 4 0 8z"/></marker></defs>
+<g class="box"><rect x="8" y="40" width="150" height="78" rx="10"/><text x="83" y="64" class="big">Stage 1</text>
+<text x="83" y="84">imitate the target's</text><text x="83" y="101">answers (EAGLE-3)</text></g>
+<g class="box"><rect x="196" y="40" width="150" height="78" rx="10"/>
+<text x="271" y="64" class="big">Choose windows</text>
+<text x="271" y="84">where the target is sure</text><text x="271" y="101">and the drafter differs</text></g>
+<g class="box"><rect x="384" y="40" width="150" height="78" rx="10"/><text x="459" y="64" class="big">Roll out</text>
+<text x="459" y="84">8 windows of 10 tokens</text><text x="459" y="101">from each prefix</text></g>
+<g class="box"><rect x="572" y="40" width="180" height="78" rx="10"/>
+<text x="662" y="64" class="big">Verify and reward</text>
+<text x="662" y="84">k accepted tokens earn</text><text x="662" y="101">k / (0.12 k + 1)</text></g>
+<path class="arrow" d="M158 79H194"/><path class="arrow" d="M346 79H382"/><path class="arrow" d="M534 79H570"/>
+<path class="arrow" d="M662 118V190H271V120"/>
+<text x="466" y="182">group-relative advantages update the drafter, held near the target</text>
+<text x="466" y="22" class="big">Stage 2: PPOW</text><text x="466" y="212">and again</text></svg>
+<p>The target verifies a whole window in one forward and keeps the longest accepted prefix, so one early mismatch
+throws away everything behind it. Token imitation does not know that; PPOW trains on what decoding gains: accepted
+prefixes per unit of cost. When no token was accepted, a smaller reward still tells near misses from far ones.</p>
+<p><a href="https://arxiv.org/abs/2605.14978">PPOW: Performance-Driven Policy Optimization for Speculative Decoding with
+Adaptive Windowing (arXiv 2605.14978)</a></p></div>
+"""

@@ -1,0 +1,126 @@
+"""The comparison of objectives: its way of reading acceptance along texts, and the command, small on a CPU."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from ppow.training import evaluate
+from ppow.training.config import EvaluateConfig
+from test_rollout import make_pair
+
+ROOT = Path(__file__).parents[1]
+PAIR = {"target": str(ROOT / "bundled" / "target"), "drafter": str(ROOT / "bundled" / "drafter")}
+QUESTIONS = ["What is 12 plus 30?", "Tom has 4 apples and buys 6 more. How many has he?", "Name three colours."]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield importlib.import_module("benchmarks.objectives")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "questions.jsonl"
+    path.write_text("".join(json.dumps({"turns": [question]}) + "\n" for question in QUESTIONS))
+    return path
+
+
+def arguments(prompts, *more) -> list[str]:
+    options = {**PAIR, "data": str(prompts.parent / "train.jsonl"), "prompts": str(prompts), "dtype": "float32"}
+    with open(options["data"], "w") as out:
+        for question in QUESTIONS * 2:
+            reply = {"role": "assistant", "content": f"Let us see: {question} It is more than nobody would think."}
+            out.write(json.dumps({"messages": [{"role": "user", "content": question}, reply]}) + "\n")
+    small = ["--steps", "2", "--batch-size", "2", "--max-new-tokens", "24", "--bootstrap", "100", "--eval-batch", "2"]
+    return [f"--{key}={value}" for key, value in options.items()] + small + list(more)
+
+
+def test_acceptance_read_along_greedy_texts_is_that_of_evaluate(benchmark, prompts, tmp_path):
+    report = benchmark.main(arguments(prompts, "--arms", "stage1", "--tree-prompts", "2"))
+    found = report["arms"]["stage1/0"]["results"]["questions T=0"]
+    length = sum(report["texts"]["questions T=0"]["tokens"]) / sum(found["chain"])
+    assert all(count == int(count) for count in found["chain"])
+    options = {"temperatures": [0.0], "max_new_tokens": 24, "warmup": 0, "bootstrap": 100, "draft_threshold": 0.0}
+    config = EvaluateConfig(**PAIR, prompts=[str(prompts)], output_dir=str(tmp_path), window_size=10, **options)
+    evaluate.main(config)
+    measured = json.loads((tmp_path / "metrics.json").read_text())["results"]["questions T=0"]
+    assert length == pytest.approx(measured["acceptance_length"])
+    assert len(found["tree"]) == 2 and sum(found["tree"]) <= sum(found["chain"][:2])
+
+
+def test_acceptance_read_along_sampled_texts_is_that_of_sampled_decoding(benchmark):
+    """The mean over texts of the expected verifications equals the mean of really counted ones."""
+    target, drafter = make_pair(draft_vocab_size=20)
+    rows, new, prompt = 1500, 8, [3, 9, 4, 7, 1]
+    with torch.no_grad():  # a drafter that knows something, and misses twelve tokens altogether
+        drafter.lm_head.weight.copy_(3 * target.model.get_output_embeddings().weight[drafter.draft_columns()])
+    inputs = torch.tensor([prompt] * rows)
+    mask = torch.ones_like(inputs)
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new, "pad_token_id": 0}
+    config = GenerationConfig(**sampling, window_size=3, return_dict_in_generate=True, cuda_graphs=False)
+    out = target.model.generate(inputs, attention_mask=mask, generation_config=config, assistant_model=drafter)
+    counted = torch.tensor([len(gained) for gained in out.acceptance.gained], dtype=torch.float64)
+    texts = target.model.generate(inputs, attention_mask=mask, generation_config=GenerationConfig(**sampling)).tolist()
+    with torch.no_grad():
+        stands = benchmark.acceptance_along(target, drafter, texts, [len(prompt)] * rows, 3, 1.0, 0)
+    read = torch.tensor(benchmark.verifications(stands, [new - 1] * rows), dtype=torch.float64)
+    error = math.sqrt(float(counted.var() + read.var()) / rows)
+    assert float(counted.mean()) < new - 1.2  # something was accepted
+    assert float(read.mean()) == pytest.approx(float(counted.mean()), abs=4 * error)
+    assert read.var() < counted.var()  # the coins' noise is gone
+
+
+def test_verifications_by_hand(benchmark):
+    stands = torch.tensor(
+        [[[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [[0.5, 1.0], [0.0, 0.0], [0.0] * 2, [0.0] * 2]]
+    )
+    # text 1: 4 tokens to gain, 2 + 1 from the first window, then a window at 3 that gains the last
+    # text 2: 2 tokens to gain, at once with probability 0.5, else with a second window
+    assert benchmark.verifications(stands, [4, 2]) == [2.0, 1.5]
+
+
+def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
+    output = tmp_path / "objectives.json"
+    given = arguments(prompts, "--seeds", "1", "--tree-prompts", "1", "--output", str(output), "--arms")
+    benchmark.main([*given, "stage1,cst 3e-4"])
+    before = json.loads(output.read_text())["arms"]
+    report = benchmark.main([*given, "stage1,cst 3e-4,ppow,exact text-rule 2e-4,gto"])
+    assert {key: report["arms"][key] for key in before} == before and len(report["arms"]) == 5
+    row = report["arms"]["ppow/0"]
+    assert row["steps"] == 2 and len(row["curve"]) == 2 and row["curve"][0]["reward"] >= 0
+    for part in ("T=0", "T=1", "tree T=0"):
+        summary = report["summary"][part]
+        assert summary["control"] == "cst 3e-4"
+        assert summary["arms"]["cst 3e-4"]["over_cst_95"] == [0, 0]
+        assert all(1 <= arm["acceptance_length"] <= 11 for arm in summary["arms"].values())
+    assert report["hardware"] and report["versions"]["torch"]
+    assert output.with_suffix(".png").stat().st_size > 5000
+    assert "| ppow | 2 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="other settings"):
+        benchmark.main([*given, "stage1", "--seed", "5"])
+
+
+def test_a_spent_budget_stops_before_the_next_arm(benchmark, prompts, capsys):
+    report = benchmark.main(arguments(prompts, "--budget-seconds", "0", "--arms", "stage1", "--tree-prompts", "0"))
+    assert report["arms"] == {} and "stopped before stage1/0" in capsys.readouterr().out
+
+
+def test_every_arm_is_a_valid_configuration(benchmark, prompts):
+    given = benchmark.parse(arguments(prompts))
+    for name, (changes, _) in benchmark.ARMS.items():
+        if changes is not None:
+            assert benchmark.make_config(given, changes, 0).group_size == 8, name
+    keys = [key for key, _, _ in benchmark.arm_list(given)]
+    assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index("exact without KL/0")
+    with pytest.raises(SystemExit):
+        benchmark.parse(arguments(prompts, "--arms", "no such arm"))

@@ -1,0 +1,201 @@
+"""``ppow push``: what the repository of a drafter holds, and what its card says."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from decoding_helpers import build_target, random_drafter
+from ppow.training import cli, hub
+
+FIGURES = {
+    "prompts": 2,
+    "samples": 2,
+    "acceptance_length": 2.5,
+    "acceptance_length_95": [2.25, 2.75],
+    "acceptance_length_without_loops": None,
+    "loops": 2,
+    "per_position": [0.75, 0.5],
+    "tokens_per_second": 150.0,
+    "plain_tokens_per_second": 100.0,
+    "speedup": 1.5,
+    "speedup_95": [1.25, 1.75],
+    "identical": 2,
+    "gain": {"acceptance_length": 0.25, "acceptance_length_95": [-0.125, 0.5]},
+}
+METRICS = {
+    "results": {"gsm8k T=0": FIGURES, "gsm8k T=1": {**FIGURES, "per_position": [0.25]}},
+    "baseline": {"gsm8k T=0": {**FIGURES, "acceptance_length": 2.25}},
+    "drafting": {"window_size": 10, "tree_nodes": None},
+    "argv": ["ppow", "evaluate", "--drafter", "stage2"],
+    "config": {"baseline": "stage1", "dtype": "float32", "max_new_tokens": 64, "repetitions": 1, "warmup": 3},
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "hardware": {"cpu": "a CPU", "torch_threads": 2, "gpus": []},
+}
+RUN = {
+    "command": "supervised",
+    "config": {"steps": 7, "batch_size": 2, "accumulation": 3, "data": "org/chats", "learning_rate": 1e-3, "seed": 5},
+    "hardware": {"cpu": "a CPU", "gpus": ["a GPU"]},
+    "argv": ["ppow", "supervised", "--data", "org/chats", "--steps=7"],
+}
+RUN["config"]["dtype"] = "float32"
+
+
+@pytest.fixture
+def pair(tmp_path, tiny_tokenizer):
+    """A target and its drafter on disk, with figures and the record of two stages."""
+    target = build_target(vocab_size=len(tiny_tokenizer)).float()
+    target.save_pretrained(tmp_path / "target")
+    tiny_tokenizer.save_pretrained(tmp_path / "target")
+    random_drafter(target).float().save_pretrained(tmp_path / "drafter")
+    second = {**RUN, "command": "reinforce", "config": {**RUN["config"], "data": "chats.jsonl"}, "started_from": RUN}
+    (tmp_path / "drafter" / "provenance.json").write_text(json.dumps(second))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "metrics.json").write_text(json.dumps(METRICS))
+    return tmp_path
+
+
+def assembled(pair, **options):
+    folder = pair / "repository"
+    folder.mkdir()
+    options = {"target": "acme/target", "metrics": str(pair / "figures"), **options}
+    hub.assemble(pair / "drafter", folder, "acme/drafter", **options)
+    return folder
+
+
+def test_the_repository_is_complete_and_its_weights_are_the_drafters(pair):
+    folder = assembled(pair)
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    needed = {"README.md", "config.json", "generation_config.json", "metrics.json", "provenance.json"}
+    assert needed | {"modeling_ppow.py", "custom_generate/generate.py", "model.safetensors"} <= names
+    assert {name.rpartition(".")[2] for name in names} == {"md", "json", "py", "safetensors"}
+    before, after = (load_file(at / "model.safetensors") for at in (pair / "drafter", folder))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert "PPOWDrafter" in json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"]
+
+
+def test_the_repository_serves_a_process_without_this_package(pair, tmp_path):
+    folder = assembled(pair)
+    code = (
+        "import sys\n"
+        "from transformers import AutoModel, AutoModelForCausalLM\n"
+        "import torch\n"
+        f"target = AutoModelForCausalLM.from_pretrained({str(pair / 'target')!r})\n"
+        f"drafter = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        "ids = torch.tensor([[5, 9, 7]])\n"
+        "plain = target.generate(ids, max_new_tokens=9, do_sample=False)\n"
+        "ours = target.generate(ids, max_new_tokens=9, do_sample=False, assistant_model=drafter)\n"
+        "assert torch.equal(plain, ours) and 'ppow' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_the_card_says_what_was_recorded_and_nothing_else(pair):
+    folder = assembled(pair, revision="v2", license="mit")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and card.data.base_model == "acme/target" and card.data.datasets == ["org/chats"]
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results["gsm8k T=0", "acceptance_length"] == 2.5 and results["gsm8k T=1", "speedup"] == 1.5
+    text = card.text
+    assert "| gsm8k T=0 | 2 | 2.50 (2.25-2.75) | - | 100 | 150 | 1.50x (1.25-1.75) | 2 of 2 |" in text
+    assert "acceptance length +0.25 (-0.12 to +0.50, paired)" in text
+    assert "1. `ppow supervised`: 7 steps of 6 texts" in text and "2. `ppow reinforce`" in text
+    assert (
+        'revision="v2"' in text and "chats.jsonl" in text and "\nppow supervised --data org/chats --steps=7\n" in text
+    )
+    # every number with a decimal point is in one of the files it was made from
+    known = json.dumps(METRICS) + (folder / "provenance.json").read_text() + (folder / "config.json").read_text()
+    known = {round(float(number), 2) for number in re.findall(r"-?\d+\.\d+(?:e-?\d+)?|\d+", known)}
+    body = re.sub(r"arxiv\.org/abs/\S+|arXiv \d+\.\d+|\{\d+\.\d+\}|>= 5\.17|temperature 0", "", text)
+    for number in re.findall(r"(?<![\w.])[+-]?\d+\.\d+(?![\w.])", body):
+        assert any(abs(float(number) - value) < 0.0051 for value in known), number
+
+
+def test_without_figures_and_record_the_card_says_so(pair):
+    (pair / "drafter" / "provenance.json").unlink()
+    text = (assembled(pair, metrics=None) / "README.md").read_text()
+    assert "No figures were recorded" in text and "How it was trained was not recorded" in text
+
+
+def test_the_cards_snippets_run(pair, monkeypatch):
+    """As written, but for the two repository names, which become folders."""
+    folder = assembled(pair)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    code = "\n".join(blocks).replace("acme/drafter", str(folder)).replace("acme/target", str(pair / "target"))
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["output"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+    assert isinstance(scope["tokenizer"], PreTrainedTokenizerFast)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def push(*arguments, capsys=None):
+    status = cli.main(["push", *map(str, arguments)])
+    return status, capsys.readouterr() if capsys else None
+
+
+def test_a_dry_run_shows_files_and_card_and_uploads_nothing(pair, capsys):
+    status, shown = push(pair / "drafter", "--repo", "acme/x", "--dry-run", capsys=capsys)
+    assert status == 0 and "model.safetensors" in shown.out and "## Limits" in shown.out
+    assert "name its Hub id with --target" in shown.out
+    status, shown = push(pair / "drafter", "--repo", "acme/x", "--dry-run", "--target", "acme/t", capsys=capsys)
+    assert status == 0 and "TARGET" not in shown.out and "name its Hub id" not in shown.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repo", "nobody"], "expected ORG/NAME"),
+        (["--repo", "acme/a b"], "expected ORG/NAME"),
+        (["--repo", "acme/x", "--metrics", "nowhere"], "no metrics.json there"),
+        (["--repo", "acme/x", "--target", "/models/target"], "--target /models/target: expected ORG/NAME"),
+        (["--repo", "acme/x", "--tag", "v1", "--create-pr"], "not both"),
+    ],
+)
+def test_what_cannot_be_pushed(pair, capsys, options, message):
+    status, shown = push("--drafter", pair / "drafter", *options, capsys=capsys)
+    assert status == 2 and message in shown.err
+
+
+def test_weights_that_are_not_finite_are_not_pushed(pair, capsys):
+    drafter = random_drafter(build_target()).float()
+    drafter.fc.weight.data[0, 0] = torch.nan
+    drafter.save_pretrained(pair / "broken")
+    status, shown = push("--drafter", pair / "broken", "--repo", "acme/x", capsys=capsys)
+    assert status == 2 and "not finite (fc.weight)" in shown.err
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "a" * 30, "/home/alice/chats.jsonl"])
+def test_nothing_private_is_pushed(pair, secret):
+    """What a record says too much is shortened; what slips in elsewhere is refused."""
+    record = json.loads((pair / "drafter" / "provenance.json").read_text())
+    (pair / "drafter" / "provenance.json").write_text(json.dumps({**record, "note": secret}))
+    folder = assembled(pair)
+    assert secret not in (folder / "provenance.json").read_text()
+    (folder / "notes.md").write_text(f"see {secret}")
+    with pytest.raises(ValueError, match=r"notes\.md holds (an access token|the local path)"):
+        hub.check_private(folder)
+
+
+def test_a_path_of_this_machine_is_not_pushed_wherever_it_lies(pair):
+    folder = assembled(pair)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "found_at": "/mnt/data/target"}))
+    with pytest.raises(ValueError, match=r"config\.json holds a local path"):
+        hub.check_private(folder)
+
+
+def test_the_data_sets_of_the_hub_are_told_from_files(pair):
+    record = json.loads((pair / "drafter" / "provenance.json").read_text())
+    record["config"]["data"], record["started_from"]["config"]["data"] = "mine/chats.jsonl.gz", "acme/mail"
+    (pair / "drafter" / "provenance.json").write_text(json.dumps(record))
+    assert ModelCard.load(assembled(pair) / "README.md").data.datasets == ["acme/mail"]

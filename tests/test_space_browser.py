@@ -1,0 +1,260 @@
+"""The Space in a real browser. Screenshots stay in PPOW_SCREENSHOTS, or in pytest's own folder, to be looked at."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio", reason="the Space needs Gradio: pip install -e '.[space]'")
+
+from page import EXAMPLES
+from space_helpers import serve
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need: pip install -e '.[test]'")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def find_browser(playwright) -> str | None:
+    """Path of a Chromium, installed if need be and possible; None without one."""
+    if Path(playwright.chromium.executable_path).exists():
+        return playwright.chromium.executable_path
+    installed = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if installed or os.environ.get("PPOW_INSTALL_BROWSER") == "0":
+        return installed
+    for command in (["playwright", "install", "chromium"], ["apt-get", "install", "-y", "-qq", "chromium"]):
+        if shutil.which(command[0]) and subprocess.run(command, capture_output=True, timeout=240).returncode == 0:
+            return next(filter(None, map(shutil.which, BROWSERS)), playwright.chromium.executable_path)
+    return None
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        path = find_browser(playwright)
+        if path is None:
+            pytest.skip("no Chromium, and neither playwright nor apt could install one")
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("space") / "log.txt") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory):
+    folder = Path(os.environ.get("PPOW_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Open the page: visit(width=..., dark=..., query=...) -> page. Errors on the console fail the test."""
+    errors, contexts = [], []
+
+    def open_page(width=1280, dark=False, query=""):
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
+        )
+        context.set_default_timeout(30_000)
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(address + query)
+        page.wait_for_selector("#panes .pane")
+        page.wait_for_function("document.querySelector('#prompt textarea')?.value.length > 0")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def race(page, tokens=48):
+    """Race to the end: -> the figures of the panes as texts."""
+    number(page, "max_new_tokens", tokens)
+    # what an earlier race left is renamed: a short race may be over before a busy machine looks at it
+    page.evaluate("document.querySelectorAll('#panes .pane').forEach(pane => pane.className = 'earlier')")
+    page.click("#race")
+    page.wait_for_function("document.querySelectorAll('#panes .pane.done').length === 2", timeout=60_000)
+    page.wait_for_selector("#status [data-replay]")
+    return page.locator("#panes").inner_text()
+
+
+def number(page, name, value):
+    field = page.locator(f"#{name} input[type=number]").first
+    field.fill(str(value))
+    field.blur()
+
+
+def test_the_first_tokens_are_seen_within_two_seconds(visit, shots):
+    """The best of five, since other work on the machine is no property of the page."""
+    waits = []
+    while len(waits) < 5 and min(waits, default=9) >= 2:
+        page = visit()
+        started = time.perf_counter()
+        page.click("#race")
+        page.wait_for_selector("#panes .pane .t")
+        waits.append(time.perf_counter() - started)
+        page.screenshot(path=shots / "running.png")
+        page.wait_for_selector("#status [data-replay]", timeout=60_000)
+    print(f"first tokens after {', '.join(f'{seconds:.2f}' for seconds in waits)} s")
+    assert min(waits) < 2
+
+
+def test_a_race_shows_its_facts_and_replays(visit, shots):
+    page = visit()
+    shown = race(page, 64)
+    assert "Identical output" in page.locator("#status").inner_text()
+    assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "speedup", "time"))
+    left, right = page.locator("#panes .answer").all_text_contents()
+    assert left == right and left
+    kinds = page.eval_on_selector_all("#panes .pane:last-child .t", "all => all.map(t => t.className)")
+    assert {"t accepted"} < {kind.replace(" later", "") for kind in kinds}
+    page.click("text=4 times slower")
+    page.wait_for_selector("#panes .t.later", state="attached")
+    page.wait_for_function("document.querySelectorAll('#panes .t.later').length === 0", timeout=30_000)
+    ends = "all => all.map(p => [p.dataset.seconds, p.querySelector('.clock').textContent])"
+    seconds = page.eval_on_selector_all("#panes .pane", ends)
+    assert all(f"{float(total):.2f} s" == clock for total, clock in seconds)
+    page.screenshot(path=shots / "race.png", full_page=True)
+
+
+def test_every_example_runs(visit):
+    page = visit()
+    for name, prompt in EXAMPLES.items():
+        page.get_by_role("button", name=name, exact=True).click()
+        page.wait_for_function(f"document.querySelector('#prompt textarea').value === {prompt!r}")
+        race(page, 16)
+        assert "Identical output" in page.locator("#status").inner_text()
+
+
+def test_every_control_reaches_the_race_and_reset_undoes_it(visit, shots):
+    page = visit()
+    number(page, "temperature", 0.7)
+    number(page, "seed", 7)
+    page.get_by_role("radio", name="tree", exact=True).check()
+    page.wait_for_selector("#tree_nodes", state="visible")
+    assert page.locator("#window_size").is_hidden()
+    for name, value in (("tree_depth", 3), ("tree_top_k", 2), ("tree_nodes", 5)):
+        number(page, name, value)
+    race(page, 24)
+    assert "At temperature 0.7" in page.locator("#status").inner_text()
+    page.get_by_role("tab", name="Figures").click()
+    assert "tree 3 deep, 2 wide, 5 nodes, temperature 0.7" in page.locator("#figures").inner_text()
+    page.get_by_role("tab", name="Inside a window").click()
+    page.screenshot(path=shots / "tree.png", full_page=True)
+    page.click("#link")
+    page.wait_for_function("document.querySelector('#link').textContent.includes('Copied')")
+    link = page.evaluate("navigator.clipboard.readText()")
+    page.click("#reset")
+    page.wait_for_selector("#window_size", state="visible")
+    page.wait_for_function("document.querySelectorAll('#panes .t').length === 0")
+    assert page.locator("#seed input").input_value() == "0"
+    again = visit(query="?" + link.partition("?")[2])
+    again.wait_for_selector("#tree_nodes", state="visible")
+    for name, value in (("seed", "7"), ("tree_nodes", "5"), ("temperature", "0.7")):
+        assert again.locator(f"#{name} input[type=number]").first.input_value() == value
+
+
+def test_stop_really_stops_and_the_page_goes_on(visit, shots):
+    page = visit()
+    number(page, "max_new_tokens", 256)
+    number(page, "temperature", 2)  # such texts do not come to an end by themselves
+    page.click("#race")
+    page.wait_for_selector("#panes .pane .t")
+    page.click("#stop")
+    page.wait_for_selector("#panes .pane.stopped")
+    assert page.locator("#status").inner_text().startswith("Stopped")
+    assert page.locator("#panes .pane.stopped .t").count() < 256
+    page.screenshot(path=shots / "stopped.png")
+    number(page, "temperature", 0)
+    race(page, 16)
+
+
+def test_stepping_through_a_window(visit, shots):
+    page = visit()
+    race(page, 64)
+    assert "accepted" in page.locator("#window").inner_text()
+    first = page.locator("#window").inner_text()
+    page.click("#next")
+    page.wait_for_function("old => document.querySelector('#window').innerText !== old", arg=first)
+    page.locator("#previous").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("old => document.querySelector('#window').innerText === old", arg=first)
+    shown = page.locator("#window").inner_text()
+    assert "Target's top candidates" in shown and "criticality" in shown
+    page.screenshot(path=shots / "window.png", full_page=True)
+
+
+def test_bad_input_is_answered_on_the_page(visit, shots):
+    page = visit()
+    alert = page.locator("#status [role=alert]")
+    page.fill("#prompt textarea", "   ")
+    page.click("#race")
+    alert.wait_for()
+    assert "The prompt is empty" in alert.inner_text()
+    page.screenshot(path=shots / "empty.png")
+    evil = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
+    for prompt in (evil, "${1+1} {{2}} 👩‍👩‍👧 שלום"):
+        page.fill("#prompt textarea", prompt)
+        race(page, 16)
+        assert page.title().startswith("PPOW")
+    page.screenshot(path=shots / "unusual.png")
+
+
+def test_a_bad_link_is_answered_on_the_page(visit):
+    page = visit(query="?window_size=500&prompt=%3Cb%3Ehi")
+    alert = page.locator("#status [role=alert]")
+    alert.wait_for()
+    assert "window_size must be a whole number from 1 to 16" in alert.inner_text()
+
+
+def test_the_keyboard_reaches_everything(visit):
+    page = visit()
+    page.locator("#prompt textarea").focus()
+    seen = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
+    assert {"race", "stop", "reset", "link", *EXAMPLES} <= seen
+    page.locator("#race").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#status [data-replay]", timeout=60_000)
+    page.locator("[data-replay='4']").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#panes .t.later", state="attached")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
+def test_looks_and_accessibility(visit, shots, width, dark):
+    page = visit(width, dark)
+    name = f"{'dark' if dark else 'light'}-{width}"
+    assert page.evaluate("document.body.classList.contains('dark')") is dark
+    race(page, 48)
+    serious = []
+    for tab in ("Inside a window", "Figures", "Method", "API"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        page.screenshot(path=shots / f"{name}-{re.sub('[^a-z]', '-', tab.lower())}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), tab
+        found = axe.Axe().run(page).response["violations"]
+        serious += [
+            (tab, v["id"], v["nodes"][0]["html"][:120]) for v in found if v["impact"] in ("serious", "critical")
+        ]
+    assert serious == []
+    page.click("[data-theme-toggle]")
+    assert page.evaluate("document.body.classList.contains('dark')") is not dark

@@ -1,0 +1,159 @@
+"""``ppow import`` and ``ppow export``: EAGLE-3 drafters from other trainers, and PPOW drafters for serving engines.
+
+    ppow import yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct --out drafter
+    ppow export drafter --format vllm --out drafter-vllm
+
+Both print what they mapped, dropped and assumed. The output folder appears whole or not at all. No pickle is written.
+"""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import cached_file
+
+from ppow import PPOWDrafter
+from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
+from ppow.formats_ppow import Row, import_checkpoint
+
+from .config import ExportConfig, ImportConfig
+from .formats import Exported, from_ppow
+
+
+def main(config: ImportConfig | ExportConfig) -> None:
+    """Run ``ppow import`` or ``ppow export``. Raises ValueError for what cannot be imported, or not expressed."""
+    (import_drafter if isinstance(config, ImportConfig) else export_drafter)(config)
+
+
+def import_drafter(config: ImportConfig) -> None:
+    imported = import_checkpoint(config.source, config.target)
+    print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
+    if config.dry_run:
+        return
+    drafter = PPOWDrafter.from_pretrained(
+        None, config=imported.config, state_dict=imported.tensors, dtype=imported.config.dtype
+    )
+    folder = write_folder(config.out or f"{_name(config.source)}-ppow", drafter.save_pretrained)
+    print(f"wrote {folder}: target.generate(..., assistant_model=PPOWDrafter.from_pretrained({str(folder)!r}))")
+
+
+def export_drafter(config: ExportConfig) -> None:
+    drafter = PPOWDrafter.from_pretrained(config.drafter, target=config.target, dtype="auto")
+    tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
+    target = config.target or drafter.config.target_name_or_path
+    exported = from_ppow(
+        drafter.config,
+        drafter.state_dict(),
+        config.format,
+        target_config=AutoConfig.from_pretrained(config.target) if config.target else None,
+        target_embeddings=_embeddings(config.target) if config.target and config.format == "sglang" else None,
+        speculative_tokens=tokens,
+        target_name=target,
+    )
+    drafting = drafter.generation_config.to_diff_dict()
+    if dropped := sorted(drafting.keys() - {"transformers_version", "window_size"}):
+        exported.rows.append(Row("dropped", "generation_config", f"{', '.join(dropped)}: it has no field for it"))
+    print(report(f"{config.format}, {len(exported.tensors)} tensors", exported.rows))
+    if config.dry_run:
+        return
+    folder = write_folder(config.out or f"{_name(config.drafter)}-{config.format}", lambda path: save(exported, path))
+    print(f"wrote {folder}; then")
+    print(serving_command(config.format, target or "TARGET", str(folder), tokens))
+
+
+def report(title: str, rows: Iterable[Row]) -> str:
+    """The table that both commands print."""
+    lines = [f"{'dialect':<9}{title}"]
+    rows = list(rows)
+    width = max((len(row.what) for row in rows), default=0)
+    return "\n".join([*lines, *(f"{row.action:<9}{row.what:<{width}}  {row.how}" for row in rows)])
+
+
+def save(exported: Exported, folder: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` (one file: EAGLE's own loader knows no shards)."""
+    save_file(exported.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(exported.config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_folder(place: str, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a hidden folder beside ``place``, then rename it: all of it appears, or nothing.
+
+    Raises:
+        ValueError: ``place`` exists and is not an empty folder.
+        OSError: the disk is full, or not to be written on.
+    """
+    folder = Path(place).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name another place with --out, or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(f"{folder} was not written: {error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
+    """The command that serves ``target`` with the exported ``drafter``, drafting chains of ``tokens``.
+
+    Args:
+        form: one of ``formats.FORMATS``.
+        target: Hub id or folder.
+        drafter: the exported folder.
+        tokens: drafted tokens per verification.
+    """
+    if form in ("speculators", "vllm"):
+        options = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
+        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(options)])
+    if form == "sglang":
+        options = {
+            "model-path": target,
+            "speculative-algorithm": "EAGLE3",
+            "speculative-draft-model-path": drafter,
+            "speculative-num-steps": tokens,
+            "speculative-eagle-topk": 1,
+            "speculative-num-draft-tokens": tokens + 1,
+        }
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return shlex.join(["python", "-m", "sglang.launch_server", *arguments])
+    if form == "eagle":
+        return f"EaModel.from_pretrained(base_model_path={target!r}, ea_model_path={drafter!r}, use_eagle3=True)"
+    return f"train on from {drafter} with SpecForge; to serve it, export with --format vllm or sglang"
+
+
+def _embeddings(target: str) -> torch.Tensor:
+    """(V, Ht) embeddings of a target, read alone: the whole of it may not fit into memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
+    weight = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    file = _file(target, "model.safetensors")
+    if index := _file(target, "model.safetensors.index.json"):
+        file = _file(target, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(name, ""))
+    if file is None:
+        raise ValueError(f"{target} has no safetensors with {name}, which SGLang export compares with the drafter's.")
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _file(source: str, name: str) -> str | None:
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+
+
+def _name(source: str) -> str:
+    return Path(source.rstrip("/")).name or "drafter"
