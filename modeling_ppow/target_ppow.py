@@ -4,6 +4,7 @@ import os
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils import output_capturing
 
 from .attention_ppow import pack_window
 from .cache_ppow import SlotCache, as_slot_cache
@@ -11,6 +12,25 @@ from .drafting_ppow import DraftWindow
 from .masks_ppow import additive_mask, window_allowed
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+# A list as output_hidden_states names blocks (their outputs) up to transformers 5.22, hidden states from 5.23 on.
+_LIST_NAMES_BLOCKS = not hasattr(output_capturing, "selected_hidden_states")
+
+
+def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the target: -> its logits, and the hidden states ``taps`` side by side (B, N, n_taps * Ht).
+
+    Args:
+        taps: increasing indices into what ``output_hidden_states=True`` returns, below the layer count: the states
+            entering those blocks. No other state is kept (all of them if tap 0 is asked for before transformers 5.23).
+        inputs: of the target's forward.
+    """
+    wanted = taps
+    if _LIST_NAMES_BLOCKS:
+        wanted = [tap - 1 for tap in taps] if taps[0] > 0 else True
+    outputs = target(output_hidden_states=wanted, return_dict=True, **inputs)
+    states = outputs.hidden_states
+    found = [states[tap] for tap in taps] if wanted is True else [state for state in states if state is not None]
+    return outputs.logits, torch.cat([state.to(found[0].device) for state in found], dim=-1)
 
 
 def check_pair(target, drafter) -> None:
@@ -155,18 +175,16 @@ class TargetState:
 
     def _forward(self, input_ids, attention_mask, position_ids, last_only: bool):
         keep = {"logits_to_keep": 1} if last_only and self.target._supports_logits_to_keep() else {}
-        outputs = self.target(
+        return read_taps(
+            self.target,
+            self.taps,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            output_hidden_states=self.taps,
-            return_dict=True,
             **keep,
         )
-        hidden = [state for state in outputs.hidden_states if state is not None]
-        return outputs.logits, torch.cat([state.to(hidden[0].device) for state in hidden], dim=-1)
 
     def keep(self, path: torch.Tensor, counts: torch.Tensor, in_order: bool) -> None:
         """Commit the first ``counts`` (B,) nodes of ``path`` (B, M); ``in_order``: they lie side by side (a chain)."""

@@ -293,8 +293,13 @@ def set_stop(request: gr.Request) -> None:
 
 
 def from_link(request: gr.Request):
-    """Control values from a shared link's query; what is not valid is said and left at its default."""
+    """Control values from a shared link's query; what is not valid is said and left at its default.
+
+    Without such a link nothing is set: the answer may come after the visitor's first keystrokes.
+    """
     values, given = defaults(), dict(request.query_params)
+    if not values.keys() & given.keys():
+        return [gr.skip()] * (len(values) + 1)
     try:
         for name in values.keys() & given.keys():
             values[name] = given[name] if isinstance(values[name], str) else float(given[name])

@@ -15,6 +15,8 @@ from page import EXAMPLES
 from space_helpers import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need: pip install -e '.[test]'")
+expect = sync_api.expect
+expect.set_options(timeout=30_000)
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -84,7 +86,7 @@ def visit(browser, address):
 
 
 def race(page, tokens=48):
-    """Race to the end: -> the figures of the panes as texts."""
+    """Race to the end: -> the figures of the panes as texts. The tabs below may follow a moment later."""
     number(page, "max_new_tokens", tokens)
     # what an earlier race left is renamed: a short race may be over before a busy machine looks at it
     page.evaluate("document.querySelectorAll('#panes .pane').forEach(pane => pane.className = 'earlier')")
@@ -118,7 +120,7 @@ def test_the_first_tokens_are_seen_within_two_seconds(visit, shots):
 def test_a_race_shows_its_facts_and_replays(visit, shots):
     page = visit()
     shown = race(page, 64)
-    assert "Identical output" in page.locator("#status").inner_text()
+    expect(page.locator("#status")).to_contain_text("Identical output")
     assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "speedup", "time"))
     left, right = page.locator("#panes .answer").all_text_contents()
     assert left == right and left
@@ -139,7 +141,7 @@ def test_every_example_runs(visit):
         page.get_by_role("button", name=name, exact=True).click()
         page.wait_for_function(f"document.querySelector('#prompt textarea').value === {prompt!r}")
         race(page, 16)
-        assert "Identical output" in page.locator("#status").inner_text()
+        expect(page.locator("#status")).to_contain_text("Identical output")
 
 
 def test_every_control_reaches_the_race_and_reset_undoes_it(visit, shots):
@@ -148,13 +150,13 @@ def test_every_control_reaches_the_race_and_reset_undoes_it(visit, shots):
     number(page, "seed", 7)
     page.get_by_role("radio", name="tree", exact=True).check()
     page.wait_for_selector("#tree_nodes", state="visible")
-    assert page.locator("#window_size").is_hidden()
+    expect(page.locator("#window_size")).to_be_hidden()
     for name, value in (("tree_depth", 3), ("tree_top_k", 2), ("tree_nodes", 5)):
         number(page, name, value)
     race(page, 24)
-    assert "At temperature 0.7" in page.locator("#status").inner_text()
+    expect(page.locator("#status")).to_contain_text("At temperature 0.7")
     page.get_by_role("tab", name="Figures").click()
-    assert "tree 3 deep, 2 wide, 5 nodes, temperature 0.7" in page.locator("#figures").inner_text()
+    expect(page.locator("#figures")).to_contain_text("tree 3 deep, 2 wide, 5 nodes, temperature 0.7")
     page.get_by_role("tab", name="Inside a window").click()
     page.screenshot(path=shots / "tree.png", full_page=True)
     page.click("#link")
@@ -163,11 +165,11 @@ def test_every_control_reaches_the_race_and_reset_undoes_it(visit, shots):
     page.click("#reset")
     page.wait_for_selector("#window_size", state="visible")
     page.wait_for_function("document.querySelectorAll('#panes .t').length === 0")
-    assert page.locator("#seed input").input_value() == "0"
+    expect(page.locator("#seed input")).to_have_value("0")
     again = visit(query="?" + link.partition("?")[2])
     again.wait_for_selector("#tree_nodes", state="visible")
     for name, value in (("seed", "7"), ("tree_nodes", "5"), ("temperature", "0.7")):
-        assert again.locator(f"#{name} input[type=number]").first.input_value() == value
+        expect(again.locator(f"#{name} input[type=number]").first).to_have_value(value)
 
 
 def test_stop_really_stops_and_the_page_goes_on(visit, shots):
@@ -178,7 +180,7 @@ def test_stop_really_stops_and_the_page_goes_on(visit, shots):
     page.wait_for_selector("#panes .pane .t")
     page.click("#stop")
     page.wait_for_selector("#panes .pane.stopped")
-    assert page.locator("#status").inner_text().startswith("Stopped")
+    expect(page.locator("#status")).to_contain_text("Stopped")
     assert page.locator("#panes .pane.stopped .t").count() < 256
     page.screenshot(path=shots / "stopped.png")
     number(page, "temperature", 0)
@@ -188,7 +190,7 @@ def test_stop_really_stops_and_the_page_goes_on(visit, shots):
 def test_stepping_through_a_window(visit, shots):
     page = visit()
     race(page, 64)
-    assert "accepted" in page.locator("#window").inner_text()
+    expect(page.locator("#window")).to_contain_text("accepted")
     first = page.locator("#window").inner_text()
     page.click("#next")
     page.wait_for_function("old => document.querySelector('#window').innerText !== old", arg=first)
@@ -206,7 +208,7 @@ def test_bad_input_is_answered_on_the_page(visit, shots):
     page.fill("#prompt textarea", "   ")
     page.click("#race")
     alert.wait_for()
-    assert "The prompt is empty" in alert.inner_text()
+    expect(alert).to_contain_text("The prompt is empty")
     page.screenshot(path=shots / "empty.png")
     evil = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
     for prompt in (evil, "${1+1} {{2}} 👩‍👩‍👧 שלום"):
@@ -220,7 +222,7 @@ def test_a_bad_link_is_answered_on_the_page(visit):
     page = visit(query="?window_size=500&prompt=%3Cb%3Ehi")
     alert = page.locator("#status [role=alert]")
     alert.wait_for()
-    assert "window_size must be a whole number from 1 to 16" in alert.inner_text()
+    expect(alert).to_contain_text("window_size must be a whole number from 1 to 16")
 
 
 def test_the_keyboard_reaches_everything(visit):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from ppow.cache_ppow import SlotCache
 from ppow.generation_ppow import SDPA_BACKENDS
-from ppow.target_ppow import WindowMasks
+from ppow.target_ppow import WindowMasks, read_taps
 
 
 @dataclass
@@ -53,15 +53,8 @@ class FrozenTarget:
         """
         config = self.model.config.get_text_config(decoder=True)
         cache = SlotCache(config.num_hidden_layers, input_ids.shape[1] + room) if room else None
-        outputs = self.model(
-            input_ids=input_ids,
-            past_key_values=cache,
-            use_cache=room > 0,
-            output_hidden_states=self.taps,
-            return_dict=True,
-        )
-        taps = torch.cat([state for state in outputs.hidden_states if state is not None], dim=-1)
-        return Reading(taps, outputs.logits, cache)
+        logits, taps = read_taps(self.model, self.taps, input_ids=input_ids, past_key_values=cache, use_cache=room > 0)
+        return Reading(taps, logits, cache)
 
     @torch.no_grad()
     @sdpa_kernel(SDPA_BACKENDS)
