@@ -51,7 +51,7 @@ from ppow.training.unrolled import Unrolled
 
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
 WARMUP = 0.03  # share of the budget in which the learning rate rises
-TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}
+TREE = {"tree_depth": 7, "tree_top_k": 10}
 
 _TEXT = {"all_windows": True}
 _ROLLOUT = {"rollout_temperature": 0.5, "learning_rate": 5e-5}  # what won in reinforce-settings.json
@@ -165,6 +165,7 @@ def parse(argv):
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--window-size", type=int, default=10)
     parser.add_argument("--tree-prompts", type=int, default=64, help="prompts per domain decoded with a tree; 0: none")
+    parser.add_argument("--tree-nodes", default="60,16,8,4", help="comma separated sizes of the trees")
     parser.add_argument("--eval-batch", type=int, default=256)
     parser.add_argument("--bootstrap", type=int, default=2000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -326,7 +327,7 @@ def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: 
 
 @torch.no_grad()
 def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, trees: bool) -> dict:
-    """Verifications that each text takes: "DOMAIN T=0" -> chain; with ``trees`` also tree, for some greedy texts."""
+    """Verifications that each text takes: "DOMAIN T=0" -> chain; with ``trees`` also "tree N", on some T=0."""
     drafter, results = drafter.eval(), {}
     for parameter in drafter.parameters():  # as it would be deployed; the rotary frequencies keep their precision
         parameter.data = parameter.data.to(target.model.dtype)
@@ -343,8 +344,10 @@ def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, tre
         results[name] = {"chain": chain}
     if trees:
         greedy = [name for name in texts if name.endswith("T=0")]
-        for name, counts in zip(greedy, decode_tree(target.model, drafter, [texts[n] for n in greedy], arguments, pad)):
-            results[name]["tree"] = counts
+        for nodes in tree_sizes(arguments):
+            counts = decode_tree(target.model, drafter, [texts[n] for n in greedy], nodes, arguments, pad)
+            for name, found in zip(greedy, counts):
+                results[name][f"tree {nodes}"] = found
     return results
 
 
@@ -410,14 +413,18 @@ def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
     return needed[:, 0].tolist()
 
 
-def decode_tree(model, drafter, texts: list[dict], arguments, pad: int) -> list[list[float]]:
-    """Verifications of each domain's first ``tree_prompts`` texts when really decoded with a tree, in batches."""
+def tree_sizes(arguments) -> list[int]:
+    return [int(nodes) for nodes in arguments.tree_nodes.split(",")]
+
+
+def decode_tree(model, drafter, texts: list[dict], nodes: int, arguments, pad: int) -> list[list[float]]:
+    """Verifications of each domain's first ``tree_prompts`` texts when really decoded with trees of so many nodes."""
     work = [
         (ids[:length], tokens)
         for text in texts
         for ids, length, tokens in list(zip(text["ids"], text["prompt"], text["tokens"]))[: arguments.tree_prompts]
     ]
-    options = {**TREE, "cuda_graphs": False, "return_dict_in_generate": True}
+    options = {**TREE, "tree_nodes": nodes, "cuda_graphs": False, "return_dict_in_generate": True}
     config, found = generation(model, 0, arguments, pad, **options), []
     for first in range(0, len(work), arguments.eval_batch):
         part = work[first : first + arguments.eval_batch]
@@ -482,15 +489,15 @@ def pooled(report: dict, ending: str, straight: bool = False, seeds: bool = Fals
     return tokens[keep], {name: numpy.mean(values, 0) for name, values in counts.items()}
 
 
-def tree_pooled(report: dict) -> tuple[numpy.ndarray, dict]:
-    """The same for trees, first seeds only, on the texts that were decoded with one."""
+def tree_pooled(report: dict, tree: str) -> tuple[numpy.ndarray, dict]:
+    """The same for a tree, first seeds only, on the texts that were decoded with one."""
     size = report["settings"]["tree_prompts"]
     names = [name for name in report["texts"] if name.endswith("T=0")]
     tokens = numpy.concatenate([report["texts"][name]["tokens"][:size] for name in names])
     counts = {}
     for key, row in report["arms"].items():
         if key.endswith("/0"):
-            counts[key[:-2]] = numpy.concatenate([row["results"][name]["tree"] for name in names])
+            counts[key[:-2]] = numpy.concatenate([row["results"][name][tree] for name in names])
     return tokens, counts
 
 
@@ -521,7 +528,8 @@ def summarize(report: dict, resamples: int) -> dict:
                 title = f"T={temperature}" + (", not looping" if straight else "")
                 summary[title] = compared(tokens, counts, resamples)
     if report["settings"]["tree_prompts"]:
-        summary["tree T=0"] = compared(*tree_pooled(report), resamples)
+        for tree in (f"tree {nodes}" for nodes in report["settings"]["tree_nodes"].split(",")):
+            summary[f"{tree}, T=0"] = compared(*tree_pooled(report, tree), resamples)
     summary["by domain"] = {
         name: compared(*pooled(report, name), resamples) for name in report["texts"] if report["texts"][name]["tokens"]
     }
@@ -565,7 +573,9 @@ def plot(report: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     parts = [name for name in ("T=0", "T=1") if report["summary"].get(name, {}).get("control")]
-    figure, axes = pyplot.subplots(1, len(parts) + 2, figsize=(5 * (len(parts) + 2), 6), layout="constrained")
+    curves = (("reward",), ("acceptance_length", "greedy_acceptance_length"), ("kl", "text_kl"))
+    wide = len(parts) + len(curves)
+    figure, axes = pyplot.subplots(1, wide, figsize=(5 * wide, 6), layout="constrained")
     for axis, part in zip(axes, parts):
         arms = report["summary"][part]["arms"]
         for y, row in enumerate(arms.values()):
@@ -575,9 +585,15 @@ def plot(report: dict, path: Path) -> None:
         axis.set_yticks(range(len(arms)), list(arms))
         axis.invert_yaxis()
         axis.set(title=f"chain, {part}", xlabel=f"acceptance length over {report['summary'][part]['control']}")
-    for axis, figures in zip(
-        axes[len(parts) :], (("acceptance_length", "greedy_acceptance_length"), ("kl", "text_kl"))
-    ):
+    for axis, figures in zip(axes[len(parts) :], curves):
+        switches = [
+            point["seconds"]
+            for row in report["arms"].values()
+            for point in row.get("curve", ())
+            if point.get("adaptive")
+        ]
+        if switches:
+            axis.axvline(min(switches), color="gray", linestyle=":", label="windows by criticality from here")
         for key, row in report["arms"].items():
             name = next((f for f in figures if f in (row.get("curve") or [{}])[-1]), None)
             if name and key.endswith("/0"):
@@ -585,7 +601,8 @@ def plot(report: dict, path: Path) -> None:
                 axis.plot(*zip(*points), label=key[:-2], linewidth=0.8)
         axis.set(title=figures[0].replace("_", " "), xlabel="seconds of training")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

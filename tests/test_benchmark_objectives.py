@@ -41,7 +41,18 @@ def arguments(prompts, *more) -> list[str]:
         for question in QUESTIONS * 2:
             reply = {"role": "assistant", "content": f"Let us see: {question} It is more than nobody would think."}
             out.write(json.dumps({"messages": [{"role": "user", "content": question}, reply]}) + "\n")
-    small = ["--steps", "2", "--batch-size", "2", "--max-new-tokens", "24", "--bootstrap", "100", "--eval-batch", "2"]
+    small = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
+        "24",
+        "--bootstrap",
+        "100",
+        "--eval-batch",
+        "2",
+    ] + ["--tree-nodes", "60,4"]
     return [f"--{key}={value}" for key, value in options.items()] + small + list(more)
 
 
@@ -55,7 +66,7 @@ def test_acceptance_read_along_greedy_texts_is_that_of_evaluate(benchmark, promp
     evaluate.main(config)
     measured = json.loads((tmp_path / "metrics.json").read_text())["results"]["questions T=0"]
     assert length == pytest.approx(measured["acceptance_length"])
-    assert len(found["tree"]) == 2 and sum(found["tree"]) <= sum(found["chain"][:2])
+    assert len(found["tree 60"]) == 2 and sum(found["tree 60"]) <= sum(found["chain"][:2])
 
 
 def test_acceptance_read_along_sampled_texts_is_that_of_sampled_decoding(benchmark):
@@ -98,7 +109,7 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
     assert {key: report["arms"][key] for key in before} == before and len(report["arms"]) == 5
     row = report["arms"]["ppow/0"]
     assert row["steps"] == 2 and len(row["curve"]) == 2 and row["curve"][0]["reward"] >= 0
-    for part in ("T=0", "T=1", "tree T=0"):
+    for part in ("T=0", "T=1", "tree 60, T=0", "tree 4, T=0"):
         summary = report["summary"][part]
         assert summary["control"] == "cst 3e-4"
         assert summary["arms"]["cst 3e-4"]["over_cst_95"] == [0, 0]

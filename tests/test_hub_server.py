@@ -14,6 +14,7 @@ from huggingface_hub.utils import get_session
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hub.clients import environment, push
+from pair import find_names
 from ppow import PPOWDrafter
 from ppow.training import cli
 from test_hub import METRICS
@@ -207,10 +208,17 @@ def test_the_space_of_a_pushed_drafter(hub, pair, target, capsys):
         "target_revision": HfApi().model_info("acme/target").sha,
         "drafter": "acme/drafter",
         "drafter_revision": HfApi().model_info("acme/drafter").sha,
-        "baseline": None,
     }
     sent = set(HfApi().list_repo_files("acme/demo", repo_type="space"))
     assert {front["app_file"], "requirements.txt", "pair.json", "README.md"} <= sent
+    assert push(pair, "acme/stage1", "--target", "acme/target") == 0
+    assert cli.main([*space, "--baseline", "acme/stage1"]) == 0
+    named |= {"baseline": "acme/stage1", "baseline_revision": HfApi().model_info("acme/stage1").sha}
+    path = hf_hub_download("acme/demo", "pair.json", repo_type="space")
+    assert json.loads(Path(path).read_text()) == named
+    assert vars(find_names({}, Path(path))) == named
+    assert cli.main([*space, "--baseline", "acme/nothing"]) == 2 and "acme/nothing" in capsys.readouterr().err
+    assert cli.main(["push", "acme/drafter", "--repo", "acme/x", "--baseline", "acme/stage1"]) == 2
 
 
 @pytest.mark.parametrize("drafter", ["acme/nothing", "no such/id", "acme/lonely"])

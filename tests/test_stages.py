@@ -175,10 +175,12 @@ def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
     ("stage", "changes"),
     [("supervised", {}), ("reinforce", {}), ("reinforce", {"estimator": "exact", "supervised_coef": 0.5})],
 )
-def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, changes, tmp_path):
+@pytest.mark.parametrize("shard_target", [False, True])
+def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, changes, shard_target, tmp_path):
     module, _ = STAGES[stage]
     module.main(options(home, stage, tmp_path / "one", steps=2, batch_size=1, **changes))
-    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, accumulation=1, **changes))
+    changes = {**changes, "accumulation": 1, "shard_target": shard_target}
+    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, **changes))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     command = [*launcher, "-m", "ppow.training.cli", stage, *flags]
@@ -189,6 +191,40 @@ def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, change
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
     for first, second in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+SHARDED = """
+import sys
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+from ppow.training.target import FrozenTarget
+
+accelerator = Accelerator(cpu=True)
+whole = FrozenTarget.load(sys.argv[1], "float32", accelerator.device)
+target = FrozenTarget.load_sharded(sys.argv[1], "float32", accelerator)
+whole.taps = target.taps = [0, 2, 3]
+for name, parameter in target.model.named_parameters():
+    assert isinstance(parameter, DTensor) == (".layers." in name), name
+    if ".layers." in name:
+        assert 2 * parameter.to_local().numel() == parameter.numel(), name
+ids = torch.arange(12 + accelerator.process_index)[None] + 5  # the processes read different texts
+for _ in range(2):
+    reading, expected = target.read(ids), whole.read(ids)
+    torch.testing.assert_close(reading.logits, expected.logits)
+    torch.testing.assert_close(reading.taps, expected.taps)
+assert target.agree(accelerator.process_index) == 1 and whole.agree(0) == 0
+"""
+
+
+def test_a_sharded_target_holds_its_share_and_reads_the_same(home, tmp_path):
+    (tmp_path / "script.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [tmp_path / "script.py", home / "target"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(ValueError, match="accelerate launch"):
+        supervised.main(options(home, "supervised", tmp_path / "run", shard_target=True))
 
 
 def test_what_a_run_leaves_behind(home, whole_runs):

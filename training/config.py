@@ -35,6 +35,7 @@ class TrainingConfig(Config):
     betas: list[float] = option("AdamW's two averaging factors", [0.9, 0.95], at_least=0, below=1)
     dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
     seed: int = option("everything random follows from it", 0, at_least=0)
+    shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
 
     save_every: int = option("steps between checkpoints", 200, at_least=1)
     keep_last: int = option("checkpoints to keep", 2, at_least=1)
@@ -387,6 +388,7 @@ class PushConfig(Config):
     repo: str = option("ORG/NAME on the Hub; made when missing")
     space: bool = option("push the demo Space of a drafter that is on the Hub", False)
     target: str | None = option("Hub id of the target; none: the one that the drafter records", None)
+    baseline: str | None = option("Hub id of a second drafter for the Space to race, such as stage 1", None)
     metrics: str | None = option("output folder of `ppow evaluate`; none: metrics.json beside the drafter", None)
     private: bool = option("a new repository is private", False)
     revision: str = option("branch to push to; made when missing", "main")
@@ -399,3 +401,5 @@ class PushConfig(Config):
         super().__post_init__()
         if self.tag and self.create_pr:
             raise ValueError("A pull request is tagged after it was merged: give --tag or --create-pr, not both.")
+        if self.baseline and not self.space:
+            raise ValueError(f"--baseline {self.baseline} is raced in a Space: give it with --space.")

@@ -63,7 +63,7 @@ def main(config: PushConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if config.space:
-            assemble_space(config.drafter, folder, config.target)
+            assemble_space(config.drafter, folder, config.target, config.baseline)
         else:
             pinned = config.tag or config.revision
             assemble(config.drafter, folder, config.repo, pinned, config.metrics, config.license, config.target)
@@ -235,13 +235,14 @@ def read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def assemble_space(drafter: str, folder: Path, target: str | None = None) -> None:
+def assemble_space(drafter: str, folder: Path, target: str | None = None, baseline: str | None = None) -> None:
     """Write the demo Space of a pair that is on the Hub, pinned to the commits that it is at now.
 
     Args:
         drafter: Hub id of a drafter.
         folder: an empty folder.
         target: Hub id of its target; none: the one that the drafter records.
+        baseline: Hub id of a second drafter to race, if any.
 
     Raises:
         ValueError: outside a checkout of the repository, or for a pair that is not on the Hub.
@@ -257,11 +258,14 @@ def assemble_space(drafter: str, folder: Path, target: str | None = None) -> Non
         raise ValueError(f"{drafter} does not record its target; name its Hub id with --target.")
     check_id(target, "--target")
     names = {"target": target, "target_revision": HfApi().model_info(target).sha}
-    names |= {"drafter": drafter, "drafter_revision": revision, "baseline": None}
+    names |= {"drafter": drafter, "drafter_revision": revision}
+    if baseline is not None:
+        check_id(baseline, "--baseline")
+        names |= {"baseline": baseline, "baseline_revision": HfApi().model_info(baseline).sha}
     shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__", ".*", "pair.json"), dirs_exist_ok=True)
     write_json(folder / "pair.json", names)
     front = RepoCard.load(folder / "README.md")
-    front.data["models"] = [target, drafter]
+    front.data["models"] = [model for model in (target, drafter, baseline) if model]
     front.save(folder / "README.md")
     check_private(folder)
 

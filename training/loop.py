@@ -39,6 +39,7 @@ _FREE_TO_CHANGE = {
     "output_dir",
     "eval_every",
     "push_to_hub",
+    "shard_target",
 }
 
 

@@ -27,7 +27,7 @@ from .config import ReinforceConfig
 from .loop import Batch, Trainer
 from .objectives import Rollouts, cst_loss, objective_of
 from .rollout import Rollout, policy_logits, roll_out, window_reward
-from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, pad_token
+from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, load_target, pad_token
 from .target import FrozenTarget
 from .text_windows import read_windows
 
@@ -38,7 +38,7 @@ def main(config: ReinforceConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     examples = load_examples(config, config.data, tokenizer, config.window_size, answer=config.window_size)
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
-    target = FrozenTarget.load(config.target, config.dtype, accelerator.device)
+    target = load_target(config, accelerator)
     drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32).to(accelerator.device).train()
     freeze_embedding(drafter)
     check_pair(target.model, drafter)

@@ -84,7 +84,7 @@ def roll_out(
     speedup = window_reward(config, accepted)
     nearness = torch.zeros_like(speedup)
     needed = mask & (accepted == 0).any(-1)  # (B, W)
-    if config.proximity_bonus > 0 and bool(needed.any()):
+    if config.proximity_bonus > 0 and target.agree(int(needed.any())):
         best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
         nearness = rewards.proximity_reward(
             accepted,
@@ -227,7 +227,7 @@ def argmax_window_logprobs(
     greedy = (along.argmax(-1) == following.view_as(place)).all(-1) & (starts + 1 + size < batch.lengths[:, None])
     logprobs = along.log_softmax(-1).amax(-1)
     todo = needed & ~greedy
-    count = int(todo.sum(1).max())
+    count = target.agree(int(todo.sum(1).max()))
     if count == 0:
         return logprobs
     chosen = todo.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, count) windows to continue

@@ -34,7 +34,7 @@ def main(config: SupervisedConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     examples = load_examples(config, config.data, tokenizer, config.ttt_steps)
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
-    target = FrozenTarget.load(config.target, config.dtype, accelerator.device)
+    target = load_target(config, accelerator)
     drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
@@ -104,6 +104,13 @@ def evaluate(target, drafter, examples, pad: int, trainer: Trainer, step_weight:
 
 
 # -- preparation -------------------------------------------------------------------------------------------------------
+
+
+def load_target(config, accelerator: Accelerator) -> FrozenTarget:
+    """The target of either stage, whole on every process or spread over them."""
+    if config.shard_target:
+        return FrozenTarget.load_sharded(config.target, config.dtype, accelerator)
+    return FrozenTarget.load(config.target, config.dtype, accelerator.device)
 
 
 def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -> list:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM
 
@@ -37,11 +40,49 @@ class FrozenTarget:
     def __init__(self, model, taps: list[int]):
         self.model, self.taps = model.eval().requires_grad_(False), taps
         self.window_masks = WindowMasks(model)
+        self.sharded = False
 
     @classmethod
     def load(cls, name: str, dtype: str, device) -> "FrozenTarget":
         """Load a target from a Hub id or folder; taps are set once the drafter is known."""
         return cls(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), [])
+
+    @classmethod
+    def load_sharded(cls, name: str, dtype: str, accelerator: Accelerator) -> "FrozenTarget":
+        """Load a target with the weights of its blocks spread over the processes (FSDP): for one that does not fit.
+
+        A block's weights are gathered while it runs. Embeddings, last norm and head stay whole on every process, since
+        the drafter reads them too. The processes load one after another, so the host holds one copy at a time.
+
+        Raises:
+            ValueError: on a single process.
+        """
+        if accelerator.num_processes == 1:
+            raise ValueError(
+                "shard_target spreads the target over processes, and this run has one. Start several with "
+                "`accelerate launch --num_processes N -m ppow.training.cli ...`, or leave shard_target out."
+            )
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for turn in range(accelerator.num_processes):
+            if turn == accelerator.process_index:
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+                blocks = model.get_decoder().layers
+                for block in blocks:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - set(blocks.parameters()))
+                model.to(accelerator.device)
+            accelerator.wait_for_everyone()
+        target = cls(model, [])
+        target.sharded = True
+        return target
+
+    def agree(self, count: int) -> int:
+        """``count``; the largest of all processes' if they share this target, since they must run it equally often."""
+        if not self.sharded:
+            return count
+        largest = torch.tensor(count, device=self.model.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
 
     @torch.no_grad()
     @sdpa_kernel(SDPA_BACKENDS)
