@@ -88,12 +88,13 @@ def is_foreign(config: dict) -> bool:
     return config.get("model_type") != PPOWConfig.model_type
 
 
-def import_checkpoint(source: str, target, **hub) -> Imported:
+def import_checkpoint(source: str, target, drafter_class: type, **hub) -> Imported:
     """Read another trainer's EAGLE-3 drafter.
 
     Args:
         source: folder or Hub id of the drafter.
         target: its target: a model, a configuration, or a folder or Hub id.
+        drafter_class: ``PPOWDrafter``, whose tensors it must have.
         **hub: of ``weights_ppow.HUB_OPTIONS``, for ``source``.
 
     Returns:
@@ -104,7 +105,7 @@ def import_checkpoint(source: str, target, **hub) -> Imported:
     """
     if not isinstance(target, PreTrainedConfig):
         target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(target)
-    return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target)
+    return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target, drafter_class)
 
 
 def detect(config: dict, names: Iterable[str]) -> str:
@@ -134,13 +135,16 @@ def detect(config: dict, names: Iterable[str]) -> str:
     return dialect
 
 
-def to_ppow(config: dict, tensors: dict[str, torch.Tensor], target_config: PreTrainedConfig) -> Imported:
+def to_ppow(
+    config: dict, tensors: dict[str, torch.Tensor], target_config: PreTrainedConfig, drafter_class: type
+) -> Imported:
     """Translate a checkpoint, as read, into a PPOW drafter.
 
     Args:
         config: its config.json.
         tensors: its tensors under their own names.
         target_config: configuration of the target it was trained for.
+        drafter_class: ``PPOWDrafter``, whose tensors it must have.
 
     Returns:
         Configuration, tensors under our names (not copied), and the report.
@@ -182,7 +186,8 @@ def to_ppow(config: dict, tensors: dict[str, torch.Tensor], target_config: PreTr
         **_layer_fields(fields, text, rows),
     )
     result.dtype = _dtype(tensors, rows)
-    _check_tensors(tensors, result)
+    with torch.device("meta"):
+        _check_tensors(tensors, drafter_class(result).state_dict())
     verifier = ((config.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
     if verifier and verifier != result.target_name_or_path:
         rows.append(Row("assumed", "target", f"trained for {verifier}, taken to be the one given"))
@@ -445,12 +450,8 @@ def _dtype(tensors: dict[str, torch.Tensor], rows: list[Row]) -> torch.dtype:
     return widest
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], config: PPOWConfig) -> None:
-    """Names and shapes against a drafter of this configuration, built without memory."""
-    from .modeling_ppow import PPOWDrafter
-
-    with torch.device("meta"):
-        expected = PPOWDrafter(config).state_dict()
+def _check_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Names and shapes against those of a drafter."""
     missing, superfluous = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or superfluous:
         parts = [f"lacks {', '.join(missing[:6])}"] * bool(missing)

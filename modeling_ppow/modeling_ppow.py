@@ -353,7 +353,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
                 f"{source} is no PPOW drafter. If it is an EAGLE-3 drafter of another trainer, say for which target: "
                 "PPOWDrafter.from_pretrained(..., target=<model, Hub id or folder>)."
             )
-        imported = import_checkpoint(str(source), target, **hub)
+        imported = import_checkpoint(str(source), target, PPOWDrafter, **hub)
         rest = {key: value for key, value in kwargs.items() if key not in hub}
         return super().from_pretrained(None, *args, config=imported.config, state_dict=imported.tensors, **rest)
 

@@ -85,7 +85,7 @@ def fields_of(config: PPOWConfig) -> dict:
 
 def assert_same(drafter: PPOWDrafter, config: dict, tensors: dict, form: str) -> None:
     """The import has the drafter's configuration and its tensors, bit for bit."""
-    imported = to_ppow(config, tensors, TARGET)
+    imported = to_ppow(config, tensors, TARGET, PPOWDrafter)
     expected, weights = fields_of(drafter.config), dict(drafter.state_dict())
     if form == "sglang" and drafter.config.hidden_size == HT:  # it runs the target's embeddings; ours equal them
         expected["share_target_embeddings"] = True

@@ -218,7 +218,7 @@ def test_what_is_missing_is_assumed_and_said():
         "vocab_size",
     ):
         del config[key]
-    imported = to_ppow(config, tensors, TARGET)
+    imported = to_ppow(config, tensors, TARGET, PPOWDrafter)
     assert imported.config.rope_parameters["rope_theta"] == 10000.0 and imported.config.rms_norm_eps == 1e-6
     assert imported.config.target_taps == [2, 4, 5] and imported.config.num_attention_heads == 4
     said = {(row.action, row.what) for row in imported.rows}
@@ -232,7 +232,7 @@ def test_sglangs_former_names_of_norms():
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc_norm")}
     tensors |= {f"aux_norm_{n}.weight": weights[f"fc_norm.{i}.weight"] for i, n in enumerate(("low", "mid", "high"))}
     del config["fc_norm"]
-    imported = to_ppow({**config, "use_aux_norm": True}, tensors, TARGET)
+    imported = to_ppow({**config, "use_aux_norm": True}, tensors, TARGET, PPOWDrafter)
     assert imported.config.fc_norm
     assert torch.equal(imported.tensors["fc_norm.1.weight"], weights["fc_norm.1.weight"])
 
@@ -249,10 +249,10 @@ def test_sharded_checkpoints(tmp_path, name):
     assert torch.equal(logits(PPOWDrafter.from_pretrained(tmp_path, target=TARGET)), logits(drafter))
     (tmp_path / f"{stem}-1.{ending}").unlink()
     with pytest.raises(ValueError, match=f"names '{stem}-1.{ending}', which is not beside it"):
-        import_checkpoint(str(tmp_path), TARGET)
+        import_checkpoint(str(tmp_path), TARGET, PPOWDrafter)
     (tmp_path / f"{name}.index.json").write_text(json.dumps({"weight_map": {"fc.weight": "../else.safetensors"}}))
     with pytest.raises(ValueError, match="which is not beside it"):
-        import_checkpoint(str(tmp_path), TARGET)
+        import_checkpoint(str(tmp_path), TARGET, PPOWDrafter)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -338,14 +338,14 @@ def test_a_bad_checkpoint_is_refused_by_name(case):
     spoil, message = BAD[case]
     spoil(config, tensors)
     with pytest.raises(ValueError, match=message):
-        to_ppow(config, tensors, TARGET)
+        to_ppow(config, tensors, TARGET, PPOWDrafter)
 
 
 def test_absolute_ids_are_seen_without_t2d_too():
     _, config, tensors = checkpoint("Model-Optimizer")
     absolute(config, tensors)
     with pytest.raises(ValueError, match="absolute token ids|do not describe"):
-        to_ppow(config, tensors, TARGET)
+        to_ppow(config, tensors, TARGET, PPOWDrafter)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_absolute_ids_are_seen_without_t2d_too():
 def test_a_target_that_does_not_match(changes, message):
     _, config, tensors = checkpoint("EAGLE")
     with pytest.raises(ValueError, match=message):
-        to_ppow(config, tensors, LlamaConfig(**{**TARGET.to_dict(), **changes}))
+        to_ppow(config, tensors, LlamaConfig(**{**TARGET.to_dict(), **changes}), PPOWDrafter)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -386,26 +386,26 @@ def test_pickled_code_is_never_run(tmp_path, save):
 
 def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="There is no folder"):
-        import_checkpoint(str(tmp_path / "nowhere"), TARGET)
+        import_checkpoint(str(tmp_path / "nowhere"), TARGET, PPOWDrafter)
     with pytest.raises(ValueError, match="has no config.json"):
-        import_checkpoint(str(tmp_path), TARGET)
+        import_checkpoint(str(tmp_path), TARGET, PPOWDrafter)
     _, config, tensors = checkpoint("EAGLE")
     write(tmp_path, config, tensors)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
-        import_checkpoint(str(tmp_path), TARGET)
+        import_checkpoint(str(tmp_path), TARGET, PPOWDrafter)
     for text, message in (("{", "is not valid JSON"), ("[]", "must hold a JSON object")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            import_checkpoint(str(tmp_path), TARGET)
+            import_checkpoint(str(tmp_path), TARGET, PPOWDrafter)
     write(tmp_path, config, [1, 2], "pytorch_model.bin")
     with pytest.raises(ValueError, match="must hold a dict of tensors"):
-        import_checkpoint(str(tmp_path), TARGET)
+        import_checkpoint(str(tmp_path), TARGET, PPOWDrafter)
 
 
 def test_a_target_that_is_no_language_model():
     with pytest.raises(ValueError, match="ViTConfig lacks vocab_size"):
-        to_ppow(*checkpoint("EAGLE")[1:], ViTConfig())
+        to_ppow(*checkpoint("EAGLE")[1:], ViTConfig(), PPOWDrafter)
 
 
 def test_a_foreign_drafter_without_its_target_says_what_to_do(tmp_path):

@@ -50,7 +50,7 @@ def test_figures_by_hand():
     samples = [sample([3, 1], [2, 0], [2, 2]), sample([2], [1], [2], 1, plain_seconds=4.0, loops=True)]
     assert evaluate.acceptance_length(samples) == pytest.approx(6 / 3)  # pooled, not the mean of 2 and 2
     # first position: accepted in 2 of 3 windows; second: in 1 of the 2 that got there
-    assert evaluate.per_position(samples) == pytest.approx([2 / 3, 1 / 2])
+    assert evaluate.summarize(samples, 200, seed=0)["per_position"] == pytest.approx([2 / 3, 1 / 2])
     # plain: mean of 10 / 2 and 10 / 4 tokens per second = 3.75; with the drafter 10
     assert evaluate.speedup(samples) == pytest.approx(10 / 3.75)
     summary = evaluate.summarize(samples, 200, seed=0)

@@ -242,6 +242,13 @@ class EvaluateConfig(DraftingConfig):
             raise ValueError(f"prompts={self.prompts} and temperatures={self.temperatures} must not be empty.")
 
 
+def _both_or_neither(target: str | None, drafter: str | None) -> None:
+    if (target is None) != (drafter is None):
+        raise ValueError(
+            f"A drafter belongs to one target: give both or neither, got target={target!r} and drafter={drafter!r}."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig(DraftingConfig):
     """Generate with and without a drafter on real prompts, side by side; without arguments, with the bundled pair."""
@@ -258,11 +265,7 @@ class DemoConfig(DraftingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.target is None) != (self.drafter is None):
-            raise ValueError(
-                f"A drafter belongs to one target: give both or neither, got target={self.target!r} and "
-                f"drafter={self.drafter!r}."
-            )
+        _both_or_neither(self.target, self.drafter)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,11 +281,7 @@ class SpaceConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.target is None) != (self.drafter is None):
-            raise ValueError(
-                f"A drafter belongs to one target: give both or neither, got target={self.target!r} and "
-                f"drafter={self.drafter!r}."
-            )
+        _both_or_neither(self.target, self.drafter)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

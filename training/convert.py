@@ -33,7 +33,7 @@ def main(config: ImportConfig | ExportConfig) -> None:
 
 
 def import_drafter(config: ImportConfig) -> None:
-    imported = import_checkpoint(config.source, config.target)
+    imported = import_checkpoint(config.source, config.target, PPOWDrafter)
     print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
     if config.dry_run:
         return

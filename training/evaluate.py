@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DraftOptions
+from ppow.transcript_ppow import Acceptance
 
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
@@ -200,7 +201,7 @@ def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
         "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
         "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
         "loops": len(samples) - len(straight),
-        "per_position": per_position(samples),
+        "per_position": Acceptance([s.drafted for s in samples], [s.accepted for s in samples]).per_position(),
         "tokens_per_second": rate(samples, "tokens", "seconds"),
         "plain_tokens_per_second": rate(samples, "plain_tokens", "plain_seconds"),
         "speedup": speedup(samples),
@@ -213,18 +214,6 @@ def acceptance_length(samples: list[Sample]) -> float:
     """Tokens gained per verification, bonus included, pooled; 1 when nothing was verified."""
     verifications = sum(len(s.gained) for s in samples)
     return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
-
-
-def per_position(samples: list[Sample]) -> list[float]:
-    """How often drafted token j + 1 was accepted where the first j were."""
-    pairs = [pair for s in samples for pair in zip(s.drafted, s.accepted)]
-    rates = []
-    for j in range(max((drafted for drafted, _ in pairs), default=0)):
-        tried = [accepted for drafted, accepted in pairs if drafted > j and accepted >= j]
-        if not tried:
-            break
-        rates.append(sum(accepted > j for accepted in tried) / len(tried))
-    return rates
 
 
 def rate(samples: list[Sample], tokens: str, seconds: str) -> float:
