@@ -23,6 +23,18 @@ from ppow.model_cards import render
 from ppow.training import hub
 
 SEED = 0
+EXACT = {  # what gained most in objectives-bundled.json: the reward in closed form, and a supervised term beside it
+    "estimator": "exact",
+    "verification": "text",
+    "all_windows": True,
+    "supervised_coef": 1,
+    "kl_coef": 0,
+    "learning_rate": 3e-4,
+    "warmup_steps": 5,
+    "max_length": 256,
+    "drop_long": True,
+    "dtype": "bfloat16",
+}
 SETTINGS = {
     "pretrain": {"minutes": 75, "checkpoint_minutes": 5},
     "regenerate": {"max_new_tokens": 96, "batch_size": 32},
@@ -37,17 +49,7 @@ SETTINGS = {
         "save_every": 100,
         "eval_every": 100,
     },
-    "reinforce": {
-        "steps": 200,
-        "batch_size": 4,
-        "learning_rate": 1e-4,
-        "warmup_steps": 10,
-        "max_length": 256,
-        "kl_coef": 0.5,
-        "dtype": "bfloat16",
-        "save_every": 50,
-        "eval_every": 50,
-    },
+    "reinforce": {"steps": 100, "batch_size": 8, **EXACT, "save_every": 25, "eval_every": 25},
     "evaluate": {"prompts": "gsm8k,mt_bench", "limit": 60, "max_new_tokens": 96, "window_size": 10},
 }
 GPU_SETTINGS = {
@@ -74,6 +76,7 @@ GPU_SETTINGS = {
         "max_length": 320,
         "drop_long": True,
         "draft_vocab_size": 3072,
+        "taps": "3,9,14",
         "dtype": "bfloat16",
         "save_every": 500,
         "eval_every": 250,
@@ -90,22 +93,40 @@ GPU_SETTINGS = {
         "save_every": 450,
         "eval_every": 150,
     },
-    "reinforce": {
-        "steps": 150,
-        "batch_size": 8,
-        "accumulation": 2,
-        "rollout_temperature": 0.5,
-        "learning_rate": 5e-5,
-        "warmup_steps": 10,
-        "max_length": 256,
-        "drop_long": True,
-        "kl_coef": 0.1,
-        "dtype": "bfloat16",
-        "save_every": 25,
-        "eval_every": 25,
-    },
+    "reinforce": {"steps": 165, "batch_size": 8, "accumulation": 4, **EXACT, "save_every": 25, "eval_every": 25},
     "evaluate": SETTINGS["evaluate"],
 }
+LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmarks/objectives.py
+    "pretrain": {
+        **GPU_SETTINGS["pretrain"],
+        "groups": "math:2,chat:1,instruct:1,reasoning:1,assistant_text:1,textbooks:1",
+        "python_share": 0.1,
+        "python_packages": "transformers,accelerate,huggingface-hub",
+        "vocab_size": 16384,
+        "num_layers": 14,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_heads": 12,
+        "num_kv_heads": 4,
+        "batch_size": 64,
+        "minutes": 5.5,
+        "checkpoint_minutes": 30,
+        "compile_layers": True,
+    },
+    "regenerate": GPU_SETTINGS["regenerate"],
+    "supervised": {
+        **GPU_SETTINGS["supervised"],
+        "steps": 1500,
+        "learning_rate": 1e-3,
+        "save_every": 150,
+        "eval_every": 150,
+        "draft_vocab_size": 8192,
+        "taps": "3,8,12",
+    },
+    "reinforce": GPU_SETTINGS["reinforce"],
+    "evaluate": SETTINGS["evaluate"],
+}
+SCALES = {"cpu": SETTINGS, "gpu": GPU_SETTINGS, "large": LARGE_SETTINGS}
 # (group of texts, rows whose answers the target writes anew, sampling temperature)
 TEXTS = [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)]
 GPU_TEXTS = [(group, count, t) for group in ("math", "chat", "instruct") for count, t in ((3200, 0.0), (1600, 1.0))]
@@ -118,15 +139,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
-    parser.add_argument("--out", type=Path, default=Path("bundled"), help="folder for target/ and drafter/")
+    parser.add_argument("--out", type=Path, default=Path("bundled"), help="folder for target/, stage1/ and drafter/")
     parser.add_argument("--work", type=Path, default=Path("runs/bundle"))
-    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="a smaller pair, or the bundled one")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: the bundled pair; large: a target of 101M")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--until", choices=GPU_SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
-    settings, texts = (GPU_SETTINGS, GPU_TEXTS) if arguments.scale == "gpu" else (SETTINGS, TEXTS)
-    settings = override(settings, arguments.set)
+    texts = TEXTS if arguments.scale == "cpu" else GPU_TEXTS
+    settings = override(SCALES[arguments.scale], arguments.set)
+    if arguments.until not in settings:
+        parser.error(f"--scale {arguments.scale} has no stage {arguments.until}; it has {', '.join(settings)}")
     work, stages = arguments.work, list(settings)[: list(settings).index(arguments.until) + 1]
     work.mkdir(parents=True, exist_ok=True)
 
@@ -150,7 +173,7 @@ def main() -> None:
     if not (evaluation / "metrics.json").exists():
         systems = {"target": target, "drafter": drafters[-1], "baseline": drafters[-2]}
         ppow("evaluate", output_dir=evaluation, prompts_dir=arguments.prompts, **systems, **settings["evaluate"])
-    assemble(target, drafters[-1], evaluation, arguments.out)
+    assemble(target, drafters[-2], drafters[-1], evaluation, arguments.out)
 
 
 def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
@@ -165,27 +188,27 @@ def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
     return settings
 
 
-def assemble(target: Path, drafter: Path, evaluation: Path, out: Path) -> None:
+def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: Path) -> None:
     """Put the pair together: weights, tokenizer and configuration, drafting options for CPUs, figures and the cards.
 
     The code that ``save_pretrained`` leaves beside a drafter stays out: in this repository it is modeling_ppow/.
     """
-    for part, source in (("target", target), ("drafter", drafter)):
+    for part, source in (("target", target), ("stage1", stage1), ("drafter", drafter)):
         folder = out / part
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for file in source.iterdir():
             if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-    folder = out / "drafter"
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("auto_map", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = json.loads((folder / "generation_config.json").read_text()) | DRAFTING
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
     for name in (hub.METRICS, hub.PICTURE):
-        shutil.copyfile(evaluation / name, folder / name)
-    (folder / "README.md").write_text(hub.card(folder, "bundled/drafter", revision=None, license="other"))
+        shutil.copyfile(evaluation / name, out / "drafter" / name)
+    for folder in (out / "stage1", out / "drafter"):
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("auto_map", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        generation = json.loads((folder / "generation_config.json").read_text()) | DRAFTING
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
+        (folder / "README.md").write_text(hub.card(folder, f"bundled/{folder.name}", revision=None, license="other"))
     facts = {name: json.loads((out / "target" / f"{name}.json").read_text()) for name in ("training", "provenance")}
     (out / "target" / "README.md").write_text(render("target", facts))
 

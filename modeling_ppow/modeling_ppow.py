@@ -346,7 +346,10 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             ValueError: another trainer's drafter without a target, or one that cannot be imported.
         """
         source, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        if source is None or kwargs.get("config") or not is_foreign(PPOWConfig.get_config_dict(source, **hub)[0]):
+        if source is None or kwargs.get("config"):
+            return super().from_pretrained(source, *args, **kwargs)
+        config, _ = PPOWConfig.get_config_dict(source, **hub)
+        if not config or not is_foreign(config):  # without a configuration, transformers says so
             return super().from_pretrained(source, *args, **kwargs)
         if target is None:
             raise ValueError(

@@ -109,7 +109,8 @@ def test_the_pair_is_small_and_safe():
 
 def test_every_figure_on_a_card_comes_from_the_record():
     """The committed cards are what their templates say of the recorded files; and a missing fact is an error."""
-    assert (BUNDLED / "drafter/README.md").read_text() == card(BUNDLED / "drafter", "bundled/drafter", None, "other")
+    for name in ("stage1", "drafter"):
+        assert (BUNDLED / name / "README.md").read_text() == card(BUNDLED / name, f"bundled/{name}", None, "other")
     facts = {name: json.loads((BUNDLED / "target" / f"{name}.json").read_text()) for name in ("training", "provenance")}
     assert (BUNDLED / "target/README.md").read_text() == render("target", facts)
     with pytest.raises(ValueError, match="did not record"):

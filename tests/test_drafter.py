@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -234,3 +235,9 @@ def test_the_order_of_the_taps_is_the_order_of_fcs_columns():
     weights = drafter.fc.weight.view(H, 3, HT)
     expected = torch.einsum("btkh,okh->bto", taps, weights)
     torch.testing.assert_close(drafter.fuse(taps.flatten(2)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_without_a_drafter_is_not_taken_for_another_trainers(tmp_path):
+    (tmp_path / "checkpoints").mkdir()  # a run that has not ended
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        PPOWDrafter.from_pretrained(tmp_path)

@@ -538,7 +538,13 @@ def test_help_shows_the_source_without_its_key(capsys):
 # -- what it is for ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMATS)
+def test_the_eagle_dialect_has_no_field_for_the_bundled_drafters_taps(tmp_path, capsys):
+    pair = ROOT / "bundled" / "drafter", "--target", ROOT / "bundled" / "target"
+    assert ppow("export", *pair, "--format", "eagle", "--out", tmp_path / "eagle") == 2
+    assert "its code reads [2, L // 2, L - 3]" in capsys.readouterr().err and not (tmp_path / "eagle").exists()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "eagle"])
 def test_the_bundled_drafter_drafts_the_same_after_a_round_trip(tmp_path, form):
     target_folder, drafter_folder = ROOT / "bundled" / "target", ROOT / "bundled" / "drafter"
     assert ppow("export", drafter_folder, "--format", form, "--target", target_folder, "--out", tmp_path / form) == 0

@@ -172,11 +172,13 @@ def test_figures_along_the_text_equal_the_plain_ones():
                 assert float(windows.text[w, i]) == float(windows.accept[w, i]) == 0
 
 
-def test_gradients_flow_through_the_recomputation():
-    """Finite differences of the closed form on one weight."""
+@pytest.mark.parametrize("supervised_loss", ["cst", "lk"])
+def test_gradients_flow_through_the_recomputation(supervised_loss):
+    """Finite differences of the closed form, and of the supervised term beside it, on one weight."""
     target, drafter = make_pair()
     batch = make_batch()
-    config = make_config(estimator="exact", verification="sampling", supervised_coef=0.3, kl_coef=0.0)
+    options = {"supervised_coef": 0.3, "supervised_loss": supervised_loss, "kl_coef": 0.0}
+    config = make_config(estimator="exact", verification="sampling", **options)
 
     def value():
         return reinforce.loss(config, target, drafter, 1, batch)[0]
@@ -224,6 +226,7 @@ def test_every_objective_trains(name):
         ({"objective": "lk", "estimator": "exact"}, "belongs to objective=ppow"),
         ({"verification": "tree"}, "needs estimator=exact"),
         ({"all_windows": True}, "roll out from every position"),
+        ({"supervised_loss": "lk", "supervised_coef": 1.0}, "learns from texts"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(options, message):

@@ -97,7 +97,10 @@ class ReinforceConfig(TrainingConfig):
     estimator: Literal["rollout", "exact"] = option(
         "of PPOW's expected reward: sampled windows (paper), or its closed form along the text (ours)", "rollout"
     )
-    supervised_coef: float = option("weight of stage 1's loss beside the objective (ours)", 0.0, at_least=0)
+    supervised_coef: float = option("weight of a supervised loss beside the objective (ours)", 0.0, at_least=0)
+    supervised_loss: Literal["cst", "lk"] = option(
+        "that loss: stage 1's, or LK's, which knows only texts, no rollouts (ours)", "cst"
+    )
     step_weight: float = option(
         "draft step i weighs step_weight ** i in supervised losses; 0.8 as in EAGLE-3 (ours)", 0.8, above=0, at_most=1
     )
@@ -151,6 +154,11 @@ class ReinforceConfig(TrainingConfig):
             raise ValueError(f"verification={self.verification!r} needs estimator=exact; rollouts: greedy or sampling.")
         if self.all_windows and rolls:
             raise ValueError("all_windows would roll out from every position; raise windows_per_sequence instead.")
+        if self.supervised_loss != "cst" and rolls:
+            raise ValueError(
+                f"supervised_loss={self.supervised_loss!r} needs an objective that learns from texts, such as "
+                "estimator=exact; beside rollouts it is cst."
+            )
         throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
         first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput
         if self.proximity_bonus >= first:
@@ -345,6 +353,7 @@ class PretrainConfig(Config):
     max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
     dtype: Literal["bfloat16", "float32"] = option("bfloat16: autocast over float32 weights", "bfloat16")
     device: Literal["cpu", "cuda"] = option("where to train", "cpu")
+    compile_layers: bool = option("let torch.compile fuse what lies between a block's products", False)
     seed: int = option("seed of the split, the weights and the order", 0, at_least=0)
     checkpoint_minutes: float = option("minutes between checkpoints", 5.0, above=0)
 

@@ -155,7 +155,7 @@ def card(folder: Path, repo: str, revision: str | None = "main", license: str | 
         "metrics": metrics,
         "stages": stages,
         "repo": repo,
-        "title": repo.rpartition("/")[2] if revision else "The bundled drafter",
+        "title": repo.rpartition("/")[2] if revision else f"The bundled {repo.rpartition('/')[2]}",
         "revision": revision,
         "picture": (folder / PICTURE).is_file(),
         "metadata": metadata(config, metrics, stages, repo, license),

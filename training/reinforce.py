@@ -25,7 +25,7 @@ from ppow.target_ppow import check_pair
 from . import supervised
 from .config import ReinforceConfig
 from .loop import Batch, Trainer
-from .objectives import Rollouts, cst_loss, objective_of
+from .objectives import OBJECTIVES, Rollouts, objective_of
 from .rollout import Rollout, policy_logits, roll_out, window_reward
 from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, load_target, pad_token
 from .target import FrozenTarget
@@ -87,7 +87,8 @@ def loss(
         windows, metrics = read_windows(config, target, drafter, batch, step)
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
-            value = value + config.supervised_coef * cst_loss(windows, config.step_weight)[0]
+            taught = OBJECTIVES[config.supervised_loss].function(windows, config, rewards)[0]
+            value = value + config.supervised_coef * taught
         return value, metrics | found
     flat = Rollouts(
         draft_ids=rollout.draft_ids.flatten(0, 1),
