@@ -285,6 +285,19 @@ def test_a_killed_run_continues_to_the_same_weights(config, tmp_path, monkeypatc
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+def test_compiled_layers_are_the_same_target(config, tmp_path):
+    """The same losses at every step, and a folder that says nothing of how it was trained."""
+    found = {}
+    for compiled in (False, True):
+        options = {"tokens": 4 * 32 * 3, "output": str(tmp_path / f"compiled-{compiled}")}
+        result = pretrain.main(config(compile_layers=compiled, **options))
+        log = (tmp_path / f"compiled-{compiled}/work/metrics.jsonl").read_text().splitlines()
+        found[compiled] = [json.loads(row)["loss"] for row in log] + [result["heldout_loss"]]
+    assert found[True] == pytest.approx(found[False], rel=1e-4) and len(found[True]) == 4
+    names = [AutoModelForCausalLM.from_pretrained(tmp_path / f"compiled-{c}").state_dict() for c in (False, True)]
+    assert names[0].keys() == names[1].keys()
+
+
 def test_a_finished_run_is_not_trained_further(config, tmp_path):
     first = pretrain.main(config(tokens=256))
     before = digest(tmp_path / "target")

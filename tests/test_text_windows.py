@@ -216,8 +216,7 @@ def test_every_objective_trains(name):
     loss, _ = reinforce.loss(config, target, drafter, 1, batch, rollout)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(drafter.fc.weight.grad).all()
-    if name != "gto":  # on its first step nothing is gained over the reference, which is the drafter itself
-        assert drafter.fc.weight.grad.abs().max() > 0
+    assert drafter.fc.weight.grad.abs().max() > 0  # GTO's too, whose reference is the drafter itself at the start
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,12 @@ def roll_out(
     reward = speedup + nearness
     if reference is None:
         advantages = rewards.group_advantages(reward, normalize=config.normalize_advantages)
-    else:  # GTO: one advantage per tree, over those of a text; the reference draws from the same chances
+    else:  # GTO: one advantage per tree, over those of a text
+        # the reference has chances of its own: with the same ones it would draw the drafter's own trees at the start,
+        # every advantage would be zero, and training would never leave that point
+        own = torch.rand(draft_uniforms.shape, generator=generator).to(device)
         unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, reading.taps)
-        others, _ = draft(config, reference, unrolled, rows, draft_uniforms)
+        others, _ = draft(config, reference, unrolled, rows, own)
         _, other_logprobs, _ = verify(config, target, reading, starts, reference.to_target_ids(others), columns)
         trees = gto_reward(target_logprobs.unflatten(1, grouped)) - gto_reward(other_logprobs.unflatten(1, grouped))
         trees = rewards.group_advantages(trees, normalize=config.normalize_advantages)  # (B, W)
