@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from ppow.training import objectives
 from ppow.training import rollout as stage2
 from ppow.training.objectives import TextWindows, compare, cst_loss, exact_loss
 from ppow.training.rewards import speedup_reward
@@ -14,12 +15,12 @@ from test_rollout import make_batch, make_config, make_pair
 K, V = 3, 4
 
 
-def tables(seed=0):
-    """Target and drafter as logits after every prefix of at most K - 1 tokens from V."""
+def tables(seed=0, v=V):
+    """Target and drafter as logits after every prefix of at most K - 1 tokens from v."""
     generator = torch.Generator().manual_seed(seed)
-    prefixes = [prefix for size in range(K) for prefix in itertools.product(range(V), repeat=size)]
-    target = {p: torch.randn(V, generator=generator, dtype=torch.float64) for p in prefixes}
-    draft = {p: torch.randn(V, generator=generator, dtype=torch.float64, requires_grad=True) for p in prefixes}
+    prefixes = [prefix for size in range(K) for prefix in itertools.product(range(v), repeat=size)]
+    target = {p: torch.randn(v, generator=generator, dtype=torch.float64) for p in prefixes}
+    draft = {p: torch.randn(v, generator=generator, dtype=torch.float64, requires_grad=True) for p in prefixes}
     return target, draft
 
 
@@ -83,6 +84,28 @@ def test_rejection_sampling_equals_enumeration_of_all_drafts_and_coins():
     torch.testing.assert_close(grads(found, draft), grads(expected, draft))
 
 
+def test_the_control_variate_changes_the_noise_of_the_gradient_but_not_its_mean(monkeypatch):
+    """Over all pairs of texts: the same loss, the same mean gradient, less variance."""
+    target, draft = tables(6, v=2)
+    texts = list(itertools.product(range(2), repeat=K))
+    chances = [torch.stack([target[t[:i]].softmax(-1)[t[i]] for i in range(K)]).prod() for t in texts]
+    pairs = list(itertools.product(range(len(texts)), repeat=2))
+    weights = torch.stack([chances[a] * chances[b] for a, b in pairs])
+
+    def all_pairs():
+        losses = [exact_loss(along([texts[a], texts[b]], target, draft), REWARDS, "sampling", 0.0)[0] for a, b in pairs]
+        return torch.stack(losses).detach(), torch.stack([grads(loss, draft) for loss in losses])
+
+    losses, with_credit = all_pairs()
+    monkeypatch.setattr(objectives, "_worth_of_acceptance", lambda stands, *_: torch.zeros_like(stands))
+    plain_losses, plain = all_pairs()
+    torch.testing.assert_close(losses, plain_losses)
+    mean = weights @ with_credit
+    torch.testing.assert_close(mean, weights @ plain)
+    noise, plain_noise = (weights @ (values - mean).square().sum(-1) for values in (with_credit, plain))
+    assert float(noise) < 0.9 * float(plain_noise)
+
+
 def test_a_greedy_window_ends_where_the_text_leaves_the_targets_argmax():
     target, draft = tables(2)
     first = int(target[()].argmax())
@@ -105,7 +128,7 @@ def test_text_takes_the_rule_that_wrote_each_text():
 def test_the_anchor_weighs_states_by_the_chance_of_reaching_them():
     target, draft = tables(4)
     windows = along([(0, 1, 2)], target, draft)
-    a = windows.accept[0]
+    a = windows.accept[0]  # what the anchor weighs by are the tokens before a state
     reach = torch.stack((torch.ones(()).double(), a[0], a[0] * a[1])).detach()
     expected = (reach * windows.kl[0]).sum() / reach.sum()
     with_kl, without = (exact_loss(windows, REWARDS, "sampling", beta)[0] for beta in (2.0, 0.0))

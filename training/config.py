@@ -116,7 +116,11 @@ class ReinforceConfig(TrainingConfig):
         at_least=0,
         at_most=1,
     )
-    rollout_temperature: float = option("temperature of the drafter's rollouts (ours)", 1.0, above=0)
+    rollout_temperature: float = option(
+        "temperature of the drafter's rollouts; with estimator=exact, of the drafts that greedy rules judge (ours)",
+        1.0,
+        above=0,
+    )
     verification: Literal["greedy", "sampling", "text", "tree"] = option(
         "rule that accepts tokens in training; estimator=exact knows two more: each text's own rule, and a tree (ours)",
         "greedy",

@@ -163,7 +163,8 @@ class TextWindows:
             gradient. Its gradient is that of the cross-entropy with soft labels.
         overlap: sum_v min(P, Q), P over the whole vocabulary: how likely rejection sampling accepts. With gradient.
         best: Q(argmax P), P over the whole vocabulary; 0 where the drafter does not know that token. With gradient.
-        accept: min(1, Q(x) / P(x)) of the text's token x; 0 where the drafter does not know it. With gradient.
+        accept: min(1, Q(x) / P(x)) of the text's token x; 0 where the drafter does not know it. With gradient. Over
+            texts of the target its mean after one prefix is ``overlap``.
         text: Q(x) of the text's token x. With gradient.
         tree: how surely argmax P is among the drafter's ``tree_branches`` most probable tokens, softened (ours).
         hit: bool, whether the drafter's most probable token is argmax P.
@@ -198,7 +199,7 @@ def compare(
         draft_logits: (n, D); target_logits: (n, D) over the draft vocabulary.
         norm: (n,) logsumexp of the target's logits over its whole vocabulary.
         best, text: (n,) the target's argmax and the text's token as draft ids, -1 where the drafter lacks them.
-        temperature: of the policy: of Q in ``best``, ``accept`` and ``text``.
+        temperature: of the policy: of Q in ``best`` and ``text``. ``overlap`` and ``accept`` are of Q as it is.
         tree_branches: branches a tree opens at every node, for ``tree``.
 
     Returns:
@@ -217,7 +218,7 @@ def compare(
 
     best_prob = torch.where(best >= 0, chosen(policy, best).exp(), 0.0)
     text_prob = torch.where(text >= 0, chosen(policy, text).exp(), 0.0)
-    accept = torch.where(text >= 0, (chosen(policy, text) - chosen(whole, text)).clamp(max=0).exp(), 0.0)
+    accept = torch.where(text >= 0, (chosen(draft, text) - chosen(whole, text)).clamp(max=0).exp(), 0.0)
     # argmax P stands among the w most probable drafts when it beats the w-th of the others
     others = draft.scatter(-1, best.clamp(min=0)[:, None], -torch.inf)
     threshold = others.topk(min(tree_branches, draft.shape[-1] - 1), dim=-1).values[:, -1]
@@ -287,10 +288,15 @@ def exact_loss(
 
     Greedy verification accepts only the target's argmax, so every accepted prefix is its own greedy text and
     Pr(k >= j) = prod_{i<=j} Q(argmax P_i). Rejection sampling drafts x and accepts it with probability
-    min(P, Q)(x) = P(x) min(1, Q(x) / P(x)), so over text sampled from the target Pr(k >= j) is the mean of
-    prod_{i<=j} min(1, Q(x_i) / P(x_i)). Either way E[R] = R(0) + sum_j (R(j) - R(j - 1)) Pr(k >= j) for any reward of
-    k. ``tree`` replaces Q(argmax P) by the softened chance that argmax P is among the branches a tree opens (a
-    surrogate of ours: the path's depth inside the tree, without the tree's budget of nodes).
+    min(P, Q)(x) = P(x) a(x), a(x) = min(1, Q(x) / P(x)), so over text sampled from the target Pr(k >= j) is the mean of
+    prod_{i<j} a(x_i) times alpha_j, where alpha_j = sum_v min(P, Q)(v) is the mean of a(x_j) taken in closed form.
+    Either way E[R] = R(0) + sum_j (R(j) - R(j - 1)) Pr(k >= j) for any reward of k. ``tree`` replaces Q(argmax P) by
+    the softened chance that argmax P is among the branches a tree opens (a surrogate of ours: the path's depth inside
+    the tree, without the tree's budget of nodes).
+
+    Along sampled text the gradient of a(x_i) is known for one token only, and noisy. What it is worth on average, b_i
+    (the mean over the other sampled windows of what follows step i), is therefore credited to alpha_i, which knows all
+    tokens: b_i * (alpha_i - a(x_i)) is added, whose mean is 0 (a control variate).
 
     A greedy window ends with the step at which the text leaves the target's argmax: what would follow is not known, so
     its reward is that of a shorter window. The proximity reward looks off the accepted path and has no closed form.
@@ -313,21 +319,46 @@ def exact_loss(
         )
     greedy = torch.where(windows.greedy, windows.tree if verification == "tree" else windows.best, 0.0)
     if verification in ("greedy", "tree"):
-        stands = greedy
+        sampled = torch.zeros_like(windows.sampled)
     elif verification == "sampling":
-        stands = windows.accept
+        sampled = torch.ones_like(windows.sampled)
     elif verification == "text":
-        stands = torch.where(windows.sampled[:, None], windows.accept, greedy)
+        sampled = windows.sampled
     else:
         raise ValueError(f"verification must be greedy, sampling, text or tree, got {verification!r}.")
-    reached = torch.where(windows.mask, stands, 0.0).cumprod(-1)  # (W, K): Pr(k >= 1 .. K)
-    rewards = rewards.to(reached)
-    reward = _mean(rewards[0] + (reached * rewards.diff()).sum(-1))
-    visits = torch.cat((torch.ones_like(reached[:, :1]), reached[:, :-1]), -1).detach() * windows.mask
+    sampled = sampled[:, None] & windows.mask  # (W, K)
+    stands = torch.where(windows.mask, torch.where(sampled, windows.accept, greedy), 0.0)
+    chance = torch.where(sampled, windows.overlap, stands)  # the mean of ``stands`` after the same prefix
+    before = torch.cat((torch.ones_like(stands[:, :1]), stands.cumprod(-1)[:, :-1]), -1)  # the earlier tokens stood
+    reached = before * chance  # (W, K): Pr(k >= 1 .. K)
+    gains = rewards.to(reached).diff()
+    reward = _mean(rewards[0].to(reached) + (reached * gains).sum(-1))
+    visits = before.detach() * windows.mask
+    worth = _worth_of_acceptance(stands, chance, gains, sampled)
+    credit = _mean((visits * worth * (chance - stands)).sum(-1))
+    credit = credit - credit.detach()  # a gradient only; the loss stays minus the reward
     anchor = _mean((visits * windows.kl).sum(-1) / visits.sum(-1).clamp(min=1e-6))
     length = _mean(reached.sum(-1)).detach()
     metrics = {"reward": reward.detach(), "acceptance_length": 1 + length, "kl": anchor.detach()}
-    return kl_coef * anchor - reward, metrics
+    return kl_coef * anchor - reward - credit, metrics
+
+
+@torch.no_grad()
+def _worth_of_acceptance(
+    stands: torch.Tensor, chance: torch.Tensor, gains: torch.Tensor, sampled: torch.Tensor
+) -> torch.Tensor:
+    """(W, K) what is to be expected behind an accepted step i: the mean over the other sampled windows; else 0.
+
+    Behind step i a window earns F_{i+1} = gains_{i+1} * chance_{i+1} + stands_{i+1} * F_{i+2}. A window's own future
+    depends on its token at step i, and would bias the gradient; so it is left out of its mean.
+    """
+    follows, futures = torch.zeros_like(stands[:, 0]), []
+    for i in range(stands.shape[1] - 1, -1, -1):
+        futures.append(follows)  # F behind step i
+        follows = gains[i] * chance[:, i] + stands[:, i] * follows
+    future = torch.where(sampled, torch.stack(futures[::-1], -1), 0.0)
+    others = sampled.sum(0) - 1
+    return torch.where(sampled & (others > 0), (future.sum(0) - future) / others.clamp(min=1), 0.0)
 
 
 def _step_mean(values: torch.Tensor, mask: torch.Tensor, step_weight: float) -> torch.Tensor:

@@ -112,7 +112,10 @@ def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]])
 def local_writer(config: RegenerateConfig):
     """-> batch size, and a function that answers a batch of chats, from a seed, with the target."""
     import torch
+    from torch.nn.attention import sdpa_kernel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ppow.generation_ppow import SDPA_BACKENDS
 
     tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
@@ -125,6 +128,7 @@ def local_writer(config: RegenerateConfig):
     if config.temperature > 0:  # the model's own distribution: no truncation by top-k or top-p
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
 
+    @sdpa_kernel(SDPA_BACKENDS)  # every token meets another number of keys
     def answer(chats: list[Chat], seed: int) -> list[Answer]:
         torch.manual_seed(seed)
         inputs = tokenizer.apply_chat_template(
