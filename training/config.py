@@ -41,6 +41,9 @@ class TrainingConfig(Config):
     keep_last: int = option("checkpoints to keep", 2, at_least=1)
     log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
     resume: bool = option("go on from the latest complete checkpoint in output_dir", False)
+    plan: Literal["here", "a100", "h100", "h200"] | None = option(
+        "print the memory and time of a step on this or that device, and stop", None
+    )
     trackers: list[str] = option("accelerate trackers, e.g. tensorboard,wandb", [])
     push_to_hub: str | None = option("ORG/NAME: push every checkpoint and the drafter there, in the background", None)
 

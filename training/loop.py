@@ -35,6 +35,7 @@ _FREE_TO_CHANGE = {
     "save_every",
     "keep_last",
     "log_every",
+    "plan",
     "trackers",
     "output_dir",
     "eval_every",

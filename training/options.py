@@ -196,7 +196,7 @@ def _show(value) -> str:
 
 
 def _optional(hint) -> bool:
-    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    return typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in typing.get_args(hint)
 
 
 def _plain(hint):

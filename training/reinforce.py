@@ -17,12 +17,12 @@ import copy
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from ppow import PPOWDrafter
+from ppow import PPOWConfig, PPOWDrafter
 from ppow.target_ppow import check_pair
 
-from . import supervised
+from . import plan, supervised
 from .config import ReinforceConfig
 from .loop import Batch, Trainer
 from .objectives import OBJECTIVES, Rollouts, objective_of
@@ -33,6 +33,9 @@ from .text_windows import read_windows
 
 
 def main(config: ReinforceConfig) -> None:
+    if config.plan is not None:
+        plan.show(config, AutoConfig.from_pretrained(config.target), PPOWConfig.from_pretrained(config.drafter))
+        return
     torch.manual_seed(config.seed)
     accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.target)

@@ -12,12 +12,13 @@ embedding and from the rows of its head that belong to the draft vocabulary; the
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
 from ppow.target_ppow import check_pair
 
+from . import plan
 from .config import SupervisedConfig
 from .data import draft_vocabulary, encode, load_rows
 from .loop import Batch, Trainer, make_batch
@@ -29,6 +30,11 @@ EVAL_WINDOW = DEFAULT_WINDOW_SIZE  # the same in both stages, so that their curv
 
 
 def main(config: SupervisedConfig) -> None:
+    if config.plan is not None:
+        target_config = AutoConfig.from_pretrained(config.target)
+        given = config.drafter and PPOWConfig.from_pretrained(config.drafter)
+        plan.show(config, target_config, given or fresh_config(config, target_config))
+        return
     torch.manual_seed(config.seed)
     accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
@@ -145,6 +151,20 @@ def prepare_drafter(config: SupervisedConfig, target, examples: list) -> PPOWDra
         drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32)
         check_pair(target, drafter)
         return freeze_embedding(drafter)
+    drafter = PPOWDrafter(fresh_config(config, target.config))
+    if drafter.pruned:
+        drafter.set_draft_vocabulary(
+            *draft_vocabulary(examples, drafter.config.draft_vocab_size, drafter.config.vocab_size)
+        )
+    if drafter.config.hidden_size == drafter.config.target_hidden_size:
+        with torch.no_grad():
+            drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+            drafter.lm_head.weight.copy_(target.get_output_embeddings().weight[drafter.draft_columns()])
+    return freeze_embedding(drafter)
+
+
+def fresh_config(config: SupervisedConfig, target_config) -> PPOWConfig:
+    """Of a drafter in the shape of the target, but for what the options say."""
     chosen = {
         "draft_vocab_size": config.draft_vocab_size,
         "num_hidden_layers": config.num_layers,
@@ -157,16 +177,7 @@ def prepare_drafter(config: SupervisedConfig, target, examples: list) -> PPOWDra
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if {"hidden_size", "num_attention_heads"} & set(chosen):
         chosen.setdefault("head_dim", None)
-    drafter = PPOWDrafter(PPOWConfig.from_target(target.config, **chosen))
-    if drafter.pruned:
-        drafter.set_draft_vocabulary(
-            *draft_vocabulary(examples, drafter.config.draft_vocab_size, drafter.config.vocab_size)
-        )
-    if drafter.config.hidden_size == drafter.config.target_hidden_size:
-        with torch.no_grad():
-            drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
-            drafter.lm_head.weight.copy_(target.get_output_embeddings().weight[drafter.draft_columns()])
-    return freeze_embedding(drafter)
+    return PPOWConfig.from_target(target_config, **chosen)
 
 
 def freeze_embedding(drafter: PPOWDrafter) -> PPOWDrafter:
