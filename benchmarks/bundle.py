@@ -116,10 +116,10 @@ LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmark
     "regenerate": GPU_SETTINGS["regenerate"],
     "supervised": {
         **GPU_SETTINGS["supervised"],
-        "steps": 1500,
+        "steps": 2800,
         "learning_rate": 1e-3,
-        "save_every": 150,
-        "eval_every": 150,
+        "save_every": 280,
+        "eval_every": 280,
         "draft_vocab_size": 8192,
         "taps": "3,8,12",
     },
@@ -127,9 +127,12 @@ LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmark
     "evaluate": SETTINGS["evaluate"],
 }
 SCALES = {"cpu": SETTINGS, "gpu": GPU_SETTINGS, "large": LARGE_SETTINGS}
-# (group of texts, rows whose answers the target writes anew, sampling temperature)
-TEXTS = [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)]
-GPU_TEXTS = [(group, count, t) for group in ("math", "chat", "instruct") for count, t in ((3200, 0.0), (1600, 1.0))]
+_GROUPS = ("math", "chat", "instruct")
+TEXTS = {  # (group of texts, rows whose answers the target writes anew, sampling temperature)
+    "cpu": [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)],
+    "gpu": [(group, count, t) for group in _GROUPS for count, t in ((3200, 0.0), (1600, 1.0))],
+    "large": [(group, count, t) for group in _GROUPS for count, t in ((8000, 0.0), (8000, 1.0))],
+}
 HELD_OUT = 50  # one prompt in so many is kept from both stages
 # a chain that stops where it is unlikely to be accepted: on a CPU every draft step counts
 DRAFTING = {"window_size": 10, "draft_threshold": 0.05}
@@ -146,7 +149,6 @@ def main() -> None:
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--until", choices=GPU_SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
-    texts = TEXTS if arguments.scale == "cpu" else GPU_TEXTS
     settings = override(SCALES[arguments.scale], arguments.set)
     if arguments.until not in settings:
         parser.error(f"--scale {arguments.scale} has no stage {arguments.until}; it has {', '.join(settings)}")
@@ -157,7 +159,7 @@ def main() -> None:
     if not (target / "config.json").exists():
         ppow("pretrain", data=arguments.text, output=target, seed=SEED, **settings["pretrain"])
     if "regenerate" in stages and not train.exists():
-        chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in texts]
+        chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in TEXTS[arguments.scale]]
         write_texts(arguments.text, chosen, work, target, settings["regenerate"], train, held_out)
     shared = {"target": target, "data": train, "eval_data": held_out, "seed": SEED}
     drafters = []  # in the order of training; the second part of a stage is named after its first

@@ -10,7 +10,7 @@ Three ways to learn what the target thinks of every drafted token, in one run an
     naive   one forward per window over its prefix and its tokens
 
 Seconds include reading the text. Beside them whole steps: a rollout with its drafting, stage 2's step (rollout, loss,
-optimizer) for both estimators, and stage 1's.
+optimizer) for both estimators, and stage 1's; and what `--plan` says of them, which counts the prompt as an answer too.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from ppow.training import reinforce, supervised
-from ppow.training.config import ReinforceConfig
+from ppow.training import plan, reinforce, supervised
+from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.files import write_json
 from ppow.training.loop import Batch
 from ppow.training.provenance import hardware, versions
@@ -35,7 +35,8 @@ from .decoding import SHAPES, random_pair, synchronize
 def main(argv=None) -> dict:
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    arguments.dtype = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
+    dtype = getattr(torch, arguments.dtype)
     torch.backends.cuda.enable_cudnn_sdp(False)  # for all three: it plans every new shape for some 40 ms
     torch.manual_seed(arguments.seed)
     model, drafter = random_pair(arguments.shape, device, dtype)
@@ -55,7 +56,7 @@ def main(argv=None) -> dict:
     rollouts = arguments.windows * arguments.group_size
     agreement = {name: float((way() == ways["forest"]()).float().mean()) for name, way in ways.items()}
     report = {
-        "settings": {**vars(arguments), "output": None, "device": device, "dtype": str(dtype).split(".")[-1]},
+        "settings": {**vars(arguments), "output": None, "device": device},
         "versions": versions(),
         "hardware": hardware(),
         "verification": {},
@@ -76,8 +77,9 @@ def main(argv=None) -> dict:
         "stage 2 step, exact": (arguments.windows, "windows_per_second"),
         "stage 1 step": (length, "tokens_per_second"),
     }
+    expected = planned(configs, arguments, model.config, drafter.config)
     report["steps"] = {
-        name: figures(seconds, peak, *counted[name])
+        name: figures(seconds, peak, *counted[name]) | expected.get(name, {})
         for name, (seconds, peak) in timed(steps, arguments.repeats, device).items()
     }
     print(table(report))
@@ -110,7 +112,24 @@ def make_config(arguments, **changes) -> ReinforceConfig:
         "window_size": arguments.window_size,
         "max_forest_nodes": arguments.max_forest_nodes,
     }
-    return ReinforceConfig(target="-", drafter="-", data="-", output_dir="-", **shared, **changes)
+    return ReinforceConfig(**common(arguments), drafter="-", **shared, **changes)
+
+
+def common(arguments) -> dict:
+    length = arguments.prompt + arguments.answer
+    return {"target": "-", "data": "-", "output_dir": "-", "max_length": length, "dtype": arguments.dtype}
+
+
+def planned(configs: dict, arguments, target_config, drafter_config) -> dict:
+    """What `--plan here` says of each step."""
+    device = plan.this_device()
+    stages = {f"stage 2 step, {name}": config for name, config in configs.items()}
+    stages["stage 1 step"] = SupervisedConfig(**common(arguments))
+    found = {name: plan.plan(config, target_config, drafter_config, device) for name, config in stages.items()}
+    return {
+        name: {"planned_seconds": row["seconds"]["total"], "planned_peak_memory_gib": row["memory_gib"]["total"]}
+        for name, row in found.items()
+    }
 
 
 def random_batch(model, arguments, device: str) -> Batch:
@@ -241,13 +260,20 @@ def figures(seconds: list[float], peak: float | None, count: int, unit: str) -> 
 
 
 def table(report: dict) -> str:
-    lines = ["| | per second | seconds (least to most) | peak GiB | forest is faster by |", "|---|---|---|---|---|"]
+    lines = [
+        "| | per second | seconds (least to most) | planned | peak GiB | planned | forest is faster by |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in {**report["verification"], **report["steps"]}.items():
         unit = next(key for key in row if key.endswith("_per_second"))
         spread = f"{row['seconds']:.4f} ({min(row['seconds_runs']):.4f} to {max(row['seconds_runs']):.4f})"
         peak = "-" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
+        seconds, memory = "-", "-"
+        if "planned_seconds" in row:
+            seconds, memory = f"{row['planned_seconds']:.4f}", f"{row['planned_peak_memory_gib']:.1f}"
         factor = f"{report['speedup'][name]:.1f}x" if name in report["speedup"] else "-"
-        lines.append(f"| {name} | {row[unit]:.0f} {unit.partition('_')[0]} | {spread} | {peak} | {factor} |")
+        per_second = f"{row[unit]:.0f} {unit.partition('_')[0]}"
+        lines.append(f"| {name} | {per_second} | {spread} | {seconds} | {peak} | {memory} | {factor} |")
     return "\n".join(lines)
 
 

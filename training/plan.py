@@ -224,6 +224,7 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
 
     # -- time
     moved = shape.target_parameters * e * (1 + rolls) + 40 * shape.trained + 4 * reading
+    moved += batch * nodes * shape.vocabulary * (2 * e + 12) if rolls else 0  # the forest's logits and their norms
     moved += (states + taught) * d * (4 * e + 24 * 4) + 3 * batch * rows * (size - 1) * inside * 3 * seen
     kernels = shape.layers * 20 * (1 + rolls) + size * inside * 80 * 3 + size * 60 * (1 + rolls) + 300
     total = sum(operations.values()) * config.accumulation
