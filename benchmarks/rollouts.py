@@ -10,10 +10,12 @@ Three ways to learn what the target thinks of every drafted token, in one run an
     naive   one forward per window over its prefix and its tokens
 
 Seconds include reading the text. Beside them whole steps: a rollout with its drafting, stage 2's step (rollout, loss,
-optimizer) for both estimators, and stage 1's; and what `--plan` says of them, which counts the prompt as an answer too.
+optimizer) for both estimators, and stage 1's. With them stands what `--plan` says, which counts the prompt as an answer
+too; and, where the package `speculators` is installed, its EAGLE-3 training step (see speculators_step.py).
 """
 
 import argparse
+import importlib.metadata
 import statistics
 import time
 from pathlib import Path
@@ -30,6 +32,9 @@ from ppow.training.rollout import forest_rows, roll_out, verify
 from ppow.training.target import FrozenTarget
 
 from .decoding import SHAPES, random_pair, synchronize
+from .speculators_step import AVAILABLE, speculators_step
+
+TTT_STEPS, STEP_WEIGHT = 7, 0.8  # of stage 1, as in EAGLE-3
 
 
 def main(argv=None) -> dict:
@@ -57,7 +62,7 @@ def main(argv=None) -> dict:
     agreement = {name: float((way() == ways["forest"]()).float().mean()) for name, way in ways.items()}
     report = {
         "settings": {**vars(arguments), "output": None, "device": device},
-        "versions": versions(),
+        "versions": versions() | ({"speculators": importlib.metadata.version("speculators")} if AVAILABLE else {}),
         "hardware": hardware(),
         "verification": {},
     }
@@ -70,12 +75,17 @@ def main(argv=None) -> dict:
 
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=1e-6)
     steps = step_functions(configs, target, drafter, batch, optimizer, dtype)
+    if AVAILABLE:
+        steps["stage 1 step, speculators"] = speculators_step(target, drafter, batch, TTT_STEPS, STEP_WEIGHT, dtype)
+    else:
+        print("The package `speculators` is not installed; its training step is left out.")
     length = arguments.prompt + arguments.answer
     counted = {
         "roll_out": (rollouts, "rollouts_per_second"),
         "stage 2 step, rollout": (rollouts, "rollouts_per_second"),
         "stage 2 step, exact": (arguments.windows, "windows_per_second"),
         "stage 1 step": (length, "tokens_per_second"),
+        "stage 1 step, speculators": (length, "tokens_per_second"),
     }
     expected = planned(configs, arguments, model.config, drafter.config)
     report["steps"] = {
@@ -218,7 +228,7 @@ def step_functions(configs: dict, target, drafter, batch: Batch, optimizer, dtyp
 
     def first():
         with autocast():
-            loss = supervised.loss(target, drafter, batch, 7, 0.8)[0]
+            loss = supervised.loss(target, drafter, batch, TTT_STEPS, STEP_WEIGHT)[0]
         learn(loss)
 
     return {

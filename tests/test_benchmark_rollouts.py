@@ -1,6 +1,6 @@
 """The benchmark of verification runs small on a CPU, and its three ways agree."""
 
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -30,7 +30,12 @@ def test_three_ways_agree_and_are_timed(benchmark, tmp_path, capsys):
         assert row["same_argmax_as_forest"] == 1 and len(row["seconds_runs"]) == 2
     assert report["speedup"]["forest"] == 1 and set(report["steps"]) > {"roll_out", "stage 1 step"}
     assert report["hardware"] and report["settings"]["shape"] == "tiny"
-    assert "| naive |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| naive |" in printed
+    beside = "stage 1 step, speculators"
+    assert (beside in report["steps"]) == (importlib.util.find_spec("speculators") is not None)
+    assert beside in report["steps"] or "`speculators` is not installed" in printed
+    assert report["steps"]["stage 1 step"]["planned_seconds"] > 0
 
 
 def test_an_answer_without_room_is_refused(benchmark):

@@ -1,0 +1,78 @@
+"""One training step of the `speculators` package's EAGLE-3 drafter, on the pair and the text of benchmarks/rollouts.py.
+
+Its own model, attention and loss (its fused KL), called as its trainer calls them: float32 weights under autocast, the
+forward compiled by torch on a GPU. Given what its data pipeline would deliver, the target's hidden states, which are
+computed within the step as in ours. Made equal to our stage 1: the trained weights (it would freeze the head), the
+draft steps, the weights of the losses. It needs no logits over the whole vocabulary; ours reads them, to know what
+verification will choose.
+"""
+
+import importlib.util
+
+import torch
+
+AVAILABLE = importlib.util.find_spec("speculators") is not None
+
+
+def speculators_step(target, drafter, batch, ttt_steps: int, step_weight: float, dtype: torch.dtype):
+    """-> a function that takes one step: the target's forward, theirs, backward, AdamW; -> loss ().
+
+    Args:
+        target: FrozenTarget; drafter: ours, for the draft vocabulary, the taps and weights to start from.
+        batch: one text.
+    """
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.losses import resolve_loss_config
+    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    device, config = batch.input_ids.device, target.model.config
+    layer = type(config)(**{**config.to_dict(), "num_hidden_layers": drafter.config.num_hidden_layers})
+    layer._attn_implementation = "simple_flex_attention" if device.type == "cuda" else "eager"
+    verifier = VerifierConfig(name_or_path=None, architectures=config.architectures or [type(target.model).__name__])
+    proposal = GreedyTokenProposalConfig(speculative_tokens=ttt_steps)
+    names = {"algorithm": "eagle3", "proposal_methods": [proposal], "default_proposal_method": "greedy"}
+    with torch.device(device):
+        model = Eagle3DraftModel(
+            Eagle3SpeculatorConfig(
+                transformer_layer_config=layer,
+                draft_vocab_size=drafter.config.draft_vocab_size,
+                eagle_aux_hidden_state_layer_ids=list(drafter.config.target_taps),
+                speculators_config=SpeculatorsConfig(**names, verifier=verifier),
+            )
+        )
+    model = model.to(device, torch.float32).train()
+    model.verifier_norm = torch.nn.Identity()  # the decoder's last state, given below, is normalised already
+    with torch.no_grad():
+        head = target.model.get_output_embeddings().weight[drafter.draft_columns()]
+        model.embed_tokens.weight.copy_(target.model.get_input_embeddings().weight)
+        for own in (model.lm_head, model.verifier_lm_head):
+            own.weight.copy_(head)
+    model.lm_head.weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    losses = resolve_loss_config("kl_div", "fused" if device.type == "cuda" else "eager")
+    decoder, taps, ids = target.model.get_decoder(), drafter.config.target_taps, batch.input_ids
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                states = decoder(ids, output_hidden_states=True, use_cache=False)
+                tapped = torch.cat([states.hidden_states[tap] for tap in taps], -1)
+            _, loss, _ = model(
+                hidden_states=tapped[:, :-1].to(dtype),
+                input_ids=ids[:, 1:],
+                document_ids=torch.zeros_like(ids[:, 1:]),
+                loss_mask=batch.loss_mask[:, 1:],
+                position_ids=torch.arange(1, ids.shape[1], device=device)[None],
+                verifier_last_hidden_states=states.last_hidden_state[:, 1:].to(dtype),
+                ttt_steps=ttt_steps,
+                ttt_step_loss_decay=step_weight,
+                loss_config=losses,
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step.model = model
+    return step
