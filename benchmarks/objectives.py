@@ -53,60 +53,50 @@ STEPS = 1000  # a config's count of steps; an arm on a time budget passes throug
 WARMUP = 0.03  # share of the budget in which the learning rate rises
 TREE = {"tree_depth": 7, "tree_top_k": 10}
 
-_TEXT = {"all_windows": True}
-_ROLLOUT = {"rollout_temperature": 0.5, "learning_rate": 5e-5}  # what won in reinforce-settings.json
-_EXACT = {"estimator": "exact", "windows_per_sequence": 32}
+_ROLLOUT = {"estimator": "rollout"}  # PPOW as published, with the defaults of `ppow reinforce` for rollouts
+# the closed form alone: windows drawn as for rollouts, the anchor, no supervised term
+_ALONE = {"windows_per_sequence": 32, "all_windows": False, "supervised_coef": 0.0, "kl_coef": 0.1}
+_ALONE |= {"learning_rate": 2e-4}
+_GREEDY = {**_ALONE, "verification": "greedy"}
 # name -> (changes to the defaults of ReinforceConfig, seeds); the most important first
 ARMS = {
     "stage1": (None, 1),
-    "cst 3e-4": ({"objective": "cst", "learning_rate": 3e-4, **_TEXT}, 3),
-    "exact greedy 2e-4": ({**_EXACT, "learning_rate": 2e-4}, 3),
+    "cst 3e-4": ({"objective": "cst"}, 3),
+    "exact text-rule + supervised": ({}, 3),  # what `ppow reinforce` does without options
     "ppow": (_ROLLOUT, 3),
-    "exact text-rule 2e-4": ({**_EXACT, "verification": "text", "learning_rate": 2e-4}, 3),
-    "exact text-rule + supervised": (
-        {**_EXACT, "verification": "text", "supervised_coef": 1.0, "kl_coef": 0.0, "learning_rate": 3e-4, **_TEXT},
-        3,
-    ),
-    "exact text-rule + lk": (
-        {
-            **_EXACT,
-            "verification": "text",
-            "supervised_coef": 1.0,
-            "supervised_loss": "lk",
-            "kl_coef": 0.0,
-            "learning_rate": 3e-4,
-            **_TEXT,
-        },
-        3,
-    ),
-    "eal": ({"objective": "eal", "learning_rate": 2e-4, **_TEXT}, 1),
-    "lk": ({"objective": "lk", "learning_rate": 3e-4, **_TEXT}, 3),
-    "cst 1e-4": ({"objective": "cst", "learning_rate": 1e-4, **_TEXT}, 1),
-    "cst 1e-3": ({"objective": "cst", "learning_rate": 1e-3, **_TEXT}, 1),
-    "exact sampling 2e-4": ({**_EXACT, "verification": "sampling", "learning_rate": 2e-4}, 1),
-    "exact greedy + supervised": (
-        {**_EXACT, "supervised_coef": 0.5, "kl_coef": 0.0, "learning_rate": 3e-4, **_TEXT},
-        1,
-    ),
-    "exact greedy 5e-5": ({**_EXACT, "learning_rate": 5e-5}, 1),
-    "exact greedy 5e-4": ({**_EXACT, "learning_rate": 5e-4}, 1),
-    "exact tree": ({**_EXACT, "verification": "tree", "learning_rate": 2e-4}, 1),
-    "lk mixed": ({"objective": "lk_mixed", "learning_rate": 3e-4, **_TEXT}, 1),
-    "d-pace": ({"objective": "d_pace", "learning_rate": 3e-4, **_TEXT}, 1),
-    "vat": ({"objective": "vat", "learning_rate": 3e-4, **_TEXT}, 1),
-    "eal sampling": ({"objective": "eal", "verification": "sampling", "learning_rate": 2e-4, **_TEXT}, 1),
-    "eal + kl": ({"objective": "eal", "supervised_coef": 1.0, "learning_rate": 2e-4, **_TEXT}, 1),
+    "lk": ({"objective": "lk"}, 3),
+    "exact text-rule + supervised, sharp": ({"rollout_temperature": 0.5}, 3),
+    "exact text-rule + lk": ({"supervised_loss": "lk"}, 3),
+    "exact greedy 2e-4": (_GREEDY, 3),
+    "exact text-rule 2e-4": (_ALONE, 3),
+    "eal": ({"objective": "eal", "learning_rate": 2e-4}, 1),
+    "cst 1e-4": ({"objective": "cst", "learning_rate": 1e-4}, 1),
+    "cst 1e-3": ({"objective": "cst", "learning_rate": 1e-3}, 1),
+    "exact sampling 2e-4": ({**_ALONE, "verification": "sampling"}, 1),
+    "exact greedy + supervised": ({"verification": "greedy", "supervised_coef": 0.5}, 1),
+    "exact text-rule + supervised 1e-4": ({"learning_rate": 1e-4}, 1),
+    "exact text-rule + supervised 1e-3": ({"learning_rate": 1e-3}, 1),
+    "exact text-rule + half supervised": ({"supervised_coef": 0.5}, 1),
+    "exact greedy 5e-5": ({**_GREEDY, "learning_rate": 5e-5}, 1),
+    "exact greedy 5e-4": ({**_GREEDY, "learning_rate": 5e-4}, 1),
+    "exact tree": ({**_ALONE, "verification": "tree"}, 1),
+    "lk mixed": ({"objective": "lk_mixed"}, 1),
+    "d-pace": ({"objective": "d_pace"}, 1),
+    "vat": ({"objective": "vat"}, 1),
+    "eal sampling": ({"objective": "eal", "verification": "sampling", "learning_rate": 2e-4}, 1),
+    "eal + kl": ({"objective": "eal", "supervised_coef": 1.0, "learning_rate": 2e-4}, 1),
     "draft-opd": ({"objective": "draft_opd", "learning_rate": 1e-4, "proximity_bonus": 0.0}, 1),
-    "gto": ({"objective": "gto", "proximity_bonus": 0.0, **_ROLLOUT}, 1),
+    "gto": ({"objective": "gto", "proximity_bonus": 0.0}, 1),
     "ppow without ADAW": ({**_ROLLOUT, "adaptive_switch": 1.0}, 1),
     "ppow without R_dist": ({**_ROLLOUT, "proximity_bonus": 0.0}, 1),
     "ppow without both": ({**_ROLLOUT, "adaptive_switch": 1.0, "proximity_bonus": 0.0}, 1),
     "ppow without KL": ({**_ROLLOUT, "kl_coef": 0.0}, 1),
     "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
-    "ppow sampling": ({"verification": "sampling", "learning_rate": 5e-5}, 1),
+    "ppow sampling": ({**_ROLLOUT, "verification": "sampling", "rollout_temperature": 1.0}, 1),
     "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 1),
-    "exact without ADAW": ({**_EXACT, "adaptive_switch": 1.0, "learning_rate": 2e-4}, 1),
-    "exact without KL": ({**_EXACT, "kl_coef": 0.0, "learning_rate": 2e-4}, 1),
+    "exact without ADAW": ({**_GREEDY, "adaptive_switch": 1.0}, 1),
+    "exact without KL": ({**_GREEDY, "kl_coef": 0.0}, 1),
+    "exact throughput reward": ({"reward": "throughput", "proximity_bonus": 0.25}, 1),
 }
 
 

@@ -48,10 +48,7 @@ def main(argv=None) -> dict:
     target = FrozenTarget(model, drafter.config.target_taps)
     drafter = supervised.freeze_embedding(drafter.float().train())
     batch = random_batch(model, arguments, device)
-    configs = {
-        name: make_config(arguments, **changes)
-        for name, changes in (("rollout", {}), ("exact", {"estimator": "exact"}))
-    }
+    configs = {name: make_config(arguments, name) for name in ("rollout", "exact")}
     starts, tokens = random_rollouts(model, drafter, arguments, device)
     ways = {
         "forest": lambda: forest(configs["rollout"], target, drafter, batch, starts, tokens),
@@ -115,14 +112,14 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def make_config(arguments, **changes) -> ReinforceConfig:
+def make_config(arguments, estimator: str) -> ReinforceConfig:
     shared = {
         "windows_per_sequence": arguments.windows,
         "group_size": arguments.group_size,
         "window_size": arguments.window_size,
         "max_forest_nodes": arguments.max_forest_nodes,
     }
-    return ReinforceConfig(**common(arguments), drafter="-", **shared, **changes)
+    return ReinforceConfig(**common(arguments), drafter="-", estimator=estimator, **shared)
 
 
 def common(arguments) -> dict:

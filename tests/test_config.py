@@ -245,6 +245,32 @@ def test_the_defaults_that_the_paper_gives():
     assert EvaluateConfig.from_args(EVALUATE).temperatures == [0.0, 1.0]
 
 
+def test_options_that_are_not_given_follow_the_estimator():
+    exact = ReinforceConfig.from_args(STAGE2)
+    assert (exact.estimator, exact.verification, exact.all_windows) == ("exact", "text", True)
+    assert (exact.supervised_coef, exact.kl_coef, exact.learning_rate) == (1.0, 0.0, 3e-4)
+    published = ReinforceConfig.from_args([*STAGE2, "--estimator", "rollout"])
+    assert (published.verification, published.all_windows, published.supervised_coef) == ("greedy", False, 0.0)
+    assert (published.kl_coef, published.learning_rate, published.rollout_temperature) == (0.1, 5e-5, 0.5)
+    control = ReinforceConfig.from_args([*STAGE2, "--objective", "lk"])
+    assert (control.verification, control.all_windows, control.supervised_coef) == ("greedy", True, 0.0)
+    assert ReinforceConfig.from_args([*STAGE2, "--objective", "gto"]).all_windows is False
+    given = ["--kl-coef", "0.3", "--no-all-windows", "--supervised-coef", "0", "--learning-rate", "none"]
+    mine = ReinforceConfig.from_args([*STAGE2, *given])
+    assert (mine.kl_coef, mine.all_windows, mine.supervised_coef, mine.learning_rate) == (0.3, False, 0.0, 3e-4)
+    assert ReinforceConfig.from_dict(published.to_dict()) == published  # the record holds what was taken
+
+
+@pytest.mark.parametrize(
+    ("argv", "graphs"),
+    [([], None), (["--cuda-graphs"], True), (["--no-cuda-graphs"], False), (["--cuda-graphs=none"], None)],
+)
+def test_switches_that_may_be_left_open(argv, graphs):
+    assert DemoConfig.from_args(argv).cuda_graphs is graphs
+    with pytest.raises(ValueError, match="is a switch"):
+        DemoConfig.from_args(["--cuda-graphs=maybe"])
+
+
 def test_every_default_of_stage_2_says_whose_choice_it_is():
     shared = {field.name for field in dataclasses.fields(configs.TrainingConfig)} - {"steps", "learning_rate"}
     for field in dataclasses.fields(ReinforceConfig):

@@ -20,10 +20,10 @@ SHARED = {"target": "-", "data": "-", "output_dir": "-", "max_length": LENGTH, "
 STAGE2 = {**SHARED, "drafter": "-", "windows_per_sequence": 3, "proximity_bonus": 0.0}
 CONFIGS = {
     "stage 1": SupervisedConfig(**SHARED),
-    "exact": ReinforceConfig(**STAGE2, estimator="exact"),
-    "exact, all windows": ReinforceConfig(**STAGE2, estimator="exact", all_windows=True),
-    "rollouts": ReinforceConfig(**STAGE2),
-    "rollouts, supervised": ReinforceConfig(**STAGE2, supervised_coef=1.0),
+    "exact": ReinforceConfig(**STAGE2, all_windows=False),
+    "exact, all windows": ReinforceConfig(**STAGE2),
+    "rollouts": ReinforceConfig(**STAGE2, estimator="rollout"),
+    "rollouts, supervised": ReinforceConfig(**STAGE2, estimator="rollout", supervised_coef=1.0),
     "gto": ReinforceConfig(**STAGE2, objective="gto"),
 }
 

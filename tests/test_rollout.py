@@ -52,7 +52,9 @@ def make_pair(sliding: bool = False, **drafter_options):
 
 
 def make_config(**options) -> ReinforceConfig:
-    values = {"window_size": 4, "group_size": 3, "windows_per_sequence": 2, "proximity_margin": 50.0} | options
+    values = {"window_size": 4, "group_size": 3, "windows_per_sequence": 2, "proximity_margin": 50.0}
+    values |= {"estimator": "rollout", "rollout_temperature": 1.0, "kl_coef": 0.1, "supervised_coef": 0.0}
+    values |= {"verification": "greedy", "all_windows": False} | options
     return ReinforceConfig(target="-", drafter="-", data="-", output_dir="-", **values)
 
 

@@ -67,7 +67,7 @@ def options(home, stage, out, **changes):
         values |= {"draft_vocab_size": 200, "ttt_steps": 3}
     else:
         values |= {"drafter": str(home / "stage1"), "window_size": 4, "group_size": 3, "windows_per_sequence": 2}
-        values |= {"proximity_margin": 8.0, "updates_per_rollout": 2}
+        values |= {"proximity_margin": 8.0, "updates_per_rollout": 2, "estimator": "rollout"}
     return STAGES[stage][1](**(values | changes))
 
 

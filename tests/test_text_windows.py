@@ -223,8 +223,7 @@ def test_every_objective_trains(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "lk", "estimator": "exact"}, "belongs to objective=ppow"),
-        ({"verification": "tree"}, "needs estimator=exact"),
+        ({"verification": "tree"}, "with estimator=exact"),
         ({"all_windows": True}, "roll out from every position"),
         ({"supervised_loss": "lk", "supervised_coef": 1.0}, "learns from texts"),
     ],

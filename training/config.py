@@ -86,21 +86,61 @@ class SupervisedConfig(TrainingConfig):
             raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
 
 
+# What `ppow reinforce` takes for options that are not given: the best settings found for each way to learn (ours, from
+# benchmarks/README.md).
+RECIPES = {
+    "exact": {  # PPOW's reward in closed form
+        "verification": "text",
+        "all_windows": True,
+        "supervised_coef": 1.0,
+        "kl_coef": 0.0,
+        "rollout_temperature": 1.0,
+        "learning_rate": 3e-4,
+    },
+    "rollout": {  # PPOW as published, and the controls that roll out
+        "verification": "greedy",
+        "all_windows": False,
+        "supervised_coef": 0.0,
+        "kl_coef": 0.1,
+        "rollout_temperature": 0.5,
+        "learning_rate": 5e-5,
+    },
+    "text": {  # the controls that learn from texts
+        "verification": "greedy",
+        "all_windows": True,
+        "supervised_coef": 0.0,
+        "kl_coef": 0.0,
+        "rollout_temperature": 1.0,
+        "learning_rate": 3e-4,
+    },
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReinforceConfig(TrainingConfig):
-    """Stage 2: PPOW reinforcement learning of a supervised drafter (arXiv 2605.14978)."""
+    """Stage 2: PPOW reinforcement learning of a supervised drafter (arXiv 2605.14978).
+
+    Without options: the recipe that gained most in benchmarks/README.md. As published: --estimator rollout. An option
+    whose default is none takes the value that served its estimator best, and the run's record says which.
+    """
 
     drafter: str = option("drafter of stage 1: folder or Hub id")
     steps: int = option("optimizer steps (ours)", 500, at_least=1)
-    learning_rate: float = option("peak learning rate of AdamW (ours)", 2e-5, above=0)
+    learning_rate: float | None = option(
+        "peak learning rate of AdamW; none: 3e-4 along texts, 5e-5 on rollouts (ours)", None, above=0
+    )
 
     objective: Literal["ppow", "cst", "lk", "lk_mixed", "eal", "d_pace", "vat", "gto", "draft_opd"] = option(
         "what to optimise: PPOW, or one of the controls of training/objectives.py (paper)", "ppow"
     )
     estimator: Literal["rollout", "exact"] = option(
-        "of PPOW's expected reward: sampled windows (paper), or its closed form along the text (ours)", "rollout"
+        "of PPOW's expected reward: sampled windows (paper), or its closed form along the text (ours)", "exact"
     )
-    supervised_coef: float = option("weight of a supervised loss beside the objective (ours)", 0.0, at_least=0)
+    supervised_coef: float | None = option(
+        "weight of a supervised loss beside the objective; none: 1 with estimator=exact, else 0 (ours)",
+        None,
+        at_least=0,
+    )
     supervised_loss: Literal["cst", "lk"] = option(
         "that loss: stage 1's, or LK's, which knows only texts, no rollouts (ours)", "cst"
     )
@@ -112,21 +152,25 @@ class ReinforceConfig(TrainingConfig):
     window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
     group_size: int = option("rollouts of one prefix, G_roll (paper)", 8, at_least=2)
     windows_per_sequence: int = option("prefixes drawn from a sequence (ours)", 8, at_least=1)
-    all_windows: bool = option("learn from every window of a text instead; not with rollouts (ours)", False)
+    all_windows: bool | None = option(
+        "learn from every window of a text instead; none: yes, but not with rollouts (ours)", None
+    )
     adaptive_switch: float = option(
         "fraction of the steps after which windows are drawn by criticality (ADAW), not uniformly; 1: never (ours)",
         0.5,
         at_least=0,
         at_most=1,
     )
-    rollout_temperature: float = option(
-        "temperature of the drafter's rollouts; with estimator=exact, of the drafts that greedy rules judge (ours)",
-        1.0,
+    rollout_temperature: float | None = option(
+        "temperature of the drafter's rollouts, or with estimator=exact of the drafts that greedy rules judge; none: "
+        "0.5 for rollouts, else 1 (ours)",
+        None,
         above=0,
     )
-    verification: Literal["greedy", "sampling", "text", "tree"] = option(
-        "rule that accepts tokens in training; estimator=exact knows two more: each text's own rule, and a tree (ours)",
-        "greedy",
+    verification: Literal["greedy", "sampling", "text", "tree"] | None = option(
+        "rule that accepts tokens in training; estimator=exact knows two more: each text's own rule, and a tree; none: "
+        "text with estimator=exact, else greedy (ours)",
+        None,
     )
     max_forest_nodes: int = option("drafted nodes verified in one target forward (ours)", 4096, at_least=1)
 
@@ -145,20 +189,27 @@ class ReinforceConfig(TrainingConfig):
     proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
     normalize_advantages: bool = option("divide advantages by the group's standard deviation (ours)", True)
     clip_range: float = option("clipping of the policy ratio (ours)", 0.2, above=0, below=1)
-    kl_coef: float = option("weight of the KL term anchored on the target, beta (ours)", 0.1, at_least=0)
+    kl_coef: float | None = option(
+        "weight of the KL term anchored on the target, beta; none: 0.1 on rollouts, else 0 (ours)", None, at_least=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        learns = {"ppow": self.estimator, "gto": "rollout", "draft_opd": "rollout"}.get(self.objective, "text")
+        for name, value in RECIPES[learns].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.group_size * self.window_size > self.max_forest_nodes:
             raise ValueError(
                 f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
                 f"{self.window_size} tokens; raise it to {self.group_size * self.window_size} or more."
             )
-        rolls = self.objective in ("ppow", "gto", "draft_opd") and self.estimator == "rollout"
-        if self.estimator == "exact" and self.objective != "ppow":
-            raise ValueError(f"estimator=exact belongs to objective=ppow, got objective={self.objective!r}.")
-        if self.verification in ("text", "tree") and self.estimator != "exact":
-            raise ValueError(f"verification={self.verification!r} needs estimator=exact; rollouts: greedy or sampling.")
+        rolls = learns == "rollout"
+        if self.verification in ("text", "tree") and learns != "exact":
+            raise ValueError(
+                f"verification={self.verification!r} needs objective=ppow with estimator=exact; otherwise it is greedy "
+                "or sampling."
+            )
         if self.all_windows and rolls:
             raise ValueError("all_windows would roll out from every position; raise windows_per_sequence instead.")
         if self.supervised_loss != "cst" and rolls:

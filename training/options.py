@@ -64,10 +64,12 @@ class Config:
             name, has_value, text = token[2:].partition("=")
             key = name.replace("-", "_")
             negated = key.removeprefix("no_")
-            if bool in (hints.get(key), hints.get(negated)):
-                if has_value and (key not in hints or text.lower() not in ("true", "false")):
-                    raise ValueError(f"--{_dashes(negated)} is a switch: write --{_dashes(negated)} or its --no- form.")
-                given[key if key in hints else negated] = text.lower() == "true" if has_value else key in hints
+            switch = key if key in hints else negated
+            if switch in hints and _plain(hints[switch]) is bool:
+                words = {"true": True, "false": False} | ({"none": None} if _optional(hints[switch]) else {})
+                if has_value and (key != switch or text.lower() not in words):
+                    raise ValueError(f"--{_dashes(switch)} is a switch: write --{_dashes(switch)} or its --no- form.")
+                given[switch] = words[text.lower()] if has_value else key == switch
                 continue
             if key != "config" and key not in hints:
                 raise ValueError(cls._unknown(key, f"option --{name}"))
@@ -111,7 +113,7 @@ class Config:
         for field in dataclasses.fields(cls):
             default = "required" if field.name in cls._required() else f"default {_show(_default(field))}"
             hint = typing.get_type_hints(cls)[field.name]
-            flag = f"--{_dashes(field.name)}" if hint is not bool else f"--[no-]{_dashes(field.name)}"
+            flag = f"--[no-]{_dashes(field.name)}" if _plain(hint) is bool else f"--{_dashes(field.name)}"
             lines.append(f"  {flag}")
             text = f"{field.metadata['help']} ({cls._expected(field.name)}; {default})"
             lines.extend(textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
