@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from ppow.cache_ppow import CACHE_NAME
 from ppow.training import plan, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.files import write_json
@@ -177,13 +178,14 @@ def forest(config, target, drafter, batch: Batch, starts, tokens) -> torch.Tenso
 def cached(model, batch: Batch, starts, tokens, group_size: int) -> torch.Tensor:
     """The same from one forward per window on the prefix's keys; late windows first, so that keys are only cut off."""
     cache, found = DynamicCache(config=model.config), {}
-    model(input_ids=batch.input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    keep = {"use_cache": True, CACHE_NAME: cache}
+    model(input_ids=batch.input_ids, logits_to_keep=1, **keep)
     prefixes = (starts[0] + 1).repeat_interleave(group_size).tolist()  # the root, x_{s+1}, goes with the window
     for row in sorted(range(len(prefixes)), key=lambda r: -prefixes[r]):
         prefix = prefixes[row]
         cache.crop(prefix - cache.get_seq_length())  # negative: so many tokens less
         window = torch.cat((batch.input_ids[0, prefix : prefix + 1], tokens[0, row, :-1]))[None]
-        found[row] = model(input_ids=window, past_key_values=cache, use_cache=True).logits[0].argmax(-1)
+        found[row] = model(input_ids=window, **keep).logits[0].argmax(-1)
     return torch.stack([found[row] for row in range(len(prefixes))])
 
 

@@ -9,6 +9,11 @@ storage, so all target families look alike and rolling back is a matter of not c
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What a forward and ``generate`` call their cache, as an argument and in their output: another name from transformers
+# 5.24 on, where the old one still works and warns.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class SlotLayer(DynamicLayer):
@@ -163,7 +168,7 @@ def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
     for index, layer in enumerate(cache.layers):  # even of an empty cache: the caller expects it to fill up
         if not isinstance(layer, DynamicLayer):
             raise ValueError(
-                f"past_key_values has a {type(layer).__name__} at layer {index}, which cannot be rolled back. Pass a "
+                f"{CACHE_NAME} has a {type(layer).__name__} at layer {index}, which cannot be rolled back. Pass a "
                 "DynamicCache, the cache of an earlier PPOW call, or none."
             )
     length = cache.get_seq_length()
@@ -173,7 +178,7 @@ def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
         held = 0 if layer.keys is None else layer.keys.shape[-2]
         if held != length:
             raise ValueError(
-                f"past_key_values holds {held} of {length} keys in layer {index} ({type(layer).__name__}), so it "
+                f"{CACHE_NAME} holds {held} of {length} keys in layer {index} ({type(layer).__name__}), so it "
                 "cannot be rolled back. Pass a full DynamicCache, the cache of an earlier PPOW call, or none."
             )
         slots.layers[index].update(layer.keys, layer.values)

@@ -88,7 +88,7 @@ class PPOWConfig(PreTrainedConfig):
     """
 
     model_type = "ppow"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 32000
     draft_vocab_size: int | None = None

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache_ppow import SlotCache
+from .cache_ppow import CACHE_NAME, SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
 from .graphs_ppow import fast_path
 from .target_ppow import TargetState, check_pair
@@ -58,7 +58,7 @@ def decode(
         logits_processor, stopping_criteria, generation_config, streamer: as in transformers. ``generation_config`` may
             carry ``window_size`` or ``tree_depth``/``tree_top_k``/``tree_nodes``; else the drafter's own decides.
         assistant_model: the drafter.
-        **model_kwargs: ``attention_mask``, ``position_ids``, ``past_key_values``, ``use_cache`` of ``generate``.
+        **model_kwargs: ``attention_mask``, ``position_ids``, ``use_cache`` and cache (``CACHE_NAME``) of ``generate``.
 
     Returns:
         (B, length) sequences, or a :class:`PPOWGenerateOutput` with ``return_dict_in_generate``.
@@ -134,8 +134,8 @@ def decode(
         sequences=text.sequences(),
         scores=text.stacked(text.scores),
         logits=text.stacked(text.logits),
-        past_key_values=returned_cache(target_state, drafter_state, prompt.end + text.gained),
         acceptance=text.acceptance,
+        **{CACHE_NAME: returned_cache(target_state, drafter_state, prompt.end + text.gained)},
     )
 
 
@@ -165,7 +165,7 @@ def check_call(target, config, options, processors, synced_gpus, input_ids, mode
         )
     if any(type(p).__name__ == "UnbatchedClassifierFreeGuidanceLogitsProcessor" for p in processors):
         raise ValueError("guidance_scale runs the target on its own and cannot be combined with a drafter.")
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_tensor"}
+    known = {"attention_mask", "position_ids", CACHE_NAME, "use_cache", "logits_to_keep", "inputs_tensor"}
     known |= {"tokenizer", "assistant_tokenizer", "cache_position", "return_dict"}
     unknown = [key for key, value in model_kwargs.items() if key not in known and value is not None]
     if unknown or input_ids.shape[1] == 0:
@@ -207,13 +207,13 @@ class Prompt:
     @classmethod
     def prepare(cls, input_ids, config, model_kwargs) -> "Prompt":
         """Split off what a passed cache already holds; ids may be the whole conversation or only its new part."""
-        past, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        past, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         start = 0 if past is None else int(past.get_seq_length())
         covered = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
         ids = input_ids[:, start:] if covered == input_ids.shape[1] else input_ids
         if ids.shape[1] == 0:
             raise ValueError(
-                f"past_key_values already holds {start} tokens, the prompt has {input_ids.shape[1]}: nothing is left "
+                f"{CACHE_NAME} already holds {start} tokens, the prompt has {input_ids.shape[1]}: nothing is left "
                 "to continue from. Pass a longer prompt, or crop the cache by one token."
             )
         positions = model_kwargs.get("position_ids")

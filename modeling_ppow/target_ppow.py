@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import output_capturing
 
 from .attention_ppow import pack_window
-from .cache_ppow import SlotCache, as_slot_cache
+from .cache_ppow import CACHE_NAME, SlotCache, as_slot_cache
 from .drafting_ppow import DraftWindow
 from .masks_ppow import additive_mask, window_allowed
 
@@ -181,8 +181,8 @@ class TargetState:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE_NAME: self.cache},
             **keep,
         )
 

@@ -27,6 +27,7 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
+from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftOptions
 from ppow.generation_ppow import generate
 
@@ -203,10 +204,11 @@ def test_multi_turn_with_the_returned_cache(mode):
     target, drafter = trained_pair()
     config = {"max_new_tokens": 15, **MODES[mode]}
     first = generate_with(target, drafter, PROMPT, config=config)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    cache = first[CACHE_NAME]  # by this transformers' own name; the next test takes the old one
+    assert cache.get_seq_length() == first.sequences.shape[1] - 1
     longer = torch.cat((first.sequences, torch.tensor([[4, 9, 2]])), 1)
     fresh = generate_with(target, drafter, longer, config=config)
-    again = generate_with(target, drafter, longer, config=config, past_key_values=first.past_key_values)
+    again = generate_with(target, drafter, longer, config=config, **{CACHE_NAME: cache})
     assert torch.equal(again.sequences, fresh.sequences)
     assert again.acceptance.accepted == fresh.acceptance.accepted  # the drafter's side came along
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM
 
-from ppow.cache_ppow import SlotCache
+from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.generation_ppow import SDPA_BACKENDS
 from ppow.target_ppow import WindowMasks, read_taps
 
@@ -94,7 +94,8 @@ class FrozenTarget:
         """
         config = self.model.config.get_text_config(decoder=True)
         cache = SlotCache(config.num_hidden_layers, input_ids.shape[1] + room) if room else None
-        logits, taps = read_taps(self.model, self.taps, input_ids=input_ids, past_key_values=cache, use_cache=room > 0)
+        keep = {"use_cache": room > 0, CACHE_NAME: cache}
+        logits, taps = read_taps(self.model, self.taps, input_ids=input_ids, **keep)
         return Reading(taps, logits, cache)
 
     @torch.no_grad()
@@ -128,9 +129,9 @@ class FrozenTarget:
             input_ids=tokens.flatten(1),
             attention_mask=masks,
             position_ids=node_prefix + depth,
-            past_key_values=reading.cache,
             use_cache=True,
             return_dict=True,
+            **{CACHE_NAME: reading.cache},
         )
         reading.cache.close_window()
         return outputs.logits.unflatten(1, (rows, window))
