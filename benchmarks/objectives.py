@@ -91,6 +91,10 @@ ARMS = {
     "ppow without R_dist": ({**_ROLLOUT, "proximity_bonus": 0.0}, 1),
     "ppow without both": ({**_ROLLOUT, "adaptive_switch": 1.0, "proximity_bonus": 0.0}, 1),
     "ppow without KL": ({**_ROLLOUT, "kl_coef": 0.0}, 1),
+    "ppow, credit by token": ({**_ROLLOUT, "credit": "token"}, 1),
+    "ppow, groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 1),
+    "ppow wide R_dist": ({**_ROLLOUT, "proximity_margin": 25.0}, 1),  # rewards half of the windows rejected at once
+    "ppow 2e-5": ({**_ROLLOUT, "learning_rate": 2e-5}, 1),
     "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
     "ppow sampling": ({**_ROLLOUT, "verification": "sampling", "rollout_temperature": 1.0}, 1),
     "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 1),

@@ -21,7 +21,7 @@ from . import attention_ppow
 from .attention_ppow import WINDOW_ATTENTION, pack_window, window_attention
 from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
-from .target_ppow import TargetState
+from .target_ppow import TargetState, decoder_layers
 
 logger = logging.get_logger(__name__)
 AttentionInterface.register(WINDOW_ATTENTION, window_attention)
@@ -298,7 +298,7 @@ class FastPath:
 
     def __init__(self, target, drafter, batch: int, capacity: int, compile_layers: bool):
         self.capacity, self.made_for = capacity, (batch, compile_layers)
-        replay, layers = Replay(), _decoder_layers(target)
+        replay, layers = Replay(), decoder_layers(target)
         recording, cache = Recording(layers, compile_layers), WindowCache(len(layers), capacity)
         self.target_state = GraphTarget(target, drafter, cache, batch, replay, capacity, recording)
         embed, cache = drafter.embedding_for(target), WindowCache(len(drafter.layers), capacity)
@@ -398,12 +398,6 @@ def shortage(target, drafter, batch: int, capacity: int) -> str | None:
         f"{batch} x {capacity} cache slots need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free (lower "
         "max_new_tokens or the batch)"
     )
-
-
-def _decoder_layers(target) -> torch.nn.ModuleList:
-    count = target.config.get_text_config(decoder=True).num_hidden_layers
-    lists = (module for module in target.modules() if isinstance(module, torch.nn.ModuleList))
-    return next(layers for layers in lists if len(layers) == count)
 
 
 def _weights(*models) -> tuple:

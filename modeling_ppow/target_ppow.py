@@ -1,10 +1,10 @@
 """The target's side of a running generation: prefill, verification of a window, and keeping what was accepted."""
 
 import os
+import threading
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.utils import output_capturing
 
 from .attention_ppow import pack_window
 from .cache_ppow import CACHE_NAME, SlotCache, as_slot_cache
@@ -12,25 +12,43 @@ from .drafting_ppow import DraftWindow
 from .masks_ppow import additive_mask, window_allowed
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# A list as output_hidden_states names blocks (their outputs) up to transformers 5.22, hidden states from 5.23 on.
-_LIST_NAMES_BLOCKS = not hasattr(output_capturing, "selected_hidden_states")
+
+
+def decoder_layers(target) -> torch.nn.ModuleList:
+    """The blocks of the target's text decoder, in order."""
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    lists = (module for module in target.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
+    return next(layers for layers in lists if len(layers) == count)
 
 
 def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the target: -> its logits, and the hidden states ``taps`` side by side (B, N, n_taps * Ht).
 
+    The states are caught where they enter their blocks. ``output_hidden_states`` would watch every module of the
+    target, this call's and all later ones', and names a list's entries differently from version to version.
+
     Args:
-        taps: increasing indices into what ``output_hidden_states=True`` returns, below the layer count: the states
-            entering those blocks. No other state is kept (all of them if tap 0 is asked for before transformers 5.23).
+        taps: indices into what ``output_hidden_states=True`` returns, below the layer count: the states entering those
+            blocks.
         inputs: of the target's forward.
     """
-    wanted = taps
-    if _LIST_NAMES_BLOCKS:
-        wanted = [tap - 1 for tap in taps] if taps[0] > 0 else True
-    outputs = target(output_hidden_states=wanted, return_dict=True, **inputs)
-    states = outputs.hidden_states
-    found = [states[tap] for tap in taps] if wanted is True else [state for state in states if state is not None]
-    return outputs.logits, torch.cat([state.to(found[0].device) for state in found], dim=-1)
+    layers, thread, states = decoder_layers(target), threading.get_ident(), {}
+
+    def catch(tap):
+        def hook(layer, args, kwargs):
+            if threading.get_ident() == thread:  # others may be running the same target
+                states[tap] = args[0] if args else kwargs["hidden_states"]
+
+        return layers[tap].register_forward_pre_hook(hook, with_kwargs=True)
+
+    hooks = [catch(tap) for tap in taps]
+    try:
+        logits = target(return_dict=True, **inputs).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    device = states[taps[0]].device
+    return logits, torch.cat([states[tap].to(device) for tap in taps], dim=-1)
 
 
 def check_pair(target, drafter) -> None:

@@ -1,8 +1,11 @@
 """Shared fixtures. Set before anything imports torch or the Hub client: one thread, no network, a cache of its own."""
 
+import importlib
 import os
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 _HF_HOME = tempfile.mkdtemp(prefix="ppow-tests-")
 os.environ["HF_HOME"] = _HF_HOME
@@ -48,6 +51,17 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def benchmark(request):
+    """The module of ``benchmarks/`` that the test module names in ``BENCHMARK``."""
+    root = str(Path(__file__).parents[1])
+    sys.path.insert(0, root)
+    try:
+        yield importlib.import_module(f"benchmarks.{request.module.BENCHMARK}")
+    finally:
+        sys.path.remove(root)
 
 
 @pytest.fixture(scope="session")

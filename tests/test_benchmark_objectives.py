@@ -1,9 +1,7 @@
 """The comparison of objectives: its way of reading acceptance along texts, and the command, small on a CPU."""
 
-import importlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +12,10 @@ from ppow.training import evaluate
 from ppow.training.config import EvaluateConfig
 from test_rollout import make_pair
 
+BENCHMARK = "objectives"
 ROOT = Path(__file__).parents[1]
 PAIR = {"target": str(ROOT / "bundled" / "target"), "drafter": str(ROOT / "bundled" / "drafter")}
 QUESTIONS = ["What is 12 plus 30?", "Tom has 4 apples and buys 6 more. How many has he?", "Name three colours."]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(ROOT))
-    try:
-        yield importlib.import_module("benchmarks.objectives")
-    finally:
-        sys.path.remove(str(ROOT))
 
 
 @pytest.fixture(scope="module")

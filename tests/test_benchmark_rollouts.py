@@ -2,22 +2,10 @@
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def benchmark():
-    root = str(Path(__file__).parents[1])
-    sys.path.insert(0, root)
-    try:
-        yield importlib.import_module("benchmarks.rollouts")
-    finally:
-        sys.path.remove(root)
-
-
+BENCHMARK = "rollouts"
 SMALL = ["--shape", "tiny", "--prompt", "24", "--answer", "24", "--windows", "3", "--group-size", "2", "--repeats", "2"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ppow.training.objectives import Rollouts, ppow_loss, supervised_step_loss
+from ppow.training.rewards import group_advantages, token_advantages
 
 W, G, K, D = 3, 4, 5, 6
 ACCEPTED = torch.tensor([[0, 1, 5, 3], [2, 4, 0, 5], [1, 1, 2, 0]])
@@ -20,7 +21,7 @@ def make(temperature=1.0, drift=0.0, seed=0, **changes):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    logits, target, moved, advantages = normal(W, G, K, D), 2 * normal(W, G, K, D), normal(W, G, K, D), normal(W, G)
+    logits, target, moved, advantages = normal(W, G, K, D), 2 * normal(W, G, K, D), normal(W, G, K, D), normal(W, G, K)
     ids = torch.randint(0, D, (W, G, K), generator=generator)
     values = {
         "draft_ids": ids,
@@ -73,12 +74,14 @@ def test_on_policy_gradient_equals_reinforce_written_out(temperature):
             for i in range(n):
                 score = -policy[w, g, i] / temperature
                 score[rollouts.draft_ids[w, g, i]] += 1 / temperature
-                expected[w, g, i] = -rollouts.advantages[w, g] * score / (W * G)
+                expected[w, g, i] = -rollouts.advantages[w, g, i] * score / (W * G)
     torch.testing.assert_close(gradient(rollouts), expected, atol=1e-14, rtol=1e-12)
 
 
 def test_expected_gradient_is_that_of_the_expected_reward():
     """Over every pair of windows of 2 tokens from 3, E[d loss] = -(G - 1) / G * d E[R] / d logits, G = 2.
+
+    With credit by token, whose baselines leave the rollout itself out, it is -d E[R] / d logits, with less noise.
 
     The drafter is a table of logits per prefix, the target accepts token 1, then token 2 after it. No step of the
     objective is written out: the expected reward is a polynomial of the drafter's probabilities.
@@ -95,26 +98,38 @@ def test_expected_gradient_is_that_of_the_expected_reward():
     first, second = (index.flatten() for index in torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"))
     members = torch.stack((first, second), 1)  # (81, 2)
     logits = torch.stack((table[3].expand(9, -1), table[windows[:, 0]]), 1)  # (9, 2, 3)
-    found = torch.zeros_like(table)
+    credits = {
+        "window": lambda r, k: group_advantages(r, normalize=False)[:, None].expand(2, 2),
+        "token": lambda r, k: token_advantages(r, k, rewards, normalize=False),
+    }
+    means = {name: torch.zeros_like(table) for name in credits}
+    squares = dict.fromkeys(credits, 0.0)
     for pair, likely in zip(members, (chance[first] * chance[second]).detach()):
-        rollouts = Rollouts(
+        base = Rollouts(
             draft_ids=windows[pair][None],
             draft_logits=logits[pair][None],
             old_logprobs=chosen_logprobs(logits[pair].detach(), windows[pair])[None],
             target_logits=torch.zeros(1, 2, 2, 3, dtype=torch.float64),
-            advantages=(rewards[k[pair]] - rewards[k[pair]].mean())[None],
+            advantages=torch.zeros(1, 2, 2),
             accepted=k[pair][None],
             window_mask=torch.ones(1, dtype=torch.bool),
         )
-        found += likely * torch.autograd.grad(ppow_loss(rollouts, CLIP, 0.0)[0], table, retain_graph=True)[0]
-    torch.testing.assert_close(found, -0.5 * expected, atol=1e-12, rtol=1e-10)
+        for name, credit in credits.items():
+            rollouts = dataclasses.replace(base, advantages=credit(rewards[k[pair]], k[pair])[None])
+            found = torch.autograd.grad(ppow_loss(rollouts, CLIP, 0.0)[0], table, retain_graph=True)[0]
+            means[name] += likely * found
+            squares[name] += likely * found.square().sum()
+    torch.testing.assert_close(means["window"], -0.5 * expected, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(means["token"], -expected, atol=1e-12, rtol=1e-10)
+    noise = {name: float(squares[name] / means[name].square().sum()) - 1 for name in credits}
+    assert noise["token"] < 0.9 * noise["window"], noise
 
 
 def test_reinforce_with_autograd_agrees_too():
     rollouts = make()
     logits = rollouts.draft_logits.detach().clone().requires_grad_()
     logprobs = chosen_logprobs(logits, rollouts.draft_ids)
-    reinforce = -by_loops(rollouts, lambda w, g, i: rollouts.advantages[w, g] * logprobs[w, g, i])
+    reinforce = -by_loops(rollouts, lambda w, g, i: rollouts.advantages[w, g, i] * logprobs[w, g, i])
     expected = torch.autograd.grad(reinforce, logits)[0]
     torch.testing.assert_close(gradient(rollouts), expected, atol=1e-14, rtol=1e-12)
 
@@ -122,7 +137,7 @@ def test_reinforce_with_autograd_agrees_too():
 def test_on_policy_loss_counts_the_advantage_once_per_token_and_nothing_is_clipped():
     rollouts = make()
     loss, metrics = ppow_loss(rollouts, CLIP, 0.0)
-    assert loss.item() == pytest.approx(by_loops(rollouts, lambda w, g, i: -rollouts.advantages[w, g]).item())
+    assert loss.item() == pytest.approx(by_loops(rollouts, lambda w, g, i: -rollouts.advantages[w, g, i]).item())
     assert metrics["clipped"] == 0
 
 
@@ -134,7 +149,7 @@ def test_off_policy_value_and_gradient_by_loops():
     draft, target = logits.log_softmax(-1), rollouts.target_logits.log_softmax(-1)
 
     def per_token(w, g, i):
-        a, r = rollouts.advantages[w, g], ratio[w, g, i]
+        a, r = rollouts.advantages[w, g, i], ratio[w, g, i]
         held = 1 - CLIP if r < 1 - CLIP else 1 + CLIP if r > 1 + CLIP else r
         return -min(r * a, held * a, key=lambda value: value.item())
 
@@ -164,7 +179,7 @@ def test_off_policy_value_and_gradient_by_loops():
     ],
 )
 def test_clipping_stops_the_gradient_exactly_there(ratio, advantage, moves):
-    rollouts = make(accepted=torch.zeros(W, G, dtype=torch.int64), advantages=torch.full((W, G), advantage).double())
+    rollouts = make(accepted=torch.zeros(W, G, dtype=torch.int64), advantages=torch.full((W, G, K), advantage).double())
     rollouts = dataclasses.replace(rollouts, old_logprobs=rollouts.old_logprobs - math.log(ratio))
     found = gradient(rollouts)
     assert found[:, :, 1:].abs().max() == 0  # only the first token is reachable
@@ -179,7 +194,7 @@ def test_clipping_stops_the_gradient_exactly_there(ratio, advantage, moves):
 
 @pytest.mark.parametrize(("shift", "advantage", "clipped"), [(0.5, 1.0, 1.0), (0.5, -1.0, 0.0), (-0.5, -1.0, 1.0)])
 def test_clipped_counts_the_tokens_whose_gradient_stops(shift, advantage, clipped):
-    rollouts = make(advantages=torch.full((W, G), advantage).double())
+    rollouts = make(advantages=torch.full((W, G, K), advantage).double())
     rollouts = dataclasses.replace(rollouts, old_logprobs=rollouts.old_logprobs - shift)
     _, metrics = ppow_loss(rollouts, CLIP, 0.0)
     assert metrics["clipped"] == clipped
@@ -187,7 +202,7 @@ def test_clipped_counts_the_tokens_whose_gradient_stops(shift, advantage, clippe
 
 def test_anchor_gradient_is_draft_minus_target():
     """d KL(P || softmax(z)) / d z = Q - P, whatever the rollouts' temperature."""
-    rollouts = make(temperature=0.5, advantages=torch.zeros(W, G).double())
+    rollouts = make(temperature=0.5, advantages=torch.zeros(W, G, K).double())
     gap = rollouts.draft_logits.detach().softmax(-1) - rollouts.target_logits.softmax(-1)
     expected = torch.zeros_like(gap)
     for w in range(W):
@@ -234,7 +249,7 @@ def test_what_cannot_be_reached_leaks_nothing():
     logits = clean.draft_logits.detach().masked_fill(unreached[..., None], torch.nan).requires_grad_()
     old = clean.old_logprobs.masked_fill(unreached, -1e6)
     target = clean.target_logits.masked_fill(unreached[..., None], torch.nan)
-    advantages = clean.advantages.masked_fill(~mask[:, None], torch.nan)
+    advantages = clean.advantages.masked_fill(unreached, torch.nan)
     dirty = dataclasses.replace(
         clean, draft_logits=logits, old_logprobs=old, target_logits=target, advantages=advantages
     )
@@ -293,7 +308,7 @@ def test_supervised_loss_of_no_position_has_a_gradient_of_zero():
         ("old_logprobs", (W, G), "old_logprobs must be"),
         ("target_logits", (W, G, K, D + 1), r"must both be \(W, G, K, D\)"),
         ("draft_logits", (W, G, K), r"must both be \(W, G, K, D\)"),
-        ("advantages", (W, G, K), "advantages must be"),
+        ("advantages", (W, G), "advantages must be"),
         ("accepted", (W,), "accepted must be"),
         ("window_mask", (W, G), "window_mask must be"),
     ],

@@ -14,6 +14,7 @@ from ppow.training.rewards import (
     reachable,
     speedup_reward,
     throughput_reward,
+    token_advantages,
 )
 
 # A world of 3 tokens and windows of 3: both models look at the previous token only (3: before the first).
@@ -173,6 +174,19 @@ def test_groups_of_equal_rewards_teach_exactly_nothing(size, normalize):
     assert not group_advantages(rewards, normalize).any()
 
 
+def test_token_advantages_by_hand():
+    """Rewards equal to k, so that a token is worth what it adds; K = 3."""
+    k, stopping = torch.tensor([0, 1, 1, 3]), torch.arange(4.0)
+    found = token_advantages(k.float(), k, stopping, normalize=False)
+    # token 0: all four got there, the others' means are 5/3, 4/3, 4/3, 2/3; token 1: k = 1, 1, 3 did, means 2, 2, 1;
+    # token 2: the last alone, compared with stopping there, 2
+    expected = [[-5 / 3, 0, 0], [1 - 4 / 3, 1 - 2, 0], [1 - 4 / 3, 1 - 2, 0], [3 - 2 / 3, 3 - 1, 3 - 2]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    deviation = (torch.tensor([1.25**2, 0.25**2, 0.25**2, 1.75**2]).mean()) ** 0.5
+    torch.testing.assert_close(token_advantages(k.float(), k, stopping), found / deviation, atol=1e-5, rtol=1e-5)
+    assert not token_advantages(torch.tensor([[2.0] * 4, [0.0] * 4]), torch.tensor([[2] * 4, [0] * 4]), stopping).any()
+
+
 def test_reachable_by_hand():
     # the accepted ones and the first rejected one; all of them when none was rejected
     found = reachable(torch.tensor([[0, 1], [2, 3]]), 3).int()
@@ -194,6 +208,8 @@ def zeros(*shape):
         (lambda: proximity_reward(zeros(3), zeros(2, 3), zeros(2, 3), 1.0, 1.0), r"accepted \(\.\.\)"),
         (lambda: group_advantages(zeros(4, 1)), "at least 2 rollouts"),
         (lambda: group_advantages(torch.tensor(1.0)), "at least 2 rollouts"),
+        (lambda: token_advantages(zeros(4, 1), zeros(4, 1), zeros(3)), "at least 2 rollouts"),
+        (lambda: token_advantages(zeros(4, 2), zeros(4, 3), zeros(3)), "at least 2 rollouts"),
         (lambda: speedup_reward(zeros(2), -0.1), "cost_ratio"),
         (lambda: throughput_reward(zeros(2), 10, 0.1, 0.0), "verify_cost"),
     ],

@@ -1,5 +1,7 @@
 """Unrolled drafting, forest verification and stage 2's rollout against the plain way of computing the same."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
@@ -12,6 +14,7 @@ from ppow.training import rollout as stage2
 from ppow.training.config import ReinforceConfig
 from ppow.training.loop import Batch
 from ppow.training.objectives import Rollouts
+from ppow.training.rewards import reachable
 from ppow.training.target import FrozenTarget
 from ppow.training.unrolled import Unrolled
 
@@ -187,7 +190,12 @@ def test_rollout_is_consistent(verification):
                     break
                 prefix, accepted = torch.cat((prefix, token[None])), accepted + 1
             assert accepted == int(rollout.accepted[text, window, member])
-    assert torch.allclose(rollout.advantages.sum(-1), torch.zeros(2, 2), atol=1e-4)
+    assert torch.allclose(rollout.advantages.sum(2), torch.zeros(2, 2, 4), atol=1e-4)
+    by_token, _ = stage2.roll_out(dataclasses.replace(config, credit="token"), target, drafter, batch, step=1)
+    assert torch.equal(by_token.draft_ids, rollout.draft_ids)
+    # every rollout reaches its first token, where leaving oneself out of the mean is all that differs
+    torch.testing.assert_close(by_token.advantages[..., 0], rollout.advantages[..., 0] * 3 / 2)
+    assert not by_token.advantages[~reachable(rollout.accepted, 4)].any()
     assert metrics["acceptance_length"] == pytest.approx(1 + rollout.accepted.float().mean().item())
     assert int(rollout.starts.min()) >= 2  # pair s predicts x_{s+2}, the first answer token being x_4
 
@@ -249,7 +257,7 @@ def test_rollouts_reject_mismatched_shapes():
         zeros(1, 2, 3, 5),
         zeros(1, 2, 3),
         zeros(1, 2, 3, 6),
-        zeros(1, 2),
+        zeros(1, 2, 3),
         zeros(1, 2, dtype=torch.long),
         torch.ones(1, dtype=torch.bool),
     )

@@ -92,7 +92,7 @@ def make_rollouts():
         draft_logits=logits,
         old_logprobs=logits.detach().log_softmax(-1).gather(-1, ids[..., None])[..., 0] - 0.1,
         target_logits=torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]]]),
-        advantages=torch.tensor([[2.0, 2.0]]),
+        advantages=torch.full((1, 2, 2), 2.0),
         accepted=torch.tensor([[1, 0]]),
         window_mask=torch.tensor([True]),
     )

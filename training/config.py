@@ -187,6 +187,10 @@ class ReinforceConfig(TrainingConfig):
     )
     proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
     proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
+    credit: Literal["window", "token"] = option(
+        "which rollouts a token is compared with: its window's group (paper), or those of it that got as far (ours)",
+        "window",
+    )
     normalize_advantages: bool = option("divide advantages by the group's standard deviation (ours)", True)
     clip_range: float = option("clipping of the policy ratio (ours)", 0.2, above=0, below=1)
     kl_coef: float | None = option(

@@ -23,7 +23,7 @@ class Rollouts:
         draft_logits: (W, G, K, D) of the present drafter, with gradients.
         old_logprobs: (W, G, K) log-probabilities of the drafted tokens when they were drawn, at ``temperature``.
         target_logits: (W, G, K, D) of the target over the draft vocabulary, after the same prefixes; -inf allowed.
-        advantages: (W, G).
+        advantages: (W, G, K) of every token; the same for all tokens of a rollout unless credit goes by token.
         accepted: (W, G) int64 k.
         window_mask: (W,) bool, False for windows that do not exist; what their entries hold does not matter.
         temperature: of the rollouts; the policy is the drafter at this temperature.
@@ -72,7 +72,7 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
     logits = _full_precision(rollouts.draft_logits[states])  # (n, D)
     count = (rollouts.window_mask.sum() * reach.shape[1]).clamp(min=1)  # rollouts that exist
     share = (1 / reach.sum(-1).clamp(min=1).to(logits.dtype))[states[:2]] / count  # (n,) of the mean over states
-    advantage = rollouts.advantages[..., None].expand(reach.shape)[states]  # (n,)
+    advantage = rollouts.advantages[states]  # (n,)
 
     draft = logits.log_softmax(-1)
     policy = draft if rollouts.temperature == 1 else (logits / rollouts.temperature).log_softmax(-1)
@@ -107,7 +107,7 @@ def _check(rollouts: Rollouts) -> None:
             "(W, G, K, D)."
         )
     shape = tuple(logits.shape)
-    expected = {"draft_ids": 3, "old_logprobs": 3, "advantages": 2, "accepted": 2, "window_mask": 1}
+    expected = {"draft_ids": 3, "old_logprobs": 3, "advantages": 3, "accepted": 2, "window_mask": 1}
     for name, dims in expected.items():
         given = tuple(getattr(rollouts, name).shape)
         if given != shape[:dims]:
@@ -407,9 +407,9 @@ def gto_reward(target_logprobs: torch.Tensor) -> torch.Tensor:
 def gto_loss(rollouts: Rollouts, clip_range: float) -> tuple[torch.Tensor, dict]:
     """GTO (arXiv 2509.22134): PPO on the length-normalised ratio of each tree's longest accepted path.
 
-    ``advantages`` hold one value per tree, the same for its G branches: :func:`gto_reward` minus that of a frozen
-    reference drafter, standardised over the trees of a text. The path includes the first rejected token, so that a
-    tree of which nothing was accepted still learns (ours); our tree is the G rollouts of a window.
+    ``advantages`` hold one value per tree, the same for all tokens of its branches: :func:`gto_reward` minus that of a
+    frozen reference drafter, standardised over the trees of a text. The path includes the first rejected token, so
+    that a tree of which nothing was accepted still learns (ours); our tree is the G rollouts of a window.
     """
     _check(rollouts)
     longest = rollouts.accepted.argmax(1)  # (W,)
@@ -419,7 +419,7 @@ def gto_loss(rollouts: Rollouts, clip_range: float) -> tuple[torch.Tensor, dict]
     path = reachable(accepted, ids.shape[-1]) & rollouts.window_mask[:, None]
     change = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] - rollouts.old_logprobs[row, longest]
     ratio = (torch.where(path, change, 0.0).sum(-1) / path.sum(-1).clamp(min=1)).exp()  # (W,)
-    advantage = torch.where(rollouts.window_mask, rollouts.advantages[:, 0], 0.0)
+    advantage = torch.where(rollouts.window_mask, rollouts.advantages[:, 0, 0], 0.0)
     free, clipped = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
     count = rollouts.window_mask.sum().clamp(min=1)
     loss = -torch.minimum(free, clipped).sum() / count

@@ -1,8 +1,8 @@
 """Rewards of PPOW and the acceptance they rest on. Pure functions.
 
 From the paper (PPOW, arXiv 2605.14978, as summarised): the Cost-Aware Speedup Reward, the Distribution-Based Proximity
-Reward and group-relative advantages. Ours: the throughput reward, the division by the group's standard deviation, which
-tokens of a window count as reachable, and which of the two verifications gives k in training.
+Reward and group-relative advantages. Ours: the throughput reward, the division by the group's standard deviation,
+credit by token, which tokens of a window count as reachable, and which of the two verifications gives k in training.
 """
 
 import torch
@@ -136,6 +136,47 @@ def group_advantages(rewards: torch.Tensor, normalize: bool = True) -> torch.Ten
     if not normalize:
         return centered
     return centered / (rewards.std(-1, unbiased=False, keepdim=True) + 1e-6)
+
+
+def token_advantages(
+    rewards: torch.Tensor, accepted: torch.Tensor, stopping: torch.Tensor, normalize: bool = True
+) -> torch.Tensor:
+    """Credit by token: what a rollout earned over the others of its group that also got as far as the token (ours).
+
+    Token i (from 0) is reached by the rollouts with k >= i. Under greedy verification they share the accepted prefix
+    and differ from token i on, so the mean reward of the *others* is the fitting baseline for what the token is worth;
+    depending on other rollouts alone, it leaves the expected gradient as it is. Where no other got there, the baseline
+    is what stopping there earns.
+
+    Args:
+        rewards: (.., G).
+        accepted: (.., G) k.
+        stopping: (K + 1,) R(k) of k = 0 .. K.
+        normalize: divide by the group's (population) standard deviation + 1e-6, as :func:`group_advantages` does.
+
+    Returns:
+        (.., G, K), 0 for tokens that were not reached, and exactly 0 where all rewards of a group are equal.
+
+    Raises:
+        ValueError: for groups of fewer than 2, or shapes that do not fit.
+    """
+    if rewards.dim() == 0 or rewards.shape[-1] < 2 or rewards.shape != accepted.shape:
+        raise ValueError(
+            f"Expected rewards and accepted (.., G) with at least 2 rollouts in a group, got {tuple(rewards.shape)} "
+            f"and {tuple(accepted.shape)}."
+        )
+    reached = reachable(accepted, len(stopping) - 1)  # (.., G, K)
+    others = ~torch.eye(rewards.shape[-1], dtype=torch.bool, device=rewards.device)
+    company = (others[:, :, None] & reached.unsqueeze(-3)).to(rewards.dtype)  # (.., G, G, K): others that got there too
+    count = company.sum(-2)  # (.., G, K)
+    mean = (company * rewards[..., None, :, None]).sum(-2) / count.clamp(min=1)
+    baseline = torch.where(count > 0, mean, stopping[:-1].to(rewards))
+    # the mean of equal rewards can be off by a rounding, which the division would blow up
+    flat = (rewards.amax(-1) == rewards.amin(-1))[..., None, None]
+    advantages = (rewards[..., None] - baseline).masked_fill(~reached | flat, 0.0)
+    if not normalize:
+        return advantages
+    return advantages / (rewards.std(-1, unbiased=False) + 1e-6)[..., None, None]
 
 
 def reachable(accepted: torch.Tensor, window_size: int) -> torch.Tensor:

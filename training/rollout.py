@@ -30,7 +30,7 @@ class Rollout:
         draft_ids: (B, W, G, K) drafted tokens in the draft vocabulary.
         old_logprobs: (B, W, G, K) their log-probabilities under the drafter that drew them.
         target_logits: (B, W, G, K, D) the target's logits over the draft vocabulary where each token was drafted.
-        accepted: (B, W, G); advantages: (B, W, G).
+        accepted: (B, W, G); advantages: (B, W, G, K) of every token.
     """
 
     input_ids: torch.Tensor
@@ -94,8 +94,12 @@ def roll_out(
             config.proximity_margin,
         )
     reward = speedup + nearness
-    if reference is None:
-        advantages = rewards.group_advantages(reward, normalize=config.normalize_advantages)
+    tokens_of = (*reward.shape, config.window_size)  # (B, W, G, K)
+    if reference is None and config.credit == "token":
+        stopping = window_reward(config, torch.arange(config.window_size + 1, device=device))
+        advantages = rewards.token_advantages(reward, accepted, stopping, config.normalize_advantages)
+    elif reference is None:
+        advantages = rewards.group_advantages(reward, config.normalize_advantages)[..., None].expand(tokens_of)
     else:  # GTO: one advantage per tree, over those of a text
         # the reference has chances of its own: with the same ones it would draw the drafter's own trees at the start,
         # every advantage would be zero, and training would never leave that point
@@ -105,7 +109,7 @@ def roll_out(
         _, other_logprobs, _ = verify(config, target, reading, starts, reference.to_target_ids(others), columns)
         trees = gto_reward(target_logprobs.unflatten(1, grouped)) - gto_reward(other_logprobs.unflatten(1, grouped))
         trees = rewards.group_advantages(trees, normalize=config.normalize_advantages)  # (B, W)
-        advantages = trees[:, :, None].expand(-1, -1, config.group_size)
+        advantages = trees[:, :, None, None].expand(tokens_of)
     rollout = Rollout(
         batch.input_ids,
         reading.taps,
