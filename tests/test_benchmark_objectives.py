@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from ppow.training import evaluate
 from ppow.training.config import EvaluateConfig
+from ppow.training.objectives import objective_of
 from test_rollout import make_pair
 
 BENCHMARK = "objectives"
@@ -120,7 +121,9 @@ def test_every_arm_is_a_valid_configuration(benchmark, prompts):
     given = benchmark.parse(arguments(prompts))
     for name, (changes, _) in benchmark.ARMS.items():
         if changes is not None:
-            assert benchmark.make_config(given, changes, 0).group_size == 8, name
+            config = benchmark.make_config(given, changes, 0)
+            rolls = objective_of(config).batch == "rollouts"  # then every arm rolls out 64 times from a text
+            assert not rolls or config.group_size * config.windows_per_sequence == 64, name
     keys = [key for key, _, _ in benchmark.arm_list(given)]
     assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index("exact without KL/0")
     with pytest.raises(SystemExit):
