@@ -369,26 +369,29 @@ def matmul_speed(device: str, dtype: torch.dtype, nodes: int = 11) -> float:
     """Bytes of weights per second through matrix products with ``nodes`` rows, each weight read for the first time."""
     weights = [torch.randn(14336, 4096, device=device, dtype=dtype) for _ in range(8)]
     rows = torch.randn(nodes, 4096, device=device, dtype=dtype)
+    replay = recorded(lambda: [torch.nn.functional.linear(rows, weight) for weight in weights])
+    return sum(w.numel() for w in weights) * dtype.itemsize / seconds_of(replay)
+
+
+def recorded(function):
+    """Replays ``function`` from a CUDA graph, so that launching its kernels takes no time."""
+    function()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-
-    def products():
-        for weight in weights:
-            torch.nn.functional.linear(rows, weight)
-
-    products()
     with torch.cuda.graph(graph):
-        products()
-    return sum(w.numel() for w in weights) * dtype.itemsize / seconds_of(graph.replay)
+        function()
+    return graph.replay
 
 
 def seconds_of(function, repeats: int = 20) -> float:
+    """Median seconds of a call, behind one that does not count."""
     function()
-    times = []
+    device, times = "cuda" if torch.cuda.is_available() else "cpu", []
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         function()
-        torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -23,19 +23,18 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from ppow import PPOWDrafter
-from ppow.target_ppow import check_pair
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
-from ppow.training.files import write_json
 from ppow.training.loop import make_batch
 from ppow.training.provenance import hardware, versions
 from ppow.training.reinforce import loss
 from ppow.training.rollout import roll_out
-from ppow.training.supervised import freeze_embedding, load_examples, pad_token
+from ppow.training.supervised import load_examples, pad_token
 from ppow.training.target import FrozenTarget
+
+from .decoding import save
+from .objectives import load
 
 ESTIMATORS = {
     "exact": {"estimator": "exact"},
@@ -48,12 +47,8 @@ ESTIMATORS = {
 def main(argv=None) -> dict:
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-    target = FrozenTarget.load(arguments.target, arguments.dtype, device)
-    drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=torch.float32).to(device).train()
-    freeze_embedding(drafter)
-    check_pair(target.model, drafter)
-    target.taps = drafter.config.target_taps
+    tokenizer, target, drafter = load(arguments, device)
+    drafter.train()
     configs = {name: make_config(arguments, changes) for name, changes in ESTIMATORS.items()}
     size = arguments.window_size
     examples = load_examples(configs["exact"], arguments.data, tokenizer, size, answer=size)
@@ -73,9 +68,7 @@ def main(argv=None) -> dict:
         "estimators": {name: figures(torch.stack(g), seconds, reference) for name, (g, seconds) in found.items()},
     }
     print(table(report))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, report)
+    save(report, arguments.output)
     return report
 
 

@@ -38,7 +38,6 @@ from ppow.target_ppow import check_pair
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
 from ppow.training.evaluate import ends_in_a_loop
-from ppow.training.files import write_json
 from ppow.training.loop import make_batch
 from ppow.training.objectives import objective_of
 from ppow.training.prompts import load_prompts
@@ -48,6 +47,8 @@ from ppow.training.rollout import roll_out
 from ppow.training.supervised import freeze_embedding, load_examples, pad_token
 from ppow.training.target import FrozenTarget, log_norm
 from ppow.training.unrolled import Unrolled
+
+from .decoding import save
 
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
 WARMUP = 0.03  # share of the budget in which the learning rate rises
@@ -109,12 +110,7 @@ def main(argv=None) -> dict:
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms: see README.md
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-    target = FrozenTarget.load(arguments.target, arguments.dtype, device)
-    drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=torch.float32).to(device)
-    freeze_embedding(drafter)
-    check_pair(target.model, drafter)
-    target.taps = drafter.config.target_taps
+    tokenizer, target, drafter = load(arguments, device)
     pad = pad_token(tokenizer)
     base = make_config(arguments, {}, 0)
     examples = load_examples(base, arguments.data, tokenizer, base.window_size, answer=base.window_size)
@@ -182,6 +178,16 @@ def parse(argv):
     if unknown:
         parser.error(f"unknown arms {sorted(unknown)}; there are {', '.join(ARMS)}")
     return arguments
+
+
+def load(arguments, device: str) -> tuple:
+    """Tokenizer, frozen target and drafter as training takes them."""
+    target = FrozenTarget.load(arguments.target, arguments.dtype, device)
+    drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=torch.float32).to(device)
+    freeze_embedding(drafter)
+    check_pair(target.model, drafter)
+    target.taps = drafter.config.target_taps
+    return AutoTokenizer.from_pretrained(arguments.target), target, drafter
 
 
 def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
@@ -466,12 +472,6 @@ def opened(arguments, texts: dict) -> dict:
         "texts": {name: {k: v for k, v in text.items() if k != "ids"} for name, text in texts.items()},
         "arms": {},
     }
-
-
-def save(report: dict, output: Path | None) -> None:
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, report)
 
 
 def shown(row: dict) -> list[tuple[str, list[float]]]:

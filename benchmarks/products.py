@@ -11,18 +11,16 @@ is measured.
 """
 
 import argparse
+import functools
 import itertools
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
-from ppow.training.files import write_json
 from ppow.training.provenance import hardware, versions
 
-from .decoding import SHAPES, copy_speed
+from .decoding import SHAPES, copy_speed, recorded, save, seconds_of
 
 try:
     import triton
@@ -45,18 +43,17 @@ def main(argv=None) -> dict:
         "copy_bytes_per_second": copy_speed(device) if device == "cuda" else None,
         "products": [],
     }
-    for part, (matrices, rows) in parts(arguments).items():
+    computed = parts(arguments)
+    for part, (matrices, rows) in computed.items():
         for name, (columns, inner, times) in matrices.items():
             row = {"part": part, "matrix": name, "rows": rows, "columns": columns, "inner": inner, "times": times}
             row |= measure(rows, columns, inner, device, dtype, arguments.repeats)
             report["products"].append(row)
             print(line(row), flush=True)
-    report["milliseconds"] = {part: total(report, part) for part in parts(arguments)}
+    report["milliseconds"] = {part: total(report, part) for part in computed}
     for part, sums in report["milliseconds"].items():
         print(f"{part}: " + ", ".join(f"{way} {value:.3f} ms" for way, value in sums.items()))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, report)
+    save(report, arguments.output)
     return report
 
 
@@ -97,7 +94,14 @@ def measure(rows: int, columns: int, inner: int, device: str, dtype: torch.dtype
     count = max(2, -(-200_000_000 // size)) if device == "cuda" else 2  # together more than a cache holds
     weights = [torch.randn(columns, inner, device=device, dtype=dtype) * inner**-0.5 for _ in range(count)]
     x = torch.randn(rows, inner, device=device, dtype=dtype)
-    row = {"bytes": size, "library_us": 1e6 * seconds_of(lambda: [linear(x, w) for w in weights], repeats) / count}
+
+    def microseconds(product, repeats: int) -> float:
+        def work():
+            return [product(x, weight) for weight in weights]
+
+        return 1e6 * seconds_of(recorded(work) if device == "cuda" else work, repeats) / count
+
+    row = {"bytes": size, "library_us": microseconds(linear, repeats)}
     if device != "cuda" or triton is None:
         return row
     expected, found = linear(x.float(), weights[0].float()), {}
@@ -105,34 +109,9 @@ def measure(rows: int, columns: int, inner: int, device: str, dtype: torch.dtype
         error = float((few_rows(x, weights[0], tiling).float() - expected).norm() / expected.norm())
         if not error < 0.01:
             raise ValueError(f"few_rows with {tiling} is off by {error:.3g} at {rows} x {columns} x {inner}.")
-        seconds = seconds_of(lambda tiling=tiling: [few_rows(x, w, tiling) for w in weights], max(3, repeats // 4))
-        found[tiling] = seconds / count
+        found[tiling] = microseconds(functools.partial(few_rows, tiling=tiling), max(3, repeats // 4))
     best = min(found, key=found.get)
-    again = seconds_of(lambda: [few_rows(x, w, best) for w in weights], repeats) / count
-    return row | {"kernel_us": 1e6 * again, "tiling": best}
-
-
-def seconds_of(work, repeats: int) -> float:
-    """Median seconds of ``work``, on a GPU replayed from a CUDA graph."""
-    cuda = torch.cuda.is_available()
-    work()
-    if cuda:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        work = graph.replay
-        work()
-    times = []
-    for _ in range(repeats):
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return row | {"kernel_us": microseconds(functools.partial(few_rows, tiling=best), repeats), "tiling": best}
 
 
 def total(report: dict, part: str) -> dict:

@@ -26,13 +26,12 @@ from transformers import DynamicCache
 from ppow.cache_ppow import CACHE_NAME
 from ppow.training import plan, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
-from ppow.training.files import write_json
 from ppow.training.loop import Batch
 from ppow.training.provenance import hardware, versions
 from ppow.training.rollout import forest_rows, roll_out, verify
 from ppow.training.target import FrozenTarget
 
-from .decoding import SHAPES, random_pair, synchronize
+from .decoding import SHAPES, random_pair, save, synchronize
 from .speculators_step import AVAILABLE, speculators_step
 
 TTT_STEPS, STEP_WEIGHT = 7, 0.8  # of stage 1, as in EAGLE-3
@@ -91,9 +90,7 @@ def main(argv=None) -> dict:
         for name, (seconds, peak) in timed(steps, arguments.repeats, device).items()
     }
     print(table(report))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, report)
+    save(report, arguments.output)
     return report
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from decoding_helpers import FAMILIES, build_target, prompt_batches, random_drafter
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DraftWindow
-from ppow.target_ppow import TargetState
+from ppow.target_ppow import TargetState, read_taps
 from ppow.training.target import FrozenTarget
 
 V, H, HT, MLP, HEADS, KV, D_HEAD = 24, 16, 12, 20, 4, 2, 6
@@ -221,6 +222,24 @@ def test_taps_are_hidden_state_indices(family, taps):
     tolerance = 1e-9 if target.dtype == torch.float64 else 1e-4
     for found in (torch.cat((first, second), 1), read):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_taps_are_those_of_the_threads_own_forward():
+    """Another thread runs the same target between this forward's taps and its end."""
+    target = build_target("llama")
+    mine, other = torch.arange(1, 7)[None], torch.arange(7, 13)[None]
+    with torch.no_grad():
+        expected = read_taps(target, [1, 2], input_ids=mine)[1]
+
+        def interfere(*args):
+            hook.remove()
+            thread = threading.Thread(target=target, kwargs={"input_ids": other})
+            thread.start()
+            thread.join()
+
+        hook = target.model.layers[3].register_forward_pre_hook(interfere)
+        torch.testing.assert_close(read_taps(target, [1, 2], input_ids=mine)[1], expected, rtol=0, atol=0)
+    assert not any(layer._forward_pre_hooks for layer in target.model.layers)
 
 
 def test_the_default_taps_are_eagle3s():

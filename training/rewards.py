@@ -130,12 +130,16 @@ def group_advantages(rewards: torch.Tensor, normalize: bool = True) -> torch.Ten
     """
     if rewards.dim() == 0 or rewards.shape[-1] < 2:
         raise ValueError(f"A group needs at least 2 rollouts to compare, got rewards of shape {tuple(rewards.shape)}.")
+    return _by_deviation(rewards - rewards.mean(-1, keepdim=True), rewards, normalize)
+
+
+def _by_deviation(advantages: torch.Tensor, rewards: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """Advantages (.., G) or (.., G, K) over the deviation of their group's rewards (.., G); 0 where those are equal."""
+    group = (..., *[None] * (1 + advantages.dim() - rewards.dim()))
     # the mean of equal rewards can be off by a rounding, which the division would blow up
-    flat = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
-    centered = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(flat, 0.0)
-    if not normalize:
-        return centered
-    return centered / (rewards.std(-1, unbiased=False, keepdim=True) + 1e-6)
+    flat = rewards.amax(-1) == rewards.amin(-1)
+    advantages = advantages.masked_fill(flat[group], 0.0)
+    return advantages / (rewards.std(-1, unbiased=False)[group] + 1e-6) if normalize else advantages
 
 
 def token_advantages(
@@ -166,17 +170,11 @@ def token_advantages(
             f"and {tuple(accepted.shape)}."
         )
     reached = reachable(accepted, len(stopping) - 1)  # (.., G, K)
-    others = ~torch.eye(rewards.shape[-1], dtype=torch.bool, device=rewards.device)
-    company = (others[:, :, None] & reached.unsqueeze(-3)).to(rewards.dtype)  # (.., G, G, K): others that got there too
-    count = company.sum(-2)  # (.., G, K)
-    mean = (company * rewards[..., None, :, None]).sum(-2) / count.clamp(min=1)
-    baseline = torch.where(count > 0, mean, stopping[:-1].to(rewards))
-    # the mean of equal rewards can be off by a rounding, which the division would blow up
-    flat = (rewards.amax(-1) == rewards.amin(-1))[..., None, None]
-    advantages = (rewards[..., None] - baseline).masked_fill(~reached | flat, 0.0)
-    if not normalize:
-        return advantages
-    return advantages / (rewards.std(-1, unbiased=False) + 1e-6)[..., None, None]
+    others = reached.sum(-2, keepdim=True) - 1  # (.., 1, K): of those that got there, all but oneself
+    earned = torch.where(reached, rewards[..., None], 0.0)
+    mean = (earned.sum(-2, keepdim=True) - earned) / others.clamp(min=1)
+    baseline = torch.where(others > 0, mean, stopping[:-1].to(rewards))
+    return _by_deviation((rewards[..., None] - baseline).masked_fill(~reached, 0.0), rewards, normalize)
 
 
 def reachable(accepted: torch.Tensor, window_size: int) -> torch.Tensor:
