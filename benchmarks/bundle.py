@@ -5,19 +5,25 @@
 Every stage is a plain `ppow` command, printed before it runs; a stage whose result exists is skipped, one that was cut
 off resumes. `--scale gpu` takes the settings of the bundled pair: one H200 for about twelve minutes, five of them for
 the target; the last stage was run on one CPU core in half an hour. Without it the settings are those of a smaller pair
-that two CPU cores make in two and a half hours. `--set supervised.steps=50` changes a single one. DATA is a folder of
-permissively licensed chats and prompts, one JSON object per line.
+that two CPU cores make in two and a half hours. `--set supervised.steps=50` changes a single one. With `--gpus N` the
+texts are written on N GPUs side by side, and the drafter is trained on all of them with the same texts in a step. DATA
+is a folder of permissively licensed chats and prompts, one JSON object per line.
 """
 
 import argparse
 import json
 import lzma
+import os
+import queue
 import random
 import shutil
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from ppow.model_cards import render
 from ppow.training import hub
@@ -105,17 +111,19 @@ LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmark
         "num_heads": 12,
         "num_kv_heads": 4,
         "batch_size": 64,
-        "minutes": 5.5,
+        "minutes": 5,
         "checkpoint_minutes": 30,
         "compile_layers": True,
     },
-    "regenerate": GPU_SETTINGS["regenerate"],
+    "regenerate": {**GPU_SETTINGS["regenerate"], "batch_size": 2700},
     "supervised": {
         **GPU_SETTINGS["supervised"],
-        "steps": 2800,
-        "learning_rate": 1e-3,
-        "save_every": 280,
-        "eval_every": 280,
+        "steps": 1800,
+        "batch_size": 128,
+        "learning_rate": 1.5e-3,
+        "warmup_steps": 100,
+        "save_every": 300,
+        "eval_every": 200,
         "draft_vocab_size": 8192,
         "taps": "3,8,12",
     },
@@ -127,7 +135,7 @@ _GROUPS = ("math", "chat", "instruct")
 TEXTS = {  # (group of texts, rows whose answers the target writes anew, sampling temperature)
     "cpu": [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)],
     "gpu": [(group, count, t) for group in _GROUPS for count, t in ((3200, 0.0), (1600, 1.0))],
-    "large": [(group, count, t) for group in _GROUPS for count, t in ((8000, 0.0), (8000, 1.0))],
+    "large": [(group, 8000, t) for group in (*_GROUPS, "reasoning") for t in (0.0, 1.0)],
 }
 HELD_OUT = 50  # one prompt in so many is kept from both stages
 # a chain that stops where it is unlikely to be accepted: on a CPU every draft step counts
@@ -143,9 +151,14 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: the bundled pair; large: a target of 101M")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs to use; pretraining uses one")
     parser.add_argument("--until", choices=GPU_SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
     settings = override(SCALES[arguments.scale], arguments.set)
+    check_gpus(parser, arguments.gpus)
+    for stage in settings:
+        if stage.startswith(("supervised", "reinforce")) and int(settings[stage]["batch_size"]) % arguments.gpus:
+            parser.error(f"{arguments.gpus} GPUs cannot share {stage}'s batch_size {settings[stage]['batch_size']}")
     if arguments.until not in settings:
         parser.error(f"--scale {arguments.scale} has no stage {arguments.until}; it has {', '.join(settings)}")
     work, stages = arguments.work, list(settings)[: list(settings).index(arguments.until) + 1]
@@ -156,14 +169,15 @@ def main() -> None:
         ppow("pretrain", data=arguments.text, output=target, seed=SEED, **settings["pretrain"])
     if "regenerate" in stages and not train.exists():
         chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in TEXTS[arguments.scale]]
-        write_texts(arguments.text, chosen, work, target, settings["regenerate"], train, held_out)
+        write_texts(arguments.text, chosen, work, target, settings["regenerate"], train, held_out, arguments.gpus)
     shared = {"target": target, "data": train, "eval_data": held_out, "seed": SEED}
     drafters = []  # in the order of training; the second part of a stage is named after its first
     for stage in [stage for stage in stages if stage.startswith(("supervised", "reinforce"))]:
         if not (work / stage / "config.json").exists():
             start = {"drafter": drafters[-1]} if drafters else {}
             options = {**shared, **start, **settings[stage]}
-            ppow(stage.partition("-")[0], output_dir=work / stage, resume=True, **options)
+            options["batch_size"] = int(options["batch_size"]) // arguments.gpus
+            ppow(stage.partition("-")[0], arguments.gpus, output_dir=work / stage, resume=True, **options)
         drafters.append(work / stage)
     if "evaluate" not in stages:
         return
@@ -212,19 +226,29 @@ def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: P
 
 
 def write_texts(
-    text: Path, chosen: list, work: Path, target: Path, settings: dict, train: Path, held_out: Path
+    text: Path, chosen: list, work: Path, target: Path, settings: dict, train: Path, held_out: Path, gpus: int
 ) -> None:
     """Draw chats, let the target write the answers, and set the rows of some prompts aside; complete or absent."""
-    rows = []
-    for group, count, temperature in chosen:
+    free = queue.SimpleQueue()
+    for gpu in range(gpus):
+        free.put(gpu)
+
+    def answer(group: str, count: int, temperature: float) -> list[dict]:
         name = f"{group}-{temperature:g}"
         chats, answers = work / f"{name}.chats.jsonl", work / f"{name}.answers.jsonl"
         if not chats.exists():
             write(chats, draw(text, group, count, f"{SEED}/{name}"))
-        options = {"temperature": temperature, "seed": SEED, "resume": answers.exists()}
-        ppow("regenerate", data=chats, output=answers, target=target, **options, **settings)
+        options = {"temperature": temperature, "seed": SEED, "resume": answers.exists(), "target": target}
+        gpu = free.get()
+        try:
+            ppow("regenerate", environment=on_gpu(gpu), data=chats, output=answers, **options, **settings)
+        finally:
+            free.put(gpu)
         with open(answers, encoding="utf-8") as lines:
-            rows += map(json.loads, lines)
+            return [json.loads(line) for line in lines]
+
+    with ThreadPoolExecutor(gpus) as pool:
+        rows = [row for found in pool.map(lambda part: answer(*part), chosen) for row in found]
     random.Random(SEED).shuffle(rows)
     apart = [zlib.crc32(row["messages"][0]["content"].encode()) % HELD_OUT == 0 for row in rows]
     write(held_out, [row for row, kept in zip(rows, apart) if kept])
@@ -247,12 +271,37 @@ def write(path: Path, rows: list[dict]) -> None:
     shutil.move(partial, path)
 
 
-def ppow(command: str, **options) -> None:
-    """Run one `ppow` command in this environment; switches are passed as booleans."""
+def ppow(command: str, processes: int = 1, environment: dict | None = None, **options) -> None:
+    """Run one `ppow` command in this environment; switches are passed as booleans.
+
+    Args:
+        processes: so many of it, one on each GPU, started as `accelerate launch` does (which cannot on CPUs).
+        environment: variables to set for it.
+    """
     given = {key: value for key, value in options.items() if value is not False}
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
-    print("+ ppow", command, *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "ppow.training.cli", command, *arguments], check=True)
+    environment = {**os.environ, **(environment or {})}
+    launch = []
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if not torch.cuda.is_available():
+            environment["ACCELERATE_USE_CPU"] = "true"
+    print("+", *launch, "ppow", command, *arguments, flush=True)
+    module = ["-m", "ppow.training.cli", command, *arguments]
+    subprocess.run([sys.executable, *launch, *module], check=True, env=environment)
+
+
+def check_gpus(parser: argparse.ArgumentParser, wanted: int) -> None:
+    """Refuse more GPUs than there are; machines without any run everything on the CPU."""
+    there = torch.cuda.device_count()
+    if wanted < 1 or there and wanted > there:
+        parser.error(f"--gpus {wanted}: this machine shows {there}")
+
+
+def on_gpu(index: int) -> dict[str, str]:
+    """Variables that show a process one of this process's GPUs only."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
 if __name__ == "__main__":

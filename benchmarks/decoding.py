@@ -12,6 +12,7 @@ are medians over repetitions, and speeds are compared within the run only.
 
 import argparse
 import contextlib
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -78,8 +79,10 @@ def main(argv=None) -> dict:
         target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).to(device).eval()
         drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=dtype).to(device).eval()
     target.generation_config = GenerationConfig(pad_token_id=0)
+    inductor = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
+    settings = {**vars(arguments), "output": None, "device": device, "dtype": str(dtype).split(".")[-1]}
     report = {
-        "settings": {**vars(arguments), "output": None, "device": device, "dtype": str(dtype).split(".")[-1]},
+        "settings": settings | ({"environment": inductor} if inductor else {}),
         "forced_acceptance": bool(arguments.shape),
         "versions": versions(),
         "hardware": hardware(),
@@ -451,8 +454,8 @@ def plot(report: dict, path: Path) -> None:
             axes.plot(lengths, [rate * length for length in lengths], label=row["name"])
             axes.plot(row["acceptance_length"], row["tokens_per_second"], "o", color=axes.lines[-1].get_color())
         else:
-            axes.axhline(row["tokens_per_second"], linestyle=":", color="grey")
-            axes.text(11, row["tokens_per_second"], row["name"], fontsize=7, ha="right", va="bottom")
+            label = f"{row['name']}: {row['tokens_per_second']:.0f}"  # these may lie too close to tell lines apart
+            axes.axhline(row["tokens_per_second"], linestyle=":", color="grey", label=label)
     facts = report["machine"]
     if "matmul_bytes_per_second" in facts:
         cycle = (facts["target_bytes"] + 10 * facts["draft_step_bytes"]) / facts["matmul_bytes_per_second"]

@@ -3,10 +3,10 @@
     python -m benchmarks.objectives --target TARGET --drafter STAGE1 --data train.jsonl --prompts gsm8k,mt_bench \
         --prompts-dir PROMPTS --seconds 75 --output benchmarks/results/objectives.json
 
-One process: target, texts and prompts are loaded once, then each arm (a ``ReinforceConfig``) trains its own copy of the
-drafter for ``--seconds`` of wall time (or ``--steps``), with a learning rate that follows the share of that budget, and
-is measured. An arm whose result the output file holds is skipped, and arms come in order of importance, so that
-``--budget-seconds`` may cut the list short.
+In one process, each arm (a ``ReinforceConfig``) trains its own copy of the drafter for ``--seconds`` of wall time (or
+``--steps``), with a learning rate that follows the share of that budget, and is measured. An arm whose result the
+output file holds is skipped, and arms come in order of importance, so that ``--budget-seconds`` may cut the list short.
+``--gpus N`` deals the arms out to N processes, one on each GPU.
 
 Measuring (chain of ``--window-size``): the target answers every prompt once, greedily and at temperature 1. Speculative
 decoding is lossless, so those texts are what decoding with any drafter could have written, and acceptance can be read
@@ -25,6 +25,10 @@ import argparse
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -38,6 +42,7 @@ from ppow.target_ppow import check_pair
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
 from ppow.training.evaluate import ends_in_a_loop
+from ppow.training.files import write_json
 from ppow.training.loop import make_batch
 from ppow.training.objectives import objective_of
 from ppow.training.prompts import load_prompts
@@ -48,6 +53,7 @@ from ppow.training.supervised import freeze_embedding, load_examples, pad_token
 from ppow.training.target import FrozenTarget, log_norm
 from ppow.training.unrolled import Unrolled
 
+from .bundle import check_gpus, on_gpu
 from .decoding import save
 
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
@@ -58,6 +64,7 @@ _ROLLOUT = {"estimator": "rollout"}  # PPOW as published, with the defaults of `
 # the closed form alone: windows drawn as for rollouts, the anchor, no supervised term
 _ALONE = {"windows_per_sequence": 32, "all_windows": False, "supervised_coef": 0.0, "kl_coef": 0.1}
 _ALONE |= {"learning_rate": 2e-4}
+_LK = {"supervised_loss": "lk"}
 _GREEDY = {**_ALONE, "verification": "greedy"}
 # name -> (changes to the defaults of ReinforceConfig, seeds); the most important first
 ARMS = {
@@ -66,8 +73,11 @@ ARMS = {
     "exact text-rule + supervised": ({}, 3),  # what `ppow reinforce` does without options
     "ppow": (_ROLLOUT, 3),
     "lk": ({"objective": "lk"}, 3),
-    "exact text-rule + supervised, sharp": ({"rollout_temperature": 0.5}, 3),
-    "exact text-rule + lk": ({"supervised_loss": "lk"}, 3),
+    "exact text-rule + supervised sharp": ({"rollout_temperature": 0.5}, 3),
+    "exact text-rule + lk": (_LK, 3),
+    "exact text-rule + 3 lk": ({**_LK, "supervised_coef": 3.0}, 3),
+    "exact text-rule + 3 supervised": ({"supervised_coef": 3.0}, 1),
+    "exact sampling + 3 lk": ({"verification": "sampling", **_LK, "supervised_coef": 3.0}, 3),
     "exact greedy 2e-4": (_GREEDY, 3),
     "exact text-rule 2e-4": (_ALONE, 3),
     "eal": ({"objective": "eal", "learning_rate": 2e-4}, 1),
@@ -85,6 +95,7 @@ ARMS = {
     "d-pace": ({"objective": "d_pace"}, 1),
     "vat": ({"objective": "vat"}, 1),
     "eal sampling": ({"objective": "eal", "verification": "sampling", "learning_rate": 2e-4}, 1),
+    "eal sampling + lk": ({"objective": "eal", "verification": "sampling", "supervised_coef": 1.0, **_LK}, 1),
     "eal + kl": ({"objective": "eal", "supervised_coef": 1.0, "learning_rate": 2e-4}, 1),
     "draft-opd": ({"objective": "draft_opd", "learning_rate": 1e-4, "proximity_bonus": 0.0}, 1),
     "gto": ({"objective": "gto", "proximity_bonus": 0.0}, 1),
@@ -92,8 +103,8 @@ ARMS = {
     "ppow without R_dist": ({**_ROLLOUT, "proximity_bonus": 0.0}, 1),
     "ppow without both": ({**_ROLLOUT, "adaptive_switch": 1.0, "proximity_bonus": 0.0}, 1),
     "ppow without KL": ({**_ROLLOUT, "kl_coef": 0.0}, 1),
-    "ppow, credit by token": ({**_ROLLOUT, "credit": "token"}, 1),
-    "ppow, groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 1),
+    "ppow credit by token": ({**_ROLLOUT, "credit": "token"}, 1),
+    "ppow groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 1),
     "ppow wide R_dist": ({**_ROLLOUT, "proximity_margin": 25.0}, 1),  # rewards half of the windows rejected at once
     "ppow 2e-5": ({**_ROLLOUT, "learning_rate": 2e-5}, 1),
     "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
@@ -107,25 +118,42 @@ ARMS = {
 
 def main(argv=None) -> dict:
     started = time.perf_counter()
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms: see README.md
+    texts = read_texts(arguments, device)
+    report = opened(arguments, texts)
+    if arguments.gpus > 1:
+        share(arguments, argv, texts, report, started)
+    else:
+        run(arguments, device, texts, report, started)
+    if arguments.part:
+        return report
+    report["summary"] = summarize(report, arguments.bootstrap)
+    report["wall_seconds"] = time.perf_counter() - started
+    save(report, arguments.output)
+    print(table(report))
+    if arguments.output:
+        plot(report, arguments.output.with_suffix(".png"))
+    return report
+
+
+def run(arguments, device: str, texts: dict, report: dict, started: float) -> None:
+    """Train and measure the arms that the report lacks, one after the other."""
+    todo = [arm for arm in arm_list(arguments) if arm[0] not in report["arms"]]
+    if not todo:
+        return
     tokenizer, target, drafter = load(arguments, device)
-    pad = pad_token(tokenizer)
+    pad, lasted = pad_token(tokenizer), 0.0
     base = make_config(arguments, {}, 0)
     examples = load_examples(base, arguments.data, tokenizer, base.window_size, answer=base.window_size)
-    texts = write_texts(target.model, tokenizer, arguments, pad)
-    report = opened(arguments, texts)
-
     if device == "cuda":  # the first steps on a device are slow, and no arm shall pay for them
         short = argparse.Namespace(**{**vars(arguments), "steps": 3})
         for name in ("cst 3e-4", "ppow"):
             warmed = make_config(arguments, ARMS[name][0], 0)
             train(warmed, short, target, copy.deepcopy(drafter), examples, pad)
-    lasted = 0.0
-    for key, changes, seed in arm_list(arguments):
-        if key in report["arms"]:
-            continue
+    for key, changes, seed in todo:
         if time.perf_counter() - started + lasted > arguments.budget_seconds:
             print(f"stopped before {key}: the next arm would not end within {arguments.budget_seconds:.0f} s")
             break
@@ -140,13 +168,53 @@ def main(argv=None) -> dict:
         figures = {name: f"{float(numpy.sum(texts[name]['tokens']) / numpy.sum(v)):.3f}" for name, v in shown(row)}
         print(f"{time.perf_counter() - started:6.0f} s  {key}: {row.get('steps', 0)} steps, {figures}", flush=True)
         save(report, arguments.output)
-    report["summary"] = summarize(report, arguments.bootstrap)
-    report["wall_seconds"] = time.perf_counter() - started
+
+
+def share(arguments, argv: list[str], texts: dict, report: dict, started: float) -> None:
+    """Deal the arms that the report lacks out to ``gpus`` processes, each on its GPU, and collect what they found.
+
+    A process that fails stops none of the others; what was measured is kept, and a new call goes on from there.
+
+    Raises:
+        RuntimeError: when a process failed.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the first process has this GPU
+    parts = [arguments.output.with_name(f".{arguments.output.stem}-{i}.json") for i in range(arguments.gpus)]
+    collect(report, parts, arguments)  # of a call that was cut off
+    todo = [key for key, _, _ in arm_list(arguments) if key not in report["arms"]]
+    children = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "texts.json", texts)
+        left = arguments.budget_seconds - (time.perf_counter() - started)
+        try:
+            for i, part in enumerate(parts[: len(todo)]):
+                own = [f"--texts={folder}/texts.json", f"--part={','.join(todo[i :: arguments.gpus])}"]
+                own += ["--gpus=1", f"--output={part}", f"--budget-seconds={left}"]
+                command = [sys.executable, "-m", "benchmarks.objectives", *argv, *own]
+                children.append(subprocess.Popen(command, env={**os.environ, **on_gpu(i)}))
+            codes = [child.wait() for child in children]
+        finally:
+            for child in children:
+                child.terminate()
+    collect(report, parts, arguments)
+    if any(codes):
+        raise RuntimeError(f"Of {len(codes)} processes some failed (exit status {codes}); see their output above.")
+
+
+def collect(report: dict, parts: list[Path], arguments) -> None:
+    """Move the arms that the parts hold into the report and its file, in the order of the list."""
+    found = report["arms"]
+    for part in parts:
+        if part.exists():
+            held = json.loads(part.read_text())
+            check_same(held, report, part)
+            found |= held["arms"]
+    order = [key for key, _, _ in arm_list(arguments)]
+    report["arms"] = {key: found[key] for key in sorted(found, key=lambda k: order.index(k) if k in order else -1)}
     save(report, arguments.output)
-    print(table(report))
-    if arguments.output:
-        plot(report, arguments.output.with_suffix(".png"))
-    return report
+    for part in parts:
+        part.unlink(missing_ok=True)
 
 
 def parse(argv):
@@ -173,7 +241,13 @@ def parse(argv):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--gpus", type=int, default=1, help="processes that share the arms, one on each GPU")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # the arms of such a process,
+    parser.add_argument("--texts", type=Path, help=argparse.SUPPRESS)  # and the answers, which all of them share
     arguments = parser.parse_args(argv)
+    check_gpus(parser, arguments.gpus)
+    if arguments.gpus > 1 and not arguments.output:
+        parser.error("--gpus collects the arms in a file: give --output")
     unknown = set(arguments.arms.split(",")) - set(ARMS) if arguments.arms else None
     if unknown:
         parser.error(f"unknown arms {sorted(unknown)}; there are {', '.join(ARMS)}")
@@ -213,12 +287,14 @@ def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
     """(key, changes, seed) in the order to run: first every arm once, then further seeds of the leading ones."""
     chosen = {name: ARMS[name] for name in arguments.arms.split(",")} if arguments.arms else ARMS
     rounds = max(seeds for _, seeds in chosen.values())
-    return [
+    arms = [
         (f"{name}/{seed}", changes, arguments.seed + seed)
         for seed in range(min(rounds, arguments.seeds))
         for name, (changes, seeds) in chosen.items()
         if seed < seeds
     ]
+    part = arguments.part and set(arguments.part.split(","))
+    return [arm for arm in arms if not part or arm[0] in part]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -277,6 +353,14 @@ def train(config: ReinforceConfig, arguments, target: FrozenTarget, drafter, exa
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def read_texts(arguments, device: str) -> dict:
+    """The target's answers: written now, or handed over by the process that shares its arms with this one."""
+    if arguments.texts:
+        return json.loads(arguments.texts.read_text())
+    tokenizer, target, _ = load(arguments, device)
+    return write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
 
 
 @torch.no_grad()
@@ -454,15 +538,12 @@ def decode_tree(model, drafter, texts: list[dict], nodes: int, arguments, pad: i
 
 def opened(arguments, texts: dict) -> dict:
     """The report to add to: a new one, or the one in the output file when it rests on the same texts."""
-    free = ("output", "arms", "seeds", "budget_seconds", "bootstrap")  # they change no arm
+    free = ("output", "arms", "seeds", "budget_seconds", "bootstrap", "texts", "gpus", "part")  # they change no arm
     settings = {k: v for k, v in vars(arguments).items() if k not in free}
     mark = zlib.crc32(json.dumps([text["ids"] for text in texts.values()]).encode())
     if arguments.output and arguments.output.exists():
         report = json.loads(arguments.output.read_text())
-        if report["settings"] != settings or report["texts_crc32"] != mark:
-            raise ValueError(
-                f"{arguments.output} holds arms measured with other settings or on other texts; give another --output."
-            )
+        check_same(report, {"settings": settings, "texts_crc32": mark}, arguments.output)
         return report
     return {
         "settings": settings,
@@ -472,6 +553,12 @@ def opened(arguments, texts: dict) -> dict:
         "texts": {name: {k: v for k, v in text.items() if k != "ids"} for name, text in texts.items()},
         "arms": {},
     }
+
+
+def check_same(held: dict, wanted: dict, path: Path) -> None:
+    """Refuse to add to, or to take from, what was measured with other settings or on other texts."""
+    if any(held[name] != wanted[name] for name in ("settings", "texts_crc32")):
+        raise ValueError(f"{path} holds arms measured with other settings or on other texts; give another --output.")
 
 
 def shown(row: dict) -> list[tuple[str, list[float]]]:
@@ -579,7 +666,8 @@ def plot(report: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     parts = [name for name in ("T=0", "T=1") if report["summary"].get(name, {}).get("control")]
-    curves = (("reward",), ("acceptance_length", "greedy_acceptance_length"), ("kl", "text_kl"))
+    # along texts first, where every objective has the same figure; rollouts have only their own
+    curves = (("reward",), ("greedy_acceptance_length", "acceptance_length"), ("text_kl", "kl"))
     wide = len(parts) + len(curves)
     figure, axes = pyplot.subplots(1, wide, figsize=(5 * wide, 6), layout="constrained")
     for axis, part in zip(axes, parts):

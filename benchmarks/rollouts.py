@@ -32,7 +32,7 @@ from ppow.training.rollout import forest_rows, roll_out, verify
 from ppow.training.target import FrozenTarget
 
 from .decoding import SHAPES, random_pair, save, synchronize
-from .speculators_step import AVAILABLE, speculators_step
+from .speculators_step import AVAILABLE, working_step
 
 TTT_STEPS, STEP_WEIGHT = 7, 0.8  # of stage 1, as in EAGLE-3
 
@@ -69,11 +69,13 @@ def main(argv=None) -> dict:
         report["verification"][name]["same_argmax_as_forest"] = agreement[name]
     fast = report["verification"]["forest"]["rollouts_per_second"]
     report["speedup"] = {name: fast / row["rollouts_per_second"] for name, row in report["verification"].items()}
+    save(report, arguments.output)  # whatever becomes of the steps
 
     optimizer = torch.optim.AdamW([p for p in drafter.parameters() if p.requires_grad], lr=1e-6)
     steps = step_functions(configs, target, drafter, batch, optimizer, dtype)
     if AVAILABLE:
-        steps["stage 1 step, speculators"] = speculators_step(target, drafter, batch, TTT_STEPS, STEP_WEIGHT, dtype)
+        theirs, report["speculators_loss"] = working_step(target, drafter, batch, TTT_STEPS, STEP_WEIGHT, dtype)
+        steps["stage 1 step, speculators"] = theirs
     else:
         print("The package `speculators` is not installed; its training step is left out.")
     length = arguments.prompt + arguments.answer

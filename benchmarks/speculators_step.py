@@ -1,25 +1,42 @@
 """One training step of the `speculators` package's EAGLE-3 drafter, on the pair and the text of benchmarks/rollouts.py.
 
-Its own model, attention and loss (its fused KL), called as its trainer calls them: float32 weights under autocast, the
-forward compiled by torch on a GPU. Given what its data pipeline would deliver, the target's hidden states, which are
-computed within the step as in ours. Made equal to our stage 1: the trained weights (it would freeze the head), the
-draft steps, the weights of the losses. It needs no logits over the whole vocabulary; ours reads them, to know what
-verification will choose.
+Its own model, attention and loss (KL, fused where that runs), called as its trainer calls them: float32 weights under
+autocast, the forward compiled by torch on a GPU. Given what its data pipeline would deliver, the target's hidden
+states, which are computed within the step as in ours. Made equal to our stage 1: the trained weights (it would freeze
+the head), the draft steps, the weights of the losses. It needs no logits over the whole vocabulary; ours reads them, to
+know what verification will choose.
 """
 
 import importlib.util
 
 import torch
+import torch._dynamo
 
 AVAILABLE = importlib.util.find_spec("speculators") is not None
 
 
-def speculators_step(target, drafter, batch, ttt_steps: int, step_weight: float, dtype: torch.dtype):
+def working_step(target, drafter, batch, *settings):
+    """:func:`speculators_step` with its fused loss on a GPU, else its plain one: -> the step, which."""
+    if batch.input_ids.is_cuda:
+        step = speculators_step(target, drafter, batch, *settings, kind="fused")
+        try:
+            step()
+            return step, "fused"
+        except (torch._dynamo.exc.TorchDynamoException, AssertionError) as error:  # torch 2.11 raises the latter
+            print(f"torch cannot compile the fused loss of speculators, so its plain one serves: {error}")
+        del step  # with its weights
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+    return speculators_step(target, drafter, batch, *settings, kind="eager"), "eager"
+
+
+def speculators_step(target, drafter, batch, ttt_steps: int, step_weight: float, dtype: torch.dtype, kind: str):
     """-> a function that takes one step: the target's forward, theirs, backward, AdamW; -> loss ().
 
     Args:
         target: FrozenTarget; drafter: ours, for the draft vocabulary, the taps and weights to start from.
         batch: one text.
+        kind: of their loss, "fused" (Triton kernels) or "eager".
     """
     from speculators import SpeculatorsConfig, VerifierConfig
     from speculators.losses import resolve_loss_config
@@ -50,7 +67,7 @@ def speculators_step(target, drafter, batch, ttt_steps: int, step_weight: float,
             own.weight.copy_(head)
     model.lm_head.weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    losses = resolve_loss_config("kl_div", "fused" if device.type == "cuda" else "eager")
+    losses = resolve_loss_config("kl_div", kind)
     decoder, taps, ids = target.model.get_decoder(), drafter.config.target_taps, batch.input_ids
 
     def step() -> torch.Tensor:

@@ -199,8 +199,11 @@ class DrafterState:
         return self._longest + ahead
 
     def _mask(self, base, seen, view: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Visibility as :meth:`_step` describes it -> additive (B, 1, N, view) mask, or None where all is visible."""
-        if seen.shape[:2] == (1, 1) and seen.shape[2] == 1 and self.valid is None:
+        """Visibility as :meth:`_step` describes it -> additive (B, 1, N, view) mask.
+
+        None where a single pair sees everything, or a text begins: nothing lies before its N pairs, and N may be many.
+        """
+        if self.valid is None and (view == seen.shape[1] or tuple(seen.shape) == (1, 1, 1)):
             return None
         prefix = base[:, None].expand(-1, seen.shape[1])
         slots = base[:, None] + torch.arange(seen.shape[2], device=base.device)

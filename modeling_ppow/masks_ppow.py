@@ -36,6 +36,7 @@ def window_allowed(
     view: int,
     valid: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    slot_depth: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which cache slots each node of a window may attend to: its prefix, its ancestors and itself.
 
@@ -51,6 +52,7 @@ def window_allowed(
         view: slots that attention reads.
         valid: (B, S <= view) bool, False for padding among the first S slots.
         sliding_window: keys further back than this many positions are invisible, counted in slots as transformers does.
+        slot_depth: (B, W) ``depth`` of the nodes in ``slots``; None where they are the N nodes themselves.
 
     Returns:
         (B, 1, N, view) bool.
@@ -59,7 +61,8 @@ def window_allowed(
     allowed = index < prefix[:, :, None]  # (B, N, view)
     if sliding_window is not None:
         allowed &= (prefix + depth)[:, :, None] - index < sliding_window
-        ancestors = ancestors & (depth[:, :, None] - depth[:, None, :] < sliding_window)
+        slot_depth = depth if slot_depth is None else slot_depth
+        ancestors = ancestors & (depth[:, :, None] - slot_depth[:, None, :] < sliding_window)
     if valid is not None:
         allowed[:, :, : valid.shape[1]] &= valid[:, None, :]
     allowed.scatter_(2, slots[:, None, :].expand_as(ancestors), ancestors)

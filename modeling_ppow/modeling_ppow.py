@@ -41,6 +41,8 @@ CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); 
 from .generation_ppow import generate  # noqa: F401
 """
 
+MANY_SCORES = 1 << 20  # queries times keys
+
 # (layer index, queries (B, A, N, d), keys (B, K, N, d), values (B, K, N, d)) -> attended (B, A, N, d)
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -50,23 +52,27 @@ class CachedAttention:
 
     Args:
         cache: the drafter's cache, opened for a window or appending.
-        mask: additive (B, 1, N, view) mask, a mask of ``pack_window``, or None for "all of it".
-        causal: without a mask, whether N > 1 new entries see each other causally (a fresh prefix).
+        mask: additive (B, 1, N, view) mask, or one of ``pack_window``; None where a single new entry sees everything,
+            or several start a text and each sees those before it.
     """
 
-    def __init__(self, cache: SlotCache, mask: torch.Tensor | None = None, causal: bool = False):
-        self.cache, self.mask, self.causal = cache, mask, causal
+    def __init__(self, cache: SlotCache, mask: torch.Tensor | None = None):
+        self.cache, self.mask = cache, mask
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         key, value = self.cache.update(key, value, layer)
         if self.mask is not None and self.mask.dtype == torch.int32:  # on the fast path: see attention_ppow
             return attend_window(query, key, value, self.mask, query.shape[-1] ** -0.5).transpose(1, 2)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and query.shape[2] * key.shape[2] > MANY_SCORES:
+            # with a mask or in float32, torch writes all scores of grouped heads out; repeated keys take far less
+            key, value = (entries.repeat_interleave(groups, dim=1) for entries in (key, value))
         return nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=self.mask,
-            is_causal=self.causal and self.mask is None,
+            is_causal=self.mask is None and query.shape[2] > 1,
             enable_gqa=key.shape[1] != query.shape[1],
         )
 
@@ -267,7 +273,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             seen = torch.ones(length, length, dtype=torch.bool, device=taps.device).tril()
             seen = seen & attention_mask[:, None, None, :].bool()
             mask = additive_mask(seen, hidden.dtype)
-        attend = CachedAttention(SlotCache(len(self.layers), length), mask, causal=True)
+        attend = CachedAttention(SlotCache(len(self.layers), length), mask)
         hidden = self.step(inputs_embeds, hidden, self.rotary(hidden, position_ids), attend)
         return PPOWDrafterOutput(logits=self.logits(hidden), hidden_states=hidden)
 

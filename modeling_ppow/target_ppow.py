@@ -106,14 +106,15 @@ class WindowMasks:
             types = ["full_attention" if self.sliding_window is None else "sliding_attention"]
         self.layer_types = set(types)
 
-    def __call__(self, prefix, ancestors, depth, slots, view, valid=None) -> torch.Tensor | dict[str, torch.Tensor]:
+    def __call__(
+        self, prefix, ancestors, depth, slots, view, valid=None, slot_depth=None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Arguments of :func:`window_allowed` -> additive (B, 1, N, view), one per layer type where they differ."""
         masks = {}
         for kind in self.layer_types:
             sliding = self.sliding_window if kind == "sliding_attention" else None
-            masks[kind] = additive_mask(
-                window_allowed(prefix, ancestors, depth, slots, view, valid, sliding), self.dtype
-            )
+            allowed = window_allowed(prefix, ancestors, depth, slots, view, valid, sliding, slot_depth)
+            masks[kind] = additive_mask(allowed, self.dtype)
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     def packed(self, prefix, ancestors, depth, first) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -32,7 +32,8 @@ LIMITS = {
 LIVE_SECONDS = 0.12  # between two looks at a running generation
 # All model work has one thread: one generation at a time owns the clock and the random numbers.
 MODEL_THREAD = ThreadPoolExecutor(1, "model")
-_STOPS = Path(tempfile.mkdtemp(prefix="ppow-space-"))
+_FOLDER = tempfile.TemporaryDirectory(prefix="ppow-space-")  # removed when the page's process ends
+_STOPS = Path(_FOLDER.name)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def train(drafter: PPOWDrafter, target, steps: int = 50, unroll: int = 3, seed: 
         rotary = drafter.rotary(hidden, positions)
         loss = 0.0
         for _ in range(unroll):
-            attend = CachedAttention(SlotCache(len(drafter.layers)), causal=True)
+            attend = CachedAttention(SlotCache(len(drafter.layers)))
             hidden = drafter.step(embeds.to(hidden), hidden, rotary, attend)
             loss = loss + F.cross_entropy(drafter.logits(hidden).flatten(0, 1).float(), labels.flatten())
             hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)

@@ -112,6 +112,32 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
         benchmark.main([*given, "stage1", "--seed", "5"])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot be shared")
+def test_processes_share_the_arms_and_a_later_call_goes_on(benchmark, prompts, tmp_path, monkeypatch):
+    """Shared or alone, in one call or two, also after a call that was cut off: the same arms, the same figures."""
+    given = arguments(prompts, "--seeds", "1", "--tree-prompts", "0")
+    output, part = tmp_path / "objectives.json", tmp_path / ".objectives-1.json"
+    shared = [*given, "--gpus", "2", "--output", str(output), "--arms"]
+    benchmark.main([*given, "--part", "stage1/0", "--output", str(part)])  # as a call that was cut off leaves it
+    report = benchmark.main([*shared, "stage1,cst 3e-4,exact text-rule 2e-4"])
+    assert list(report["arms"]) == ["stage1/0", "cst 3e-4/0", "exact text-rule 2e-4/0"]
+    alone = benchmark.main([*given, "--arms", "exact text-rule 2e-4"])["arms"]
+    assert report["arms"]["exact text-rule 2e-4/0"]["results"] == alone["exact text-rule 2e-4/0"]["results"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["objectives.json", "objectives.png"]
+    part.write_text(json.dumps({**report, "texts_crc32": 0}))
+    with pytest.raises(ValueError, match="objectives-1.json holds arms measured with other settings or on other texts"):
+        benchmark.main([*shared, "stage1"])
+    part.unlink()
+    benchmark.main([*shared, "stage1,cst 3e-4"])  # nothing is left to do
+    monkeypatch.setattr(benchmark.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="Of 1 processes some failed"):
+        benchmark.main([*shared, "lk"])
+
+
+def test_every_arm_can_be_named(benchmark):
+    assert not [name for name in benchmark.ARMS if "," in name]
+
+
 def test_a_spent_budget_stops_before_the_next_arm(benchmark, prompts, capsys):
     report = benchmark.main(arguments(prompts, "--budget-seconds", "0", "--arms", "stage1", "--tree-prompts", "0"))
     assert report["arms"] == {} and "stopped before stage1/0" in capsys.readouterr().out

@@ -27,8 +27,8 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow.cache_ppow import CACHE_NAME
-from ppow.drafting_ppow import DraftOptions
+from ppow.cache_ppow import CACHE_NAME, SlotCache
+from ppow.drafting_ppow import DrafterState, DraftOptions
 from ppow.generation_ppow import generate
 
 # -- what users of generate rely on ------------------------------------------------------------------------------------
@@ -392,6 +392,32 @@ def test_trees_and_batches_under_flash_attention():
     target.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="takes no window masks"):
         generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5, **TREE})
+
+
+def test_a_long_prompt_costs_the_drafter_no_square_of_scores(monkeypatch):
+    """Without padding it needs no mask; and no kernel is asked for what makes it write all scores out."""
+    target, drafter = trained_pair()
+    count, calls = 1100, []
+    stock = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(k) or stock(*a, **k)
+    )
+    taps = torch.randn(1, count, drafter.fc.in_features)
+    tokens = torch.randint(1, 40, (1, count))
+    where, counts = torch.arange(count)[None], torch.tensor([count])
+    found = []
+    for valid in (None, torch.ones(1, count, dtype=torch.bool)):
+        cache, zero = SlotCache(len(drafter.layers), count), torch.zeros(1, dtype=torch.long)
+        state = DrafterState(drafter, drafter.embedding_for(target), cache, zero, valid)
+        state.extend(taps, tokens, where, counts)
+        state.extend(taps[:, :2], tokens[:, :2], where[:, :2] + count, counts * 0 + 2)  # later pairs see all of it
+        found.append(state.hidden)
+    layers = len(drafter.layers)
+    bare, later, padded = calls[:layers], calls[layers : 2 * layers], calls[2 * layers : 3 * layers]
+    assert all(call["attn_mask"] is None and call["is_causal"] and not call["enable_gqa"] for call in bare)
+    assert all(call["attn_mask"].shape[-2:] == (2, count + 2) for call in later)
+    assert all(call["attn_mask"].shape[-1] == count and not call["enable_gqa"] for call in padded)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
 def test_a_drafter_does_not_generate_alone():

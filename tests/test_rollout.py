@@ -135,8 +135,9 @@ def test_forest_verification_equals_one_forward_per_window(sliding, max_forest_n
             torch.testing.assert_close(chosen[text, row], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_argmax_window_equals_greedy_generation():
-    target, _ = make_pair()
+@pytest.mark.parametrize("sliding", [False, True])
+def test_argmax_window_equals_greedy_generation(sliding):
+    target, _ = make_pair(sliding)
     batch = make_batch()
     reading = target.read(batch.input_ids, room=64)
     starts = torch.tensor([[1, 6], [4, 13]])

@@ -226,6 +226,8 @@ def test_every_objective_trains(name):
         ({"verification": "tree"}, "with estimator=exact"),
         ({"all_windows": True}, "roll out from every position"),
         ({"supervised_loss": "lk", "supervised_coef": 1.0}, "learns from texts"),
+        ({"credit": "token", "estimator": "exact"}, "credit='token'.*got objective=ppow with estimator=exact"),
+        ({"credit": "token", "objective": "gto"}, "got objective=gto"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(options, message):

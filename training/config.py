@@ -221,6 +221,11 @@ class ReinforceConfig(TrainingConfig):
                 f"supervised_loss={self.supervised_loss!r} needs an objective that learns from texts, such as "
                 "estimator=exact; beside rollouts it is cst."
             )
+        if self.credit != "window" and (self.objective != "ppow" or not rolls):
+            raise ValueError(
+                f"credit={self.credit!r} says how PPOW's rollouts share their reward: it needs objective=ppow with "
+                f"estimator=rollout, got objective={self.objective} with estimator={self.estimator}."
+            )
         throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
         first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput
         if self.proximity_bonus >= first:

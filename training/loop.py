@@ -211,21 +211,24 @@ class Trainer:
     def average(self, metrics: list[dict]) -> dict:
         """Mean of every metric over micro steps and processes."""
         mean = {key: torch.stack([m[key].float() for m in metrics]).mean(0) for key in metrics[0]}
-        if self.accelerator.num_processes > 1:
-            mean = {key: self.accelerator.reduce(value, "mean") for key, value in mean.items()}
-        return mean
+        return dict(zip(mean, self._reduce(list(mean.values()))))
 
     def _reduce_gradient(self) -> torch.Tensor:
         """Average gradients over processes; -> their norm ()."""
         for p in self.parameters:
             if p.grad is None:  # a parameter that no loss of this step reached
                 p.grad = torch.zeros_like(p)
-        if self.accelerator.num_processes > 1:
-            flat = torch.cat([p.grad.flatten() for p in self.parameters])
-            flat = self.accelerator.reduce(flat, "mean")
-            for p, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
-                p.grad = part.view_as(p)
+        for p, mean in zip(self.parameters, self._reduce([p.grad for p in self.parameters])):
+            p.grad = mean
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+
+    def _reduce(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Their means over processes, in one exchange."""
+        if self.accelerator.num_processes == 1:
+            return tensors
+        flat = self.accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
     def record(self, step: int, metrics: dict) -> None:
         """Show the step's metrics, and write them every ``log_every`` steps (and the last)."""

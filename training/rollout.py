@@ -19,6 +19,8 @@ from .target import FrozenTarget, Reading, log_norm
 from .unrolled import Unrolled
 from .windows import adaptive_on, criticality, sample_windows, window_priority
 
+CRITICALITY_LOGITS = 1 << 26  # looked at together; a float32 tensor of them takes 256 MiB
+
 
 @dataclass
 class Rollout:
@@ -144,14 +146,15 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def text_criticality(drafter, unrolled: Unrolled, reading: Reading, batch: Batch, columns):
     """Criticality (B, T - 1) of each pair's prediction, and which pairs predict a token of the answers."""
     critical = []
-    # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1; one text at a time, since
-    # this takes several float32 tensors of a text's size times the draft vocabulary
-    for features, logits in zip(unrolled.features, reading.logits[:, 1:]):
-        draft_logprobs = drafter.logits(features).float().log_softmax(-1)  # (T - 1, D)
+    # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1; a few texts at a time, since
+    # this takes several float32 tensors of their size times the draft vocabulary
+    texts = max(1, CRITICALITY_LOGITS // (unrolled.features.shape[1] * len(columns)))
+    for features, logits in zip(unrolled.features.split(texts), reading.logits[:, 1:].split(texts)):
+        draft_logprobs = drafter.logits(features).float().log_softmax(-1)  # (texts, T - 1, D)
         critical.append(criticality(logits.index_select(-1, columns).float().log_softmax(-1), draft_logprobs))
     valid = torch.zeros(unrolled.features.shape[:2], dtype=torch.bool, device=columns.device)
     valid[:, :-1] = batch.loss_mask[:, 2:]
-    return torch.stack(critical), valid
+    return torch.cat(critical), valid
 
 
 def draft(config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms):
@@ -202,7 +205,7 @@ def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, star
     if size > 1:  # the others by those after their predecessor
         prefix, parts = starts.repeat_interleave(group, dim=1) + 2, []
         for part in torch.arange(tokens.shape[1], device=tokens.device).split(forest_rows(config, len(tokens))):
-            logits = target.continue_windows(reading, tokens[:, part, :-1], prefix[:, part], size - 1)
+            logits = target.continue_windows(reading, tokens[:, part, :-1], prefix[:, part])
             chosen = logits.gather(-1, tokens[:, part, 1:, None])[..., 0].float() - log_norm(logits)
             parts.append((logits.argmax(-1), chosen, logits.index_select(-1, columns)))
         found.append(tuple(torch.cat(part, 1) for part in zip(*parts)))
@@ -238,11 +241,11 @@ def argmax_window_logprobs(
     if count == 0:
         return logprobs
     chosen = todo.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, count) windows to continue
-    tokens, found = [along[:, :, 0].argmax(-1).gather(1, chosen)], [logprobs[:, :, 0].gather(1, chosen)]
+    token, found = along[:, :, 0].argmax(-1).gather(1, chosen), [logprobs[:, :, 0].gather(1, chosen)]
     prefix = starts.gather(1, chosen) + 2
-    for length in range(1, size):
-        logits = target.continue_windows(reading, torch.stack(tokens, -1), prefix, length)[:, :, -1].float()
-        tokens.append(logits.argmax(-1))
+    for done in range(size - 1):
+        logits = target.continue_windows(reading, token[..., None], prefix, done, size - 1)[:, :, 0].float()
+        token = logits.argmax(-1)
         found.append(logits.log_softmax(-1).amax(-1))
     continued = logprobs.scatter(1, chosen[:, :, None].expand(-1, -1, size), torch.stack(found, -1))
     return torch.where(greedy[:, :, None], logprobs, continued)

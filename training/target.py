@@ -101,30 +101,32 @@ class FrozenTarget:
     @torch.no_grad()
     @sdpa_kernel(SDPA_BACKENDS)
     def continue_windows(
-        self, reading: Reading, tokens: torch.Tensor, prefix: torch.Tensor, window: int
+        self, reading: Reading, tokens: torch.Tensor, prefix: torch.Tensor, done: int = 0, length: int | None = None
     ) -> torch.Tensor:
         """Logits after every token of many short continuations of the same texts, in one forward (a forest).
 
         Args:
-            reading: of the texts (B, T), with its cache. The cache is left as it was.
-            tokens: (B, R, window) continuations; row r continues after the first ``prefix[b, r]`` tokens of text b.
+            reading: of the texts (B, T), with its cache. What it holds of the texts is left as it was.
+            tokens: (B, R, n) continuations; row r continues after the first ``prefix[b, r]`` tokens of text b.
             prefix: (B, R) int64.
-            window: tokens per continuation.
+            done: tokens of every row that earlier calls, for the same rows, have put before these.
+            length: tokens of a row when all calls are made; None: these are all.
 
         Returns:
-            (B, R, window, V) logits after each token of each continuation.
+            (B, R, n, V) logits after each token of each continuation.
         """
-        batch, rows = prefix.shape
-        count, device = rows * window, tokens.device
-        text = reading.cache.get_seq_length()
+        (batch, rows), window = prefix.shape, tokens.shape[-1]
+        device, length = tokens.device, length or window
+        text, count = reading.cache.get_seq_length(), rows * length
         node_prefix = prefix.repeat_interleave(window, dim=1)  # (B, N)
-        depth = torch.arange(window, device=device).repeat(rows).expand(batch, -1)
-        node = torch.arange(count, device=device)
-        same = node[:, None] // window == node // window
-        ancestors = (same & (node[:, None] >= node)).expand(batch, -1, -1)  # (B, N, N)
-        slots = torch.arange(text, text + count, device=device).expand(batch, -1)
-        masks = self.window_masks(node_prefix, ancestors, depth, slots, text + count)
-        reading.cache.open_window(slots, text + count)
+        node = torch.arange(count, device=device).view(rows, length)  # all that the rows will hold
+        new, node = node[:, done : done + window].flatten(), node.flatten()
+        same = new[:, None] // length == node // length
+        ancestors = (same & (new[:, None] >= node)).expand(batch, -1, -1)  # (B, N, R * length)
+        depth, slot_depth = ((nodes % length).expand(batch, -1) for nodes in (new, node))
+        slots, view = (text + node).expand(batch, -1), text + count
+        masks = self.window_masks(node_prefix, ancestors, depth, slots, view, slot_depth=slot_depth)
+        reading.cache.open_window(slots[:, new], view)
         outputs = self.model(
             input_ids=tokens.flatten(1),
             attention_mask=masks,
