@@ -8,17 +8,8 @@ In one process, each arm (a ``ReinforceConfig``) trains its own copy of the draf
 output file holds is skipped, and arms come in order of importance, so that ``--budget-seconds`` may cut the list short.
 ``--gpus N`` deals the arms out to N processes, one on each GPU.
 
-Measuring (chain of ``--window-size``): the target answers every prompt once, greedily and at temperature 1. Speculative
-decoding is lossless, so those texts are what decoding with any drafter could have written, and acceptance can be read
-along them, all positions in one batched pass. Greedy: a draft stands when it is the text's token. Sampling: given that
-the text's token is x, the draft was accepted with probability min(1, Q(x) / P(x)), independently at every position,
-which is the exact law of accepted lengths given the text. The number of verifications that a text takes follows by
-recursion over its positions (in expectation at temperature 1, so the coins add no noise). A tree is measured by really
-decoding with it, in batches.
-
-Figures: acceptance length = tokens gained / verifications, pooled, bonus included. Intervals are 95% percentile
-bootstrap over prompts, of the difference to the best ``cst`` arm on the same texts. Texts that end in an exact loop are
-counted, and the others are reported apart.
+Measured is the acceptance length of chains of ``--window-size`` along the target's own answers to every prompt, greedy
+and at temperature 1 (see acceptance.py), and of trees on some of them; comparison.py makes figures of it.
 """
 
 import argparse
@@ -33,32 +24,28 @@ import time
 import zlib
 from pathlib import Path
 
-import numpy
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from ppow import PPOWDrafter
 from ppow.target_ppow import check_pair
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
-from ppow.training.evaluate import ends_in_a_loop
 from ppow.training.files import write_json
 from ppow.training.loop import make_batch
 from ppow.training.objectives import objective_of
-from ppow.training.prompts import load_prompts
 from ppow.training.provenance import hardware, versions
 from ppow.training.reinforce import frozen_reference, loss
 from ppow.training.rollout import roll_out
 from ppow.training.supervised import freeze_embedding, load_examples, pad_token
-from ppow.training.target import FrozenTarget, log_norm
-from ppow.training.unrolled import Unrolled
+from ppow.training.target import FrozenTarget
 
+from . import acceptance, comparison
 from .bundle import check_gpus, on_gpu
 from .decoding import save
 
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
 WARMUP = 0.03  # share of the budget in which the learning rate rises
-TREE = {"tree_depth": 7, "tree_top_k": 10}
 
 _ROLLOUT = {"estimator": "rollout"}  # PPOW as published, with the defaults of `ppow reinforce` for rollouts
 # the closed form alone: windows drawn as for rollouts, the anchor, no supervised term
@@ -130,12 +117,12 @@ def main(argv=None) -> dict:
         run(arguments, device, texts, report, started)
     if arguments.part:
         return report
-    report["summary"] = summarize(report, arguments.bootstrap)
+    report["summary"] = comparison.summarize(report, arguments.bootstrap)
     report["wall_seconds"] = time.perf_counter() - started
     save(report, arguments.output)
-    print(table(report))
+    print(comparison.table(report))
     if arguments.output:
-        plot(report, arguments.output.with_suffix(".png"))
+        comparison.plot(report, arguments.output.with_suffix(".png"))
     return report
 
 
@@ -162,10 +149,11 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         if changes is not None:
             row |= train(make_config(arguments, changes, seed), arguments, target, trained, examples, pad)
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
-        row["results"] = measure(target, trained, texts, arguments, pad, trees)
+        row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
         lasted = max(lasted, time.perf_counter() - began)
-        figures = {name: f"{float(numpy.sum(texts[name]['tokens']) / numpy.sum(v)):.3f}" for name, v in shown(row)}
+        tokens = {name: sum(text["tokens"]) for name, text in texts.items()}
+        figures = {name: f"{tokens[name] / sum(found['chain']):.3f}" for name, found in row["results"].items()}
         print(f"{time.perf_counter() - started:6.0f} s  {key}: {row.get('steps', 0)} steps, {figures}", flush=True)
         save(report, arguments.output)
 
@@ -352,7 +340,7 @@ def train(config: ReinforceConfig, arguments, target: FrozenTarget, drafter, exa
     return {"steps": step, "seconds": spent, "tokens": tokens, "peak_memory_gib": peak, "curve": curve}
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- what is there already ---------------------------------------------------------------------------------------------
 
 
 def read_texts(arguments, device: str) -> dict:
@@ -360,180 +348,7 @@ def read_texts(arguments, device: str) -> dict:
     if arguments.texts:
         return json.loads(arguments.texts.read_text())
     tokenizer, target, _ = load(arguments, device)
-    return write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
-
-
-@torch.no_grad()
-def write_texts(model, tokenizer, arguments, pad: int) -> dict:
-    """The target's own answers to every prompt: "DOMAIN T=0" -> prompt lengths, ids, tokens to gain, loops."""
-    texts = {}
-    for domain in arguments.prompts.split(","):
-        prompts = [prompt_ids(tokenizer, p) for p in load_prompts(domain, arguments.prompts_dir, arguments.limit)]
-        limit = model.config.get_text_config(decoder=True).max_position_embeddings - arguments.max_new_tokens
-        prompts = [ids for ids in prompts if len(ids) <= limit]
-        for temperature in (0, 1):
-            torch.manual_seed(arguments.seed)
-            found = []
-            for first in range(0, len(prompts), arguments.eval_batch):
-                found += answer(model, prompts[first : first + arguments.eval_batch], temperature, arguments, pad)
-            # the prompt's forward yields the first token, and a text of one token is never drafted for
-            pairs = [(p, a) for p, a in zip(prompts, found) if len(a) > 1]
-            texts[f"{Path(domain).stem} T={temperature}"] = {
-                "prompt": [len(p) for p, _ in pairs],
-                "ids": [p + a for p, a in pairs],
-                "tokens": [len(a) - 1 for _, a in pairs],
-                "loops": [ends_in_a_loop(a) for _, a in pairs],
-            }
-    return texts
-
-
-def prompt_ids(tokenizer, prompt) -> list[int]:
-    if prompt.raw_completion:
-        return tokenizer(prompt.turns[0])["input_ids"]
-    chat = [{"role": "user", "content": prompt.turns[0]}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-def padded_left(prompts: list[list[int]], pad: int, device) -> dict:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generation(model, temperature: float, arguments, pad: int, **more) -> GenerationConfig:
-    sampling = (
-        {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    )
-    known = model.generation_config.to_diff_dict()
-    return GenerationConfig(
-        **(known | sampling | {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad} | more)
-    )
-
-
-def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: int) -> list[list[int]]:
-    """One batch of answers, end-of-text token included and padding cut."""
-    inputs = padded_left(prompts, pad, model.device)
-    config = generation(model, temperature, arguments, pad)
-    out = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in out]
-
-
-@torch.no_grad()
-def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, trees: bool) -> dict:
-    """Verifications that each text takes: "DOMAIN T=0" -> chain; with ``trees`` also "tree N", on some T=0."""
-    drafter, results = drafter.eval(), {}
-    for parameter in drafter.parameters():  # as it would be deployed; the rotary frequencies keep their precision
-        parameter.data = parameter.data.to(target.model.dtype)
-    for name, text in texts.items():
-        temperature = float(name.endswith("T=1"))
-        order = sorted(range(len(text["ids"])), key=lambda i: len(text["ids"][i]))  # less padding
-        chain = [0.0] * len(order)
-        for first in range(0, len(order), arguments.eval_batch):
-            part = order[first : first + arguments.eval_batch]
-            ids, prompt = [text["ids"][i] for i in part], [text["prompt"][i] for i in part]
-            stands = acceptance_along(target, drafter, ids, prompt, arguments.window_size, temperature, pad)
-            for i, count in zip(part, verifications(stands, [text["tokens"][i] for i in part])):
-                chain[i] = round(count, 4)
-        results[name] = {"chain": chain}
-    if trees:
-        greedy = [name for name in texts if name.endswith("T=0")]
-        for nodes in tree_sizes(arguments):
-            counts = decode_tree(target.model, drafter, [texts[n] for n in greedy], nodes, arguments, pad)
-            for name, found in zip(greedy, counts):
-                results[name][f"tree {nodes}"] = found
-    return results
-
-
-def acceptance_along(target, drafter, ids: list, prompt: list[int], size: int, temperature: float, pad: int):
-    """Chance that draft i of the window behind committed token c of an answer stands, given all before it stood.
-
-    Args:
-        ids: texts, prompt and answer; prompt: tokens of each that are prompt.
-
-    Returns:
-        (B, L - 1, size) float32 on the CPU, L the longest answer; window c has the answer's first c + 1 tokens as its
-        prefix. 0 behind the end of a text.
-    """
-    device = target.model.device
-    width = max(map(len, ids))
-    batch = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device)
-    lengths, prompt = torch.tensor([len(row) for row in ids], device=device), torch.tensor(prompt, device=device)
-    reading = target.read(batch)
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch, reading.taps)
-    windows = torch.arange(int((lengths - prompt).max()) - 1, device=device)
-    starts = (prompt[:, None] - 1 + windows).clamp(max=width - 2)  # the pair with the newest committed token
-    norm = log_norm(reading.logits)  # (B, T)
-    row = torch.arange(len(ids), device=device)[:, None]
-    draft_ids = torch.full((reading.logits.shape[-1],), -1, device=device)
-    draft_ids[drafter.draft_columns()] = torch.arange(drafter.config.draft_vocab_size, device=device)
-    hidden, token, found = unrolled.begin(starts), None, []
-    for i in range(size):
-        if i:
-            hidden = unrolled.advance(token)
-        place = starts + 2 + i  # of the token that is drafted
-        inside = place < lengths[:, None]
-        place = place.clamp(max=width - 1)
-        token = batch.gather(1, place)
-        logits = drafter.logits(hidden).float()  # (B, R, D)
-        if temperature == 0:
-            stands = (drafter.to_target_ids(logits.argmax(-1)) == token).float()
-        else:
-            wanted = reading.logits[row, place - 1, token].float() - norm.gather(1, place - 1)
-            known = draft_ids[token]
-            drawn = logits.log_softmax(-1).gather(-1, known.clamp(min=0)[..., None])[..., 0]
-            stands = torch.where(known >= 0, (drawn - wanted).clamp(max=0).exp(), 0.0)
-        found.append(torch.where(inside, stands, 0.0))
-    return torch.stack(found, -1).cpu()
-
-
-def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
-    """Expected verifications of each text.
-
-    With c answer tokens behind the first committed, Pr(k) = prod_{i<k} a_i * (1 - a_k), and
-    N(c) = 1 + sum_k Pr(k) N(min(c + k + 1, tokens)), N(tokens) = 0. A chance of 0 or 1 makes it a plain walk.
-
-    Args:
-        stands: (B, R, K) of :func:`acceptance_along`; tokens: to gain, of each text.
-    """
-    batch, rows, size = stands.shape
-    reach = torch.cat((torch.ones(batch, rows, 1), stands.cumprod(-1)), -1).double()  # Pr(k >= 0 .. K)
-    chance = reach - torch.nn.functional.pad(reach[..., 1:], (0, 1))  # Pr(k = 0 .. K)
-    ends = torch.tensor(tokens)
-    needed = torch.zeros(batch, rows + size + 1, dtype=torch.float64)  # N(c), 0 from each text's end on
-    for c in range(rows - 1, -1, -1):
-        value = 1 + (chance[:, c] * needed[:, c + 1 : c + size + 2]).sum(-1)
-        needed[:, c] = torch.where(c < ends, value, 0.0)
-    return needed[:, 0].tolist()
-
-
-def tree_sizes(arguments) -> list[int]:
-    return [int(nodes) for nodes in arguments.tree_nodes.split(",")]
-
-
-def decode_tree(model, drafter, texts: list[dict], nodes: int, arguments, pad: int) -> list[list[float]]:
-    """Verifications of each domain's first ``tree_prompts`` texts when really decoded with trees of so many nodes."""
-    work = [
-        (ids[:length], tokens)
-        for text in texts
-        for ids, length, tokens in list(zip(text["ids"], text["prompt"], text["tokens"]))[: arguments.tree_prompts]
-    ]
-    options = {**TREE, "tree_nodes": nodes, "cuda_graphs": False, "return_dict_in_generate": True}
-    config, found = generation(model, 0, arguments, pad, **options), []
-    for first in range(0, len(work), arguments.eval_batch):
-        part = work[first : first + arguments.eval_batch]
-        inputs = padded_left([ids for ids, _ in part], pad, model.device)
-        out = model.generate(**inputs, generation_config=config, assistant_model=drafter)
-        # a batch's arithmetic can leave the text at a near tie: count per token gained, on the text's own length
-        for (_, tokens), gained in zip(part, out.acceptance.gained):
-            found.append(len(gained) * tokens / max(1, sum(gained)))
-    counts = iter(found)
-    return [[next(counts) for _ in text["ids"][: arguments.tree_prompts]] for text in texts]
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
+    return acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
 
 
 def opened(arguments, texts: dict) -> dict:
@@ -559,146 +374,6 @@ def check_same(held: dict, wanted: dict, path: Path) -> None:
     """Refuse to add to, or to take from, what was measured with other settings or on other texts."""
     if any(held[name] != wanted[name] for name in ("settings", "texts_crc32")):
         raise ValueError(f"{path} holds arms measured with other settings or on other texts; give another --output.")
-
-
-def shown(row: dict) -> list[tuple[str, list[float]]]:
-    return [(name, found["chain"]) for name, found in row["results"].items()]
-
-
-def pooled(report: dict, ending: str, straight: bool = False, seeds: bool = False) -> tuple[numpy.ndarray, dict]:
-    """Tokens (n,) of all texts whose name ends so, and their verifications (n,) per arm, mean over its seeds.
-
-    ``straight``: only texts that do not loop; ``seeds``: every seed for itself.
-    """
-    names = [name for name in report["texts"] if name.endswith(ending)]
-    tokens = numpy.concatenate([report["texts"][name]["tokens"] for name in names])
-    keep = numpy.ones(len(tokens), dtype=bool)
-    if straight:
-        keep = ~numpy.concatenate([report["texts"][name]["loops"] for name in names]).astype(bool)
-    counts = {}
-    for key, row in report["arms"].items():
-        values = numpy.concatenate([row["results"][name]["chain"] for name in names])
-        counts.setdefault(key if seeds else key.rpartition("/")[0], []).append(values[keep])
-    return tokens[keep], {name: numpy.mean(values, 0) for name, values in counts.items()}
-
-
-def tree_pooled(report: dict, tree: str) -> tuple[numpy.ndarray, dict]:
-    """The same for a tree, first seeds only, on the texts that were decoded with one."""
-    size = report["settings"]["tree_prompts"]
-    names = [name for name in report["texts"] if name.endswith("T=0")]
-    tokens = numpy.concatenate([report["texts"][name]["tokens"][:size] for name in names])
-    counts = {}
-    for key, row in report["arms"].items():
-        if key.endswith("/0"):
-            counts[key[:-2]] = numpy.concatenate([row["results"][name][tree] for name in names])
-    return tokens, counts
-
-
-def compared(tokens: numpy.ndarray, counts: dict, resamples: int, seed: int = 0) -> dict:
-    """Acceptance length of every arm, and the paired difference to the best CST arm with its 95% interval."""
-    lengths = {name: float(tokens.sum() / values.sum()) for name, values in counts.items()}
-    controls = [name for name in lengths if name.startswith("cst")]
-    control = max(controls, key=lengths.get) if controls else None
-    draws = numpy.random.default_rng(seed).integers(0, len(tokens), (resamples, len(tokens)))
-    weights = numpy.stack([numpy.bincount(row, minlength=len(tokens)) for row in draws])  # (resamples, n)
-    resampled = {name: (weights @ tokens) / (weights @ values) for name, values in counts.items()}
-    found = {}
-    for name, length in lengths.items():
-        found[name] = {"acceptance_length": length}
-        if control is not None:
-            low, high = numpy.percentile(resampled[name] - resampled[control], [2.5, 97.5])
-            found[name] |= {"over_cst": length - lengths[control], "over_cst_95": [float(low), float(high)]}
-    return {"control": control, "prompts": len(tokens), "arms": found}
-
-
-def summarize(report: dict, resamples: int) -> dict:
-    """Pooled over domains: at both temperatures, all texts and those that do not loop; trees; and per seed."""
-    summary = {}
-    for temperature in (0, 1):
-        for straight in (False, True):
-            tokens, counts = pooled(report, f"T={temperature}", straight)
-            if len(tokens):
-                title = f"T={temperature}" + (", not looping" if straight else "")
-                summary[title] = compared(tokens, counts, resamples)
-    if report["settings"]["tree_prompts"]:
-        for tree in (f"tree {nodes}" for nodes in report["settings"]["tree_nodes"].split(",")):
-            summary[f"{tree}, T=0"] = compared(*tree_pooled(report, tree), resamples)
-    summary["by domain"] = {
-        name: compared(*pooled(report, name), resamples) for name in report["texts"] if report["texts"][name]["tokens"]
-    }
-    summary["loops"] = {name: float(numpy.mean(text["loops"])) for name, text in report["texts"].items()}
-    summary["seeds"] = {
-        key: {
-            f"T={t}": float(tokens.sum() / values[key].sum())
-            for t, (tokens, values) in ((t, pooled(report, f"T={t}", seeds=True)) for t in (0, 1))
-        }
-        for key in report["arms"]
-    }
-    return summary
-
-
-def table(report: dict) -> str:
-    """The summary in Markdown: acceptance length, and the difference to the best CST with its interval."""
-    parts = {name: part for name, part in report["summary"].items() if "arms" in part}
-    lines = ["| arm | steps | " + " | ".join(parts) + " |", "|---" * (len(parts) + 2) + "|"]
-    steps = {key.rpartition("/")[0]: row.get("steps", 0) for key, row in report["arms"].items()}
-    for name in steps:
-        cells = []
-        for part in parts.values():
-            row = part["arms"][name]
-            cell = f"{row['acceptance_length']:.3f}"
-            if "over_cst" in row:
-                low, high = row["over_cst_95"]
-                cell += f" {row['over_cst']:+.3f} [{low:+.3f}, {high:+.3f}]"
-            cells.append(cell)
-        lines.append(f"| {name} | {steps[name]} | " + " | ".join(cells) + " |")
-    loops = ", ".join(f"{name} {share:.0%}" for name, share in report["summary"]["loops"].items())
-    return "\n".join([*lines, "", f"looping texts: {loops}"])
-
-
-def plot(report: dict, path: Path) -> None:
-    """Differences to CST with intervals, and training curves; without matplotlib, nothing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    parts = [name for name in ("T=0", "T=1") if report["summary"].get(name, {}).get("control")]
-    # along texts first, where every objective has the same figure; rollouts have only their own
-    curves = (("reward",), ("greedy_acceptance_length", "acceptance_length"), ("text_kl", "kl"))
-    wide = len(parts) + len(curves)
-    figure, axes = pyplot.subplots(1, wide, figsize=(5 * wide, 6), layout="constrained")
-    for axis, part in zip(axes, parts):
-        arms = report["summary"][part]["arms"]
-        for y, row in enumerate(arms.values()):
-            axis.plot(row["over_cst_95"], [y, y], color="tab:blue")
-            axis.plot(row["over_cst"], y, "o", color="tab:blue")
-        axis.axvline(0, color="gray", linewidth=0.8)
-        axis.set_yticks(range(len(arms)), list(arms))
-        axis.invert_yaxis()
-        axis.set(title=f"chain, {part}", xlabel=f"acceptance length over {report['summary'][part]['control']}")
-    for axis, figures in zip(axes[len(parts) :], curves):
-        switches = [
-            point["seconds"]
-            for row in report["arms"].values()
-            for point in row.get("curve", ())
-            if point.get("adaptive")
-        ]
-        if switches:
-            axis.axvline(min(switches), color="gray", linestyle=":", label="windows by criticality from here")
-        for key, row in report["arms"].items():
-            name = next((f for f in figures if f in (row.get("curve") or [{}])[-1]), None)
-            if name and key.endswith("/0"):
-                points = [(point["seconds"], point[name]) for point in row["curve"] if name in point]
-                axis.plot(*zip(*points), label=key[:-2], linewidth=0.8)
-        axis.set(title=figures[0].replace("_", " "), xlabel="seconds of training")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

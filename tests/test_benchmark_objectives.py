@@ -74,8 +74,8 @@ def test_acceptance_read_along_sampled_texts_is_that_of_sampled_decoding(benchma
     counted = torch.tensor([len(gained) for gained in out.acceptance.gained], dtype=torch.float64)
     texts = target.model.generate(inputs, attention_mask=mask, generation_config=GenerationConfig(**sampling)).tolist()
     with torch.no_grad():
-        stands = benchmark.acceptance_along(target, drafter, texts, [len(prompt)] * rows, 3, 1.0, 0)
-    read = torch.tensor(benchmark.verifications(stands, [new - 1] * rows), dtype=torch.float64)
+        stands = benchmark.acceptance.acceptance_along(target, drafter, texts, [len(prompt)] * rows, 3, 1.0, 0)
+    read = torch.tensor(benchmark.acceptance.verifications(stands, [new - 1] * rows), dtype=torch.float64)
     error = math.sqrt(float(counted.var() + read.var()) / rows)
     assert float(counted.mean()) < new - 1.2  # something was accepted
     assert float(read.mean()) == pytest.approx(float(counted.mean()), abs=4 * error)
@@ -88,7 +88,7 @@ def test_verifications_by_hand(benchmark):
     )
     # text 1: 4 tokens to gain, 2 + 1 from the first window, then a window at 3 that gains the last
     # text 2: 2 tokens to gain, at once with probability 0.5, else with a second window
-    assert benchmark.verifications(stands, [4, 2]) == [2.0, 1.5]
+    assert benchmark.acceptance.verifications(stands, [4, 2]) == [2.0, 1.5]
 
 
 def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):

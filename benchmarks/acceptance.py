@@ -1,0 +1,186 @@
+"""Acceptance of a drafter along texts that its target wrote: every position in one batched pass.
+
+Speculative decoding is lossless, so the target's answers are what decoding with any drafter could have written. Greedy:
+a draft stands when it is the text's token. Sampling: given that the text's token is x, the draft was accepted with
+probability min(1, Q(x) / P(x)), independently at every position, which is the exact law of accepted lengths given the
+text. The verifications that a text takes follow by recursion over its positions (in expectation at temperature 1, so
+the coins add no noise). A tree is measured by really decoding with it, in batches.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from ppow.training.evaluate import ends_in_a_loop
+from ppow.training.prompts import load_prompts
+from ppow.training.target import FrozenTarget, log_norm
+from ppow.training.unrolled import Unrolled
+
+TREE = {"tree_depth": 7, "tree_top_k": 10}
+
+
+@torch.no_grad()
+def write_texts(model, tokenizer, arguments, pad: int) -> dict:
+    """The target's own answers to every prompt: "DOMAIN T=0" -> prompt lengths, ids, tokens to gain, loops."""
+    texts = {}
+    for domain in arguments.prompts.split(","):
+        prompts = [prompt_ids(tokenizer, p) for p in load_prompts(domain, arguments.prompts_dir, arguments.limit)]
+        limit = model.config.get_text_config(decoder=True).max_position_embeddings - arguments.max_new_tokens
+        prompts = [ids for ids in prompts if len(ids) <= limit]
+        for temperature in (0, 1):
+            torch.manual_seed(arguments.seed)
+            found = []
+            for first in range(0, len(prompts), arguments.eval_batch):
+                found += answer(model, prompts[first : first + arguments.eval_batch], temperature, arguments, pad)
+            # the prompt's forward yields the first token, and a text of one token is never drafted for
+            pairs = [(p, a) for p, a in zip(prompts, found) if len(a) > 1]
+            texts[f"{Path(domain).stem} T={temperature}"] = {
+                "prompt": [len(p) for p, _ in pairs],
+                "ids": [p + a for p, a in pairs],
+                "tokens": [len(a) - 1 for _, a in pairs],
+                "loops": [ends_in_a_loop(a) for _, a in pairs],
+            }
+    return texts
+
+
+def prompt_ids(tokenizer, prompt) -> list[int]:
+    if prompt.raw_completion:
+        return tokenizer(prompt.turns[0])["input_ids"]
+    chat = [{"role": "user", "content": prompt.turns[0]}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def padded_left(prompts: list[list[int]], pad: int, device) -> dict:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generation(model, temperature: float, arguments, pad: int, **more) -> GenerationConfig:
+    sampling = (
+        {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    )
+    known = model.generation_config.to_diff_dict()
+    return GenerationConfig(
+        **(known | sampling | {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad} | more)
+    )
+
+
+def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: int) -> list[list[int]]:
+    """One batch of answers, end-of-text token included and padding cut."""
+    inputs = padded_left(prompts, pad, model.device)
+    config = generation(model, temperature, arguments, pad)
+    out = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in out]
+
+
+@torch.no_grad()
+def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, trees: bool) -> dict:
+    """Verifications that each text takes: "DOMAIN T=0" -> chain; with ``trees`` also "tree N", on some T=0."""
+    drafter, results = drafter.eval(), {}
+    for parameter in drafter.parameters():  # as it would be deployed; the rotary frequencies keep their precision
+        parameter.data = parameter.data.to(target.model.dtype)
+    for name, text in texts.items():
+        temperature = float(name.endswith("T=1"))
+        order = sorted(range(len(text["ids"])), key=lambda i: len(text["ids"][i]))  # less padding
+        chain = [0.0] * len(order)
+        for first in range(0, len(order), arguments.eval_batch):
+            part = order[first : first + arguments.eval_batch]
+            ids, prompt = [text["ids"][i] for i in part], [text["prompt"][i] for i in part]
+            stands = acceptance_along(target, drafter, ids, prompt, arguments.window_size, temperature, pad)
+            for i, count in zip(part, verifications(stands, [text["tokens"][i] for i in part])):
+                chain[i] = round(count, 4)
+        results[name] = {"chain": chain}
+    if trees:
+        greedy = [name for name in texts if name.endswith("T=0")]
+        for nodes in map(int, arguments.tree_nodes.split(",")):
+            counts = decode_tree(target.model, drafter, [texts[n] for n in greedy], nodes, arguments, pad)
+            for name, found in zip(greedy, counts):
+                results[name][f"tree {nodes}"] = found
+    return results
+
+
+def acceptance_along(target, drafter, ids: list, prompt: list[int], size: int, temperature: float, pad: int):
+    """Chance that draft i of the window behind committed token c of an answer stands, given all before it stood.
+
+    Args:
+        ids: texts, prompt and answer; prompt: tokens of each that are prompt.
+
+    Returns:
+        (B, L - 1, size) float32 on the CPU, L the longest answer; window c has the answer's first c + 1 tokens as its
+        prefix. 0 behind the end of a text.
+    """
+    device = target.model.device
+    width = max(map(len, ids))
+    batch = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device)
+    lengths, prompt = torch.tensor([len(row) for row in ids], device=device), torch.tensor(prompt, device=device)
+    reading = target.read(batch)
+    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch, reading.taps)
+    windows = torch.arange(int((lengths - prompt).max()) - 1, device=device)
+    starts = (prompt[:, None] - 1 + windows).clamp(max=width - 2)  # the pair with the newest committed token
+    norm = log_norm(reading.logits)  # (B, T)
+    row = torch.arange(len(ids), device=device)[:, None]
+    draft_ids = torch.full((reading.logits.shape[-1],), -1, device=device)
+    draft_ids[drafter.draft_columns()] = torch.arange(drafter.config.draft_vocab_size, device=device)
+    hidden, token, found = unrolled.begin(starts), None, []
+    for i in range(size):
+        if i:
+            hidden = unrolled.advance(token)
+        place = starts + 2 + i  # of the token that is drafted
+        inside = place < lengths[:, None]
+        place = place.clamp(max=width - 1)
+        token = batch.gather(1, place)
+        logits = drafter.logits(hidden).float()  # (B, R, D)
+        if temperature == 0:
+            stands = (drafter.to_target_ids(logits.argmax(-1)) == token).float()
+        else:
+            wanted = reading.logits[row, place - 1, token].float() - norm.gather(1, place - 1)
+            known = draft_ids[token]
+            drawn = logits.log_softmax(-1).gather(-1, known.clamp(min=0)[..., None])[..., 0]
+            stands = torch.where(known >= 0, (drawn - wanted).clamp(max=0).exp(), 0.0)
+        found.append(torch.where(inside, stands, 0.0))
+    return torch.stack(found, -1).cpu()
+
+
+def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
+    """Expected verifications of each text.
+
+    With c answer tokens behind the first committed, Pr(k) = prod_{i<k} a_i * (1 - a_k), and
+    N(c) = 1 + sum_k Pr(k) N(min(c + k + 1, tokens)), N(tokens) = 0. A chance of 0 or 1 makes it a plain walk.
+
+    Args:
+        stands: (B, R, K) of :func:`acceptance_along`; tokens: to gain, of each text.
+    """
+    batch, rows, size = stands.shape
+    reach = torch.cat((torch.ones(batch, rows, 1), stands.cumprod(-1)), -1).double()  # Pr(k >= 0 .. K)
+    chance = reach - torch.nn.functional.pad(reach[..., 1:], (0, 1))  # Pr(k = 0 .. K)
+    ends = torch.tensor(tokens)
+    needed = torch.zeros(batch, rows + size + 1, dtype=torch.float64)  # N(c), 0 from each text's end on
+    for c in range(rows - 1, -1, -1):
+        value = 1 + (chance[:, c] * needed[:, c + 1 : c + size + 2]).sum(-1)
+        needed[:, c] = torch.where(c < ends, value, 0.0)
+    return needed[:, 0].tolist()
+
+
+def decode_tree(model, drafter, texts: list[dict], nodes: int, arguments, pad: int) -> list[list[float]]:
+    """Verifications of each domain's first ``tree_prompts`` texts when really decoded with trees of so many nodes."""
+    work = [
+        (ids[:length], tokens)
+        for text in texts
+        for ids, length, tokens in list(zip(text["ids"], text["prompt"], text["tokens"]))[: arguments.tree_prompts]
+    ]
+    options = {**TREE, "tree_nodes": nodes, "cuda_graphs": False, "return_dict_in_generate": True}
+    config, found = generation(model, 0, arguments, pad, **options), []
+    for first in range(0, len(work), arguments.eval_batch):
+        part = work[first : first + arguments.eval_batch]
+        inputs = padded_left([ids for ids, _ in part], pad, model.device)
+        out = model.generate(**inputs, generation_config=config, assistant_model=drafter)
+        # a batch's arithmetic can leave the text at a near tie: count per token gained, on the text's own length
+        for (_, tokens), gained in zip(part, out.acceptance.gained):
+            found.append(len(gained) * tokens / max(1, sum(gained)))
+    counts = iter(found)
+    return [[next(counts) for _ in text["ids"][: arguments.tree_prompts]] for text in texts]
