@@ -14,6 +14,7 @@ and at temperature 1 (see acceptance.py), and of trees on some of them; comparis
 
 import argparse
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoTokenizer
 
 from ppow import PPOWDrafter
@@ -53,7 +55,10 @@ _ALONE = {"windows_per_sequence": 32, "all_windows": False, "supervised_coef": 0
 _ALONE |= {"learning_rate": 2e-4}
 _LK = {"supervised_loss": "lk"}
 _GREEDY = {**_ALONE, "verification": "greedy"}
-# name -> (changes to the defaults of ReinforceConfig, seeds); the most important first
+# ways to train that are no option of `ppow reinforce`: steps of the objective and of CST take turns; the drafter is the
+# mean of its weights over the second half, in which the learning rate stays at its peak
+WAYS = ("alternated", "averaged")
+# name -> (changes to the defaults of ReinforceConfig and WAYS, seeds); the most important first
 ARMS = {
     "stage1": (None, 1),
     "cst 3e-4": ({"objective": "cst"}, 3),
@@ -97,6 +102,9 @@ ARMS = {
     "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
     "ppow sampling": ({**_ROLLOUT, "verification": "sampling", "rollout_temperature": 1.0}, 1),
     "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 1),
+    "ppow alternated": ({**_ROLLOUT, "learning_rate": 1e-4, "alternated": True}, 1),
+    "exact text-rule alternated": ({"supervised_coef": 0.0, "alternated": True}, 1),
+    "exact text-rule + supervised averaged": ({"averaged": True}, 1),
     "exact without ADAW": ({**_GREEDY, "adaptive_switch": 1.0}, 1),
     "exact without KL": ({**_GREEDY, "kl_coef": 0.0}, 1),
     "exact throughput reward": ({"reward": "throughput", "proximity_bonus": 0.25}, 1),
@@ -147,7 +155,8 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         began = time.perf_counter()
         trained, row = copy.deepcopy(drafter), {"seed": seed, "changes": changes}
         if changes is not None:
-            row |= train(make_config(arguments, changes, seed), arguments, target, trained, examples, pad)
+            ways = {way: way in changes for way in WAYS}
+            row |= train(make_config(arguments, changes, seed), arguments, target, trained, examples, pad, **ways)
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -268,7 +277,7 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
         "max_forest_nodes": arguments.batch_size * 8 * 8 * arguments.window_size,  # every rollout in one forward
         "seed": seed,
     }
-    return ReinforceConfig(**(shared | changes))
+    return ReinforceConfig(**shared | {name: value for name, value in changes.items() if name not in WAYS})
 
 
 def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
@@ -288,8 +297,17 @@ def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def train(config: ReinforceConfig, arguments, target: FrozenTarget, drafter, examples: list, pad: int) -> dict:
-    """Train ``drafter`` in place for the arm's time or steps: -> what was spent, and the curves."""
+def train(
+    config: ReinforceConfig,
+    arguments,
+    target: FrozenTarget,
+    drafter,
+    examples: list,
+    pad: int,
+    alternated: bool = False,
+    averaged: bool = False,
+) -> dict:
+    """Train ``drafter`` in place for the arm's time or steps: -> what was spent, and the curves. See WAYS."""
     device, cuda = drafter.device, drafter.device.type == "cuda"
     torch.manual_seed(config.seed)
     if cuda:
@@ -300,7 +318,11 @@ def train(config: ReinforceConfig, arguments, target: FrozenTarget, drafter, exa
         parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
     )
     reference = frozen_reference(config, drafter)
-    rolls = objective_of(config).batch == "rollouts"
+    turns = [config]
+    if alternated:
+        plain = {"all_windows": True, "supervised_coef": 0.0, "verification": "greedy"}
+        turns.append(dataclasses.replace(config, objective="cst", **plain))
+    mean = AveragedModel(drafter) if averaged else None
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
     curve, step, tokens = [], 0, 0
     began = time.perf_counter()
@@ -309,7 +331,9 @@ def train(config: ReinforceConfig, arguments, target: FrozenTarget, drafter, exa
         progress = step / arguments.steps if arguments.steps else spent / arguments.seconds
         if progress >= 1:
             break
-        rate = config.learning_rate * min(1, progress / WARMUP, 0.5 * (1 + math.cos(math.pi * progress)))
+        falling = 1 if averaged else 0.5 * (1 + math.cos(math.pi * progress))
+        rate = config.learning_rate * min(1, progress / WARMUP, falling)
+        turn = turns[step % len(turns)]
         virtual = 1 + int(progress * STEPS)  # for the switch of ADAW
         step += 1
         chosen = batch_indices(len(examples), config.batch_size, config.seed, step - 1)
@@ -318,21 +342,25 @@ def train(config: ReinforceConfig, arguments, target: FrozenTarget, drafter, exa
         tokens += sum(len(examples[i].input_ids) for i in chosen)
         metrics, rollout = {}, None
         with autocast:
-            if rolls:
-                rollout, metrics = roll_out(config, target, drafter, batch, virtual, reference)
-            value, found = loss(config, target, drafter, virtual, batch, rollout)
+            if objective_of(turn).batch == "rollouts":
+                rollout, metrics = roll_out(turn, target, drafter, batch, virtual, reference)
+            value, found = loss(turn, target, drafter, virtual, batch, rollout)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-12)
         optimizer.step()
+        if averaged and progress >= 0.5:
+            mean.update_parameters(drafter)
         if step <= 3 or step % 20 == 0:  # reading numbers waits for the device, so not at every step
             if not torch.isfinite(norm):
                 raise ValueError(f"Step {step}: the gradient is not finite; lower this arm's learning rate.")
             numbers = {"loss": value.detach(), "gradient_norm": norm, **metrics, **found}
             curve.append({"step": step, "seconds": round(time.perf_counter() - began, 3)})
             curve[-1] |= {k: round(float(v), 5) for k, v in numbers.items() if v.numel() == 1}
+    if averaged:
+        drafter.load_state_dict(mean.module.state_dict())
     if cuda:
         torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None

@@ -96,10 +96,11 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
     given = arguments(prompts, "--seeds", "1", "--tree-prompts", "1", "--output", str(output), "--arms")
     benchmark.main([*given, "stage1,cst 3e-4"])
     before = json.loads(output.read_text())["arms"]
-    report = benchmark.main([*given, "stage1,cst 3e-4,ppow,exact text-rule 2e-4,gto"])
+    report = benchmark.main([*given, "stage1,cst 3e-4,ppow alternated,exact text-rule + supervised averaged,gto"])
     assert {key: report["arms"][key] for key in before} == before and len(report["arms"]) == 5
-    row = report["arms"]["ppow/0"]
-    assert row["steps"] == 2 and len(row["curve"]) == 2 and row["curve"][0]["reward"] >= 0
+    row = report["arms"]["ppow alternated/0"]
+    assert row["steps"] == 2 and len(row["curve"]) == 2
+    assert row["curve"][0]["reward"] >= 0 and "reward" not in row["curve"][1]  # the second step is CST's
     for part in ("T=0", "T=1", "tree 60, T=0", "tree 4, T=0"):
         summary = report["summary"][part]
         assert summary["control"] == "cst 3e-4"
@@ -107,7 +108,7 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
         assert all(1 <= arm["acceptance_length"] <= 11 for arm in summary["arms"].values())
     assert report["hardware"] and report["versions"]["torch"]
     assert output.with_suffix(".png").stat().st_size > 5000
-    assert "| ppow | 2 |" in capsys.readouterr().out
+    assert "| ppow alternated | 2 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="other settings"):
         benchmark.main([*given, "stage1", "--seed", "5"])
 
