@@ -34,7 +34,7 @@ def serve(log: Path, *options: str):
     """Start ``ppow space`` with ``options`` on a free port and wait until it answers."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), "--threads", "1", *options]
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
