@@ -79,13 +79,8 @@ def main(argv=None) -> dict:
         target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).to(device).eval()
         drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=dtype).to(device).eval()
     target.generation_config = GenerationConfig(pad_token_id=0)
-    inductor = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
-    settings = {**vars(arguments), "output": None, "device": device, "dtype": str(dtype).split(".")[-1]}
-    report = {
-        "settings": settings | ({"environment": inductor} if inductor else {}),
+    report = facts(arguments, device=device, dtype=str(dtype).split(".")[-1]) | {
         "forced_acceptance": bool(arguments.shape),
-        "versions": versions(),
-        "hardware": hardware(),
         "machine": machine(target, drafter, device, dtype),
         "systems": [],
     }
@@ -429,6 +424,15 @@ def show(row: dict, stock: dict) -> None:
         f"acceptance length {length}{forced_note}  {parts}",
         flush=True,
     )
+
+
+def facts(arguments, **more) -> dict:
+    """What a report opens with: settings (options, ``more``, what torch's compiler was told), versions and hardware."""
+    settings = {**vars(arguments), "output": None, **more}
+    told = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
+    if told:
+        settings["environment"] = told
+    return {"settings": settings, "versions": versions(), "hardware": hardware()}
 
 
 def save(report: dict, output: Path | None) -> None:

@@ -27,13 +27,12 @@ from tqdm import tqdm
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
 from ppow.training.loop import make_batch
-from ppow.training.provenance import hardware, versions
 from ppow.training.reinforce import loss
 from ppow.training.rollout import roll_out
 from ppow.training.supervised import load_examples, pad_token
 from ppow.training.target import FrozenTarget
 
-from .decoding import save
+from .decoding import facts, save
 from .objectives import load
 
 ESTIMATORS = {
@@ -61,10 +60,7 @@ def main(argv=None) -> dict:
             found[name][0].append(gradient(config, target, drafter, batch))
             found[name][1].append(time.perf_counter() - began)
     reference = torch.stack(found["exact"][0]).mean(0, dtype=torch.float64)
-    report = {
-        "settings": {**vars(arguments), "output": None, "device": device, "texts": len(examples)},
-        "versions": versions(),
-        "hardware": hardware(),
+    report = facts(arguments, device=device, texts=len(examples)) | {
         "estimators": {name: figures(torch.stack(g), seconds, reference) for name, (g, seconds) in found.items()},
     }
     print(table(report))

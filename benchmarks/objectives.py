@@ -155,7 +155,7 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         began = time.perf_counter()
         trained, row = copy.deepcopy(drafter), {"seed": seed, "changes": changes}
         if changes is not None:
-            ways = {way: way in changes for way in WAYS}
+            ways = {way: changes.get(way, False) for way in WAYS}
             row |= train(make_config(arguments, changes, seed), arguments, target, trained, examples, pad, **ways)
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)

@@ -18,9 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from ppow.training.provenance import hardware, versions
-
-from .decoding import SHAPES, copy_speed, recorded, save, seconds_of
+from .decoding import SHAPES, copy_speed, facts, recorded, save, seconds_of
 
 try:
     import triton
@@ -36,10 +34,7 @@ def main(argv=None) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(arguments.seed)
-    report = {
-        "settings": {**vars(arguments), "output": None, "device": device, "dtype": str(dtype).split(".")[-1]},
-        "versions": versions(),
-        "hardware": hardware(),
+    report = facts(arguments, device=device, dtype=str(dtype).split(".")[-1]) | {
         "copy_bytes_per_second": copy_speed(device) if device == "cuda" else None,
         "products": [],
     }

@@ -27,11 +27,10 @@ from ppow.cache_ppow import CACHE_NAME
 from ppow.training import plan, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.loop import Batch
-from ppow.training.provenance import hardware, versions
 from ppow.training.rollout import forest_rows, roll_out, verify
 from ppow.training.target import FrozenTarget
 
-from .decoding import SHAPES, random_pair, save, synchronize
+from .decoding import SHAPES, facts, random_pair, save, synchronize
 from .speculators_step import AVAILABLE, working_step
 
 TTT_STEPS, STEP_WEIGHT = 7, 0.8  # of stage 1, as in EAGLE-3
@@ -57,12 +56,9 @@ def main(argv=None) -> dict:
     }
     rollouts = arguments.windows * arguments.group_size
     agreement = {name: float((way() == ways["forest"]()).float().mean()) for name, way in ways.items()}
-    report = {
-        "settings": {**vars(arguments), "output": None, "device": device},
-        "versions": versions() | ({"speculators": importlib.metadata.version("speculators")} if AVAILABLE else {}),
-        "hardware": hardware(),
-        "verification": {},
-    }
+    report = facts(arguments, device=device) | {"verification": {}}
+    if AVAILABLE:
+        report["versions"]["speculators"] = importlib.metadata.version("speculators")
     timings = timed(ways, arguments.repeats, device)
     for name, (seconds, peak) in timings.items():
         report["verification"][name] = figures(seconds, peak, rollouts, "rollouts_per_second")

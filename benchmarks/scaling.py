@@ -23,20 +23,18 @@ import torch
 
 from ppow.training.config import ReinforceConfig
 from ppow.training.corpus import train_tokenizer
-from ppow.training.provenance import hardware, versions
 
 from .bundle import ppow
-from .decoding import SHAPES, random_pair, save
+from .decoding import SHAPES, facts, random_pair, save
 
 
 def main(argv=None) -> dict:
     arguments = parse(argv)
-    settings = {**vars(arguments), "output": None}
+    report = facts(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shape:
             make_random(arguments, Path(folder))
-        runs = [run(arguments, int(processes)) for processes in arguments.processes.split(",")]
-    report = {"settings": settings, "versions": versions(), "hardware": hardware(), "runs": runs}
+        report["runs"] = [run(arguments, processes) for processes in arguments.processes]
     first = report["runs"][0]["rollouts_per_second"]
     for row in report["runs"]:
         row["speedup"] = row["rollouts_per_second"] / first
@@ -51,7 +49,8 @@ def parse(argv):
     parser.add_argument("--target", help="a real target instead, with --drafter and --data")
     parser.add_argument("--drafter")
     parser.add_argument("--data")
-    parser.add_argument("--processes", default="1,2", help="comma separated numbers of processes, one GPU each")
+    numbers = {"type": lambda text: [int(number) for number in text.split(",")], "default": [1, 2]}
+    parser.add_argument("--processes", help="comma separated numbers of processes, one GPU each", **numbers)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=20, help="first steps that do not count")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step and process")
@@ -82,7 +81,7 @@ def make_random(arguments, folder: Path) -> None:
         torch.cuda.empty_cache()  # the runs need the memory
     draw = random.Random(arguments.seed)
     half, rows = arguments.max_length // 2, []
-    for _ in range(8 * arguments.batch_size * most(arguments)):
+    for _ in range(8 * arguments.batch_size * max(arguments.processes)):
         # a letter is a token, and the chat template takes some twenty
         prompt, answer = ("".join(draw.choices(string.ascii_letters, k=k)) for k in (max(1, half - 20), half))
         rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
@@ -103,7 +102,7 @@ def run(arguments, processes: int) -> dict:
         nodes = recipe.windows_per_sequence * recipe.group_size * recipe.window_size
         options["max_forest_nodes"] = arguments.batch_size * nodes  # all rollouts of a step in one forward
         # as many for one process as for several, which torch would give a single thread each
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, os.cpu_count() // most(arguments)))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, os.cpu_count() // max(arguments.processes)))
         ppow("reinforce", processes, {"OMP_NUM_THREADS": threads}, **options)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     lines = lines[arguments.warmup :]
@@ -118,11 +117,6 @@ def run(arguments, processes: int) -> dict:
         "seconds_per_step": median,
         "seconds_per_step_quartiles": statistics.quantiles(seconds, n=4),
     }
-
-
-def most(arguments) -> int:
-    """The largest number of processes."""
-    return max(map(int, arguments.processes.split(",")))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The comparison of objectives: its way of reading acceptance along texts, and the command, small on a CPU."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 from ppow.training import evaluate
 from ppow.training.config import EvaluateConfig
+from ppow.training.data import Example
 from ppow.training.objectives import objective_of
 from test_rollout import make_pair
 
@@ -137,6 +139,24 @@ def test_processes_share_the_arms_and_a_later_call_goes_on(benchmark, prompts, t
 
 def test_every_arm_can_be_named(benchmark):
     assert not [name for name in benchmark.ARMS if "," in name]
+
+
+def test_averaged_weights_are_the_mean_of_the_second_half(benchmark, monkeypatch):
+    target, drafter = make_pair()
+    given = argparse.Namespace(target="t", drafter="d", data="x", batch_size=1, max_length=64, dtype="float32")
+    given.window_size, given.steps = 3, 4
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(self, *a, **k):
+        step(self, *a, **k)
+        seen.append(drafter.fc.weight.detach().clone())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    examples = [Example([3, 9, 4, 7, 1, 8, 5, 11, 2, 6], [0, 0, 0] + [1] * 7)]
+    changes = {"averaged": True, "learning_rate": 0.01}
+    benchmark.train(benchmark.make_config(given, changes, 0), given, target, drafter, examples, 0, averaged=True)
+    assert len(seen) == 4 and not torch.equal(seen[2], seen[3])
+    torch.testing.assert_close(drafter.fc.weight.detach(), (seen[2] + seen[3]) / 2)
 
 
 def test_a_spent_budget_stops_before_the_next_arm(benchmark, prompts, capsys):
