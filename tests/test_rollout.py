@@ -140,13 +140,14 @@ def test_argmax_window_equals_greedy_generation(sliding):
     target, _ = make_pair(sliding)
     batch = make_batch()
     reading = target.read(batch.input_ids, room=64)
-    starts = torch.tensor([[1, 6], [4, 13]])
-    found = stage2.argmax_window_logprobs(target, reading, batch, starts, torch.ones_like(starts, dtype=torch.bool), 4)
+    starts, size = torch.tensor([[1, 6], [4, 13]]), 10  # longer than the sliding window
+    needed = torch.ones_like(starts, dtype=torch.bool)
+    found = stage2.argmax_window_logprobs(target, reading, batch, starts, needed, size)
     for text in range(2):
         for window in range(2):
             prefix = batch.input_ids[text : text + 1, : int(starts[text, window]) + 2]
             out = target.model.generate(
-                prefix, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+                prefix, max_new_tokens=size, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
             expected = torch.stack([step[0].log_softmax(-1).max() for step in out.logits])
             torch.testing.assert_close(found[text, window], expected.float(), atol=1e-5, rtol=1e-5)
