@@ -23,19 +23,22 @@ TREE = {"tree_depth": 7, "tree_top_k": 10}
 @torch.no_grad()
 def write_texts(model, tokenizer, arguments, pad: int) -> dict:
     """The target's own answers to every prompt: "DOMAIN T=0" -> prompt lengths, ids, tokens to gain, loops."""
-    texts = {}
+    limit = model.config.get_text_config(decoder=True).max_position_embeddings - arguments.max_new_tokens
+    domains = {}
     for domain in arguments.prompts.split(","):
         prompts = [prompt_ids(tokenizer, p) for p in load_prompts(domain, arguments.prompts_dir, arguments.limit)]
-        limit = model.config.get_text_config(decoder=True).max_position_embeddings - arguments.max_new_tokens
-        prompts = [ids for ids in prompts if len(ids) <= limit]
-        for temperature in (0, 1):
-            torch.manual_seed(arguments.seed)
-            found = []
-            for first in range(0, len(prompts), arguments.eval_batch):
-                found += answer(model, prompts[first : first + arguments.eval_batch], temperature, arguments, pad)
+        domains[Path(domain).stem] = [ids for ids in prompts if len(ids) <= limit]
+    texts, every = {}, [ids for prompts in domains.values() for ids in prompts]  # batches know no domains
+    for temperature in (0, 1):
+        torch.manual_seed(arguments.seed)
+        found = []
+        for first in range(0, len(every), arguments.eval_batch):
+            found += answer(model, every[first : first + arguments.eval_batch], temperature, arguments, pad)
+        answers = iter(found)
+        for domain, prompts in domains.items():
             # the prompt's forward yields the first token, and a text of one token is never drafted for
-            pairs = [(p, a) for p, a in zip(prompts, found) if len(a) > 1]
-            texts[f"{Path(domain).stem} T={temperature}"] = {
+            pairs = [(p, a) for p, a in zip(prompts, answers) if len(a) > 1]
+            texts[f"{domain} T={temperature}"] = {
                 "prompt": [len(p) for p, _ in pairs],
                 "ids": [p + a for p, a in pairs],
                 "tokens": [len(a) - 1 for _, a in pairs],

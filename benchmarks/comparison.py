@@ -3,8 +3,14 @@
 Acceptance length = tokens gained / verifications, pooled, bonus included. Intervals are 95% percentile bootstrap over
 prompts, of the difference to the best ``cst`` arm on the same texts. Texts that end in an exact loop are counted, and
 the others are reported apart.
+
+    python -m benchmarks.comparison benchmarks/results/objectives-large-160s.json --control lk
+
+compares the arms of a report with another of them.
 """
 
+import argparse
+import json
 from pathlib import Path
 
 import numpy
@@ -39,21 +45,29 @@ def tree_pooled(report: dict, tree: str) -> tuple[numpy.ndarray, dict]:
     return tokens, counts
 
 
-def compared(tokens: numpy.ndarray, counts: dict, resamples: int, seed: int = 0) -> dict:
+def compared(tokens: numpy.ndarray, counts: dict, resamples: int) -> dict:
     """Acceptance length of every arm, and the paired difference to the best CST arm with its 95% interval."""
     lengths = {name: float(tokens.sum() / values.sum()) for name, values in counts.items()}
     controls = [name for name in lengths if name.startswith("cst")]
     control = max(controls, key=lengths.get) if controls else None
+    found = {name: {"acceptance_length": length} for name, length in lengths.items()}
+    if control is not None:
+        for name, (difference, low, high) in differences(tokens, counts, control, resamples).items():
+            found[name] |= {"over_cst": difference, "over_cst_95": [low, high]}
+    return {"control": control, "prompts": len(tokens), "arms": found}
+
+
+def differences(tokens: numpy.ndarray, counts: dict, control: str, resamples: int, seed: int = 0) -> dict:
+    """name -> difference of every arm's acceptance length to the control's, paired by prompt, and its 95% interval."""
     draws = numpy.random.default_rng(seed).integers(0, len(tokens), (resamples, len(tokens)))
     weights = numpy.stack([numpy.bincount(row, minlength=len(tokens)) for row in draws])  # (resamples, n)
     resampled = {name: (weights @ tokens) / (weights @ values) for name, values in counts.items()}
     found = {}
-    for name, length in lengths.items():
-        found[name] = {"acceptance_length": length}
-        if control is not None:
-            low, high = numpy.percentile(resampled[name] - resampled[control], [2.5, 97.5])
-            found[name] |= {"over_cst": length - lengths[control], "over_cst_95": [float(low), float(high)]}
-    return {"control": control, "prompts": len(tokens), "arms": found}
+    for name, values in counts.items():
+        low, high = numpy.percentile(resampled[name] - resampled[control], [2.5, 97.5])
+        difference = tokens.sum() / values.sum() - tokens.sum() / counts[control].sum()
+        found[name] = (float(difference), float(low), float(high))
+    return found
 
 
 def summarize(report: dict, resamples: int) -> dict:
@@ -144,3 +158,25 @@ def plot(report: dict, path: Path) -> None:
             axis.legend(fontsize=6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("report", type=Path, help="what benchmarks/objectives.py wrote")
+    parser.add_argument("--control", required=True, help="the arm to compare the others with")
+    parser.add_argument("--bootstrap", type=int, default=2000)
+    arguments = parser.parse_args(argv)
+    report = json.loads(arguments.report.read_text())
+    parts = {f"T={temperature}": pooled(report, f"T={temperature}") for temperature in (0, 1)}
+    arms = list(parts["T=0"][1])
+    if arguments.control not in arms:
+        parser.error(f"{arguments.report} has no arm {arguments.control!r}; it has {', '.join(arms)}")
+    found = {name: differences(*part, arguments.control, arguments.bootstrap) for name, part in parts.items()}
+    print(f"| over {arguments.control} | " + " | ".join(found) + " |\n|---" + "|---" * len(found) + "|")
+    for arm in arms:
+        cells = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*rows[arm]) for rows in found.values())
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

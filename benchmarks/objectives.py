@@ -43,7 +43,7 @@ from ppow.training.supervised import freeze_embedding, load_examples, pad_token
 from ppow.training.target import FrozenTarget
 
 from . import acceptance, comparison
-from .bundle import check_gpus, on_gpu
+from .bundle import check_gpus, on_gpus
 from .decoding import save
 
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
@@ -53,7 +53,8 @@ _ROLLOUT = {"estimator": "rollout"}  # PPOW as published, with the defaults of `
 # the closed form alone: windows drawn as for rollouts, the anchor, no supervised term
 _ALONE = {"windows_per_sequence": 32, "all_windows": False, "supervised_coef": 0.0, "kl_coef": 0.1}
 _ALONE |= {"learning_rate": 2e-4}
-_LK = {"supervised_loss": "lk"}
+_LK = {"supervised_loss": "lk", "supervised_coef": 3.0}  # the supervised term: LK's loss or
+_SUPERVISED = {"supervised_loss": "cst", "supervised_coef": 1.0}  # stage 1's
 _GREEDY = {**_ALONE, "verification": "greedy"}
 # ways to train that are no option of `ppow reinforce`: steps of the objective and of CST take turns; the drafter is the
 # mean of its weights over the second half, in which the learning rate stays at its peak
@@ -62,24 +63,28 @@ WAYS = ("alternated", "averaged")
 ARMS = {
     "stage1": (None, 1),
     "cst 3e-4": ({"objective": "cst"}, 3),
-    "exact text-rule + supervised": ({}, 3),  # what `ppow reinforce` does without options
+    "exact text-rule + 3 lk": (_LK, 3),  # what `ppow reinforce` does without options
+    "exact text-rule + supervised": (_SUPERVISED, 3),
     "ppow": (_ROLLOUT, 3),
     "lk": ({"objective": "lk"}, 3),
-    "exact text-rule + supervised sharp": ({"rollout_temperature": 0.5}, 3),
-    "exact text-rule + lk": (_LK, 3),
-    "exact text-rule + 3 lk": ({**_LK, "supervised_coef": 3.0}, 3),
-    "exact text-rule + 3 supervised": ({"supervised_coef": 3.0}, 1),
-    "exact sampling + 3 lk": ({"verification": "sampling", **_LK, "supervised_coef": 3.0}, 3),
+    "exact text-rule + supervised sharp": ({**_SUPERVISED, "rollout_temperature": 0.5}, 3),
+    "exact text-rule + lk": ({**_LK, "supervised_coef": 1.0}, 3),
+    "exact text-rule + 3 supervised": ({**_SUPERVISED, "supervised_coef": 3.0}, 1),
+    "exact sampling + 3 lk": ({**_LK, "verification": "sampling"}, 3),
     "exact greedy 2e-4": (_GREEDY, 3),
     "exact text-rule 2e-4": (_ALONE, 3),
     "eal": ({"objective": "eal", "learning_rate": 2e-4}, 1),
     "cst 1e-4": ({"objective": "cst", "learning_rate": 1e-4}, 1),
-    "cst 1e-3": ({"objective": "cst", "learning_rate": 1e-3}, 1),
+    "cst 1e-3": ({"objective": "cst", "learning_rate": 1e-3}, 3),
     "exact sampling 2e-4": ({**_ALONE, "verification": "sampling"}, 1),
-    "exact greedy + supervised": ({"verification": "greedy", "supervised_coef": 0.5}, 1),
-    "exact text-rule + supervised 1e-4": ({"learning_rate": 1e-4}, 1),
-    "exact text-rule + supervised 1e-3": ({"learning_rate": 1e-3}, 1),
-    "exact text-rule + half supervised": ({"supervised_coef": 0.5}, 1),
+    "exact greedy + supervised": ({**_SUPERVISED, "verification": "greedy", "supervised_coef": 0.5}, 1),
+    "exact text-rule + supervised 1e-4": ({**_SUPERVISED, "learning_rate": 1e-4}, 1),
+    "exact text-rule + supervised 1e-3": ({**_SUPERVISED, "learning_rate": 1e-3}, 1),
+    "exact text-rule + half supervised": ({**_SUPERVISED, "supervised_coef": 0.5}, 1),
+    "exact text-rule + 3 lk 1e-3": ({**_LK, "learning_rate": 1e-3}, 3),
+    "exact text-rule + 3 lk 2e-3": ({**_LK, "learning_rate": 2e-3}, 1),
+    "exact text-rule + 10 lk": ({**_LK, "supervised_coef": 10.0}, 1),
+    "lk 1e-3": ({"objective": "lk", "learning_rate": 1e-3}, 3),
     "exact greedy 5e-5": ({**_GREEDY, "learning_rate": 5e-5}, 1),
     "exact greedy 5e-4": ({**_GREEDY, "learning_rate": 5e-4}, 1),
     "exact tree": ({**_ALONE, "verification": "tree"}, 1),
@@ -87,7 +92,7 @@ ARMS = {
     "d-pace": ({"objective": "d_pace"}, 1),
     "vat": ({"objective": "vat"}, 1),
     "eal sampling": ({"objective": "eal", "verification": "sampling", "learning_rate": 2e-4}, 1),
-    "eal sampling + lk": ({"objective": "eal", "verification": "sampling", "supervised_coef": 1.0, **_LK}, 1),
+    "eal sampling + lk": ({"objective": "eal", "verification": "sampling", **_LK, "supervised_coef": 1.0}, 1),
     "eal + kl": ({"objective": "eal", "supervised_coef": 1.0, "learning_rate": 2e-4}, 1),
     "draft-opd": ({"objective": "draft_opd", "learning_rate": 1e-4, "proximity_bonus": 0.0}, 1),
     "gto": ({"objective": "gto", "proximity_bonus": 0.0}, 1),
@@ -99,15 +104,16 @@ ARMS = {
     "ppow groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 1),
     "ppow wide R_dist": ({**_ROLLOUT, "proximity_margin": 25.0}, 1),  # rewards half of the windows rejected at once
     "ppow 2e-5": ({**_ROLLOUT, "learning_rate": 2e-5}, 1),
+    "ppow 2e-4": ({**_ROLLOUT, "learning_rate": 2e-4}, 1),
     "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
     "ppow sampling": ({**_ROLLOUT, "verification": "sampling", "rollout_temperature": 1.0}, 1),
     "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 1),
     "ppow alternated": ({**_ROLLOUT, "learning_rate": 1e-4, "alternated": True}, 1),
     "exact text-rule alternated": ({"supervised_coef": 0.0, "alternated": True}, 1),
-    "exact text-rule + supervised averaged": ({"averaged": True}, 1),
+    "exact text-rule + supervised averaged": ({**_SUPERVISED, "averaged": True}, 1),
     "exact without ADAW": ({**_GREEDY, "adaptive_switch": 1.0}, 1),
     "exact without KL": ({**_GREEDY, "kl_coef": 0.0}, 1),
-    "exact throughput reward": ({"reward": "throughput", "proximity_bonus": 0.25}, 1),
+    "exact throughput reward + 3 lk": ({**_LK, "reward": "throughput", "proximity_bonus": 0.25}, 1),
 }
 
 
@@ -136,11 +142,12 @@ def main(argv=None) -> dict:
 
 def run(arguments, device: str, texts: dict, report: dict, started: float) -> None:
     """Train and measure the arms that the report lacks, one after the other."""
+    check_arms(report, arguments)
     todo = [arm for arm in arm_list(arguments) if arm[0] not in report["arms"]]
     if not todo:
         return
     tokenizer, target, drafter = load(arguments, device)
-    pad, lasted = pad_token(tokenizer), 0.0
+    pad, lasted = pad_token(tokenizer), 0.0 if arguments.steps else arguments.seconds
     base = make_config(arguments, {}, 0)
     examples = load_examples(base, arguments.data, tokenizer, base.window_size, answer=base.window_size)
     if device == "cuda":  # the first steps on a device are slow, and no arm shall pay for them
@@ -156,7 +163,9 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         trained, row = copy.deepcopy(drafter), {"seed": seed, "changes": changes}
         if changes is not None:
             ways = {way: changes.get(way, False) for way in WAYS}
-            row |= train(make_config(arguments, changes, seed), arguments, target, trained, examples, pad, **ways)
+            config = make_config(arguments, changes, seed)
+            row["config"] = recipe(config)
+            row |= train(config, arguments, target, trained, examples, pad, **ways)
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -178,18 +187,19 @@ def share(arguments, argv: list[str], texts: dict, report: dict, started: float)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the first process has this GPU
     parts = [arguments.output.with_name(f".{arguments.output.stem}-{i}.json") for i in range(arguments.gpus)]
+    check_arms(report, arguments)
     collect(report, parts, arguments)  # of a call that was cut off
     todo = [key for key, _, _ in arm_list(arguments) if key not in report["arms"]]
     children = []
     with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "texts.json", texts)
+        write_json(Path(folder) / "texts.json", {"made_for": made_for(arguments), "texts": texts})
         left = arguments.budget_seconds - (time.perf_counter() - started)
         try:
             for i, part in enumerate(parts[: len(todo)]):
                 own = [f"--texts={folder}/texts.json", f"--part={','.join(todo[i :: arguments.gpus])}"]
                 own += ["--gpus=1", f"--output={part}", f"--budget-seconds={left}"]
                 command = [sys.executable, "-m", "benchmarks.objectives", *argv, *own]
-                children.append(subprocess.Popen(command, env={**os.environ, **on_gpu(i)}))
+                children.append(subprocess.Popen(command, env={**os.environ, **on_gpus([i])}))
             codes = [child.wait() for child in children]
         finally:
             for child in children:
@@ -208,7 +218,9 @@ def collect(report: dict, parts: list[Path], arguments) -> None:
             check_same(held, report, part)
             found |= held["arms"]
     order = [key for key, _, _ in arm_list(arguments)]
-    report["arms"] = {key: found[key] for key in sorted(found, key=lambda k: order.index(k) if k in order else -1)}
+    report["arms"] = {
+        key: found[key] for key in sorted(found, key=lambda k: order.index(k) if k in order else len(order))
+    }
     save(report, arguments.output)
     for part in parts:
         part.unlink(missing_ok=True)
@@ -228,6 +240,7 @@ def parse(argv):
     parser.add_argument("--arms", help="comma separated names of arms; none: all")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many seeds for the leading arms")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step")
+    parser.add_argument("--train-limit", type=int, help="read at most so many training texts")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a training text that are kept")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--window-size", type=int, default=10)
@@ -238,9 +251,11 @@ def parse(argv):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--texts", type=Path, help="file of the target's answers to the prompts, for several comparisons"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="processes that share the arms, one on each GPU")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # the arms of such a process,
-    parser.add_argument("--texts", type=Path, help=argparse.SUPPRESS)  # and the answers, which all of them share
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # the arms of such a process
     arguments = parser.parse_args(argv)
     check_gpus(parser, arguments.gpus)
     if arguments.gpus > 1 and not arguments.output:
@@ -271,6 +286,7 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
         "steps": STEPS,
         "batch_size": arguments.batch_size,
         "max_length": arguments.max_length,
+        "limit": arguments.train_limit,
         "drop_long": True,
         "dtype": arguments.dtype,
         "window_size": arguments.window_size,
@@ -372,11 +388,27 @@ def train(
 
 
 def read_texts(arguments, device: str) -> dict:
-    """The target's answers: written now, or handed over by the process that shares its arms with this one."""
-    if arguments.texts:
-        return json.loads(arguments.texts.read_text())
+    """The target's answers: from ``--texts`` where that file exists; else written now, and into that file.
+
+    Raises:
+        ValueError: for a file of answers to other prompts, or of another target or length.
+    """
+    if arguments.texts and arguments.texts.exists():
+        held = json.loads(arguments.texts.read_text())
+        if held["made_for"] != (now := made_for(arguments)):
+            raise ValueError(f"{arguments.texts} was written for {held['made_for']}, not for {now}; name another file.")
+        return held["texts"]
     tokenizer, target, _ = load(arguments, device)
-    return acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
+    texts = acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
+    if arguments.texts:
+        write_json(arguments.texts, {"made_for": made_for(arguments), "texts": texts})
+    return texts
+
+
+def made_for(arguments) -> dict:
+    """What the target's answers depend on."""
+    names = ("target", "prompts", "limit", "max_new_tokens", "eval_batch", "dtype", "seed")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def opened(arguments, texts: dict) -> dict:
@@ -396,6 +428,19 @@ def opened(arguments, texts: dict) -> dict:
         "texts": {name: {k: v for k, v in text.items() if k != "ids"} for name, text in texts.items()},
         "arms": {},
     }
+
+
+def recipe(config: ReinforceConfig) -> dict:
+    """What an arm's config says of the training itself."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("target", "drafter", "data")}
+
+
+def check_arms(report: dict, arguments) -> None:
+    """Refuse to add to a report whose arms, by the same names, were trained with other settings."""
+    for key, changes, seed in arm_list(arguments):
+        held = report["arms"].get(key, {})
+        if "config" in held and held["config"] != recipe(make_config(arguments, changes, seed)):
+            raise ValueError(f"The report's {key} was trained with another recipe; give another --output.")
 
 
 def check_same(held: dict, wanted: dict, path: Path) -> None:

@@ -10,24 +10,28 @@ know what verification will choose.
 import importlib.util
 
 import torch
-import torch._dynamo
 
 AVAILABLE = importlib.util.find_spec("speculators") is not None
 
 
 def working_step(target, drafter, batch, *settings):
-    """:func:`speculators_step` with its fused loss on a GPU, else its plain one: -> the step, which."""
-    if batch.input_ids.is_cuda:
-        step = speculators_step(target, drafter, batch, *settings, kind="fused")
+    """:func:`speculators_step` with its fused loss on a GPU, else its plain one: -> the step or None, its loss, errors.
+
+    A package that this torch cannot run must not cost the figures of ours.
+    """
+    errors = {}
+    for kind in ("fused", "eager") if batch.input_ids.is_cuda else ("eager",):
+        step = speculators_step(target, drafter, batch, *settings, kind=kind)
         try:
             step()
-            return step, "fused"
-        except (torch._dynamo.exc.TorchDynamoException, AssertionError) as error:  # torch 2.11 raises the latter
-            print(f"torch cannot compile the fused loss of speculators, so its plain one serves: {error}")
+            return step, kind, errors
+        except Exception as error:  # torch's compiler alone raises half a dozen kinds
+            errors[kind] = f"{type(error).__name__}: {error}"[:300]
+            print(f"The step of speculators does not run with its {kind} loss: {errors[kind]}")
         del step  # with its weights
         torch.compiler.reset()
         torch.cuda.empty_cache()
-    return speculators_step(target, drafter, batch, *settings, kind="eager"), "eager"
+    return None, None, errors
 
 
 def speculators_step(target, drafter, batch, ttt_steps: int, step_weight: float, dtype: torch.dtype, kind: str):
@@ -70,18 +74,24 @@ def speculators_step(target, drafter, batch, ttt_steps: int, step_weight: float,
     losses = resolve_loss_config("kl_div", kind)
     decoder, taps, ids = target.model.get_decoder(), drafter.config.target_taps, batch.input_ids
 
+    room = -(ids.shape[1] - 1) % 128  # its attention takes whole blocks of 128; what is put behind counts nowhere
+
+    def filled(values: torch.Tensor) -> torch.Tensor:  # (1, T - 1, ..) -> (1, n * 128, ..)
+        return torch.cat((values, values.new_zeros(1, room, *values.shape[2:])), 1)
+
     def step() -> torch.Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             with torch.no_grad():
                 states = decoder(ids, output_hidden_states=True, use_cache=False)
                 tapped = torch.cat([states.hidden_states[tap] for tap in taps], -1)
+            following = filled(ids[:, 1:])
             _, loss, _ = model(
-                hidden_states=tapped[:, :-1].to(dtype),
-                input_ids=ids[:, 1:],
-                document_ids=torch.zeros_like(ids[:, 1:]),
-                loss_mask=batch.loss_mask[:, 1:],
-                position_ids=torch.arange(1, ids.shape[1], device=device)[None],
-                verifier_last_hidden_states=states.last_hidden_state[:, 1:].to(dtype),
+                hidden_states=filled(tapped[:, :-1].to(dtype)),
+                input_ids=following,
+                document_ids=torch.zeros_like(following),
+                loss_mask=filled(batch.loss_mask[:, 1:]),
+                position_ids=torch.arange(1, following.shape[1] + 1, device=device)[None],
+                verifier_last_hidden_states=filled(states.last_hidden_state[:, 1:].to(dtype)),
                 ttt_steps=ttt_steps,
                 ttt_step_loss_decay=step_weight,
                 loss_config=losses,

@@ -61,3 +61,9 @@ def test_texts_that_gpus_cannot_share_are_refused(benchmark, text, monkeypatch, 
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "3 GPUs cannot share supervised's batch_size 32" in capsys.readouterr().err
+    ran = []
+    monkeypatch.setattr(benchmark, "ppow", lambda command, *more, **options: ran.append(command))
+    monkeypatch.setattr(benchmark, "write_texts", lambda *given: ran.append("texts"))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--until", "regenerate"])
+    benchmark.main()  # texts can be shared by any number
+    assert ran == ["pretrain", "texts"]

@@ -93,7 +93,7 @@ def test_verifications_by_hand(benchmark):
     assert benchmark.acceptance.verifications(stands, [4, 2]) == [2.0, 1.5]
 
 
-def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
+def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, monkeypatch):
     output = tmp_path / "objectives.json"
     given = arguments(prompts, "--seeds", "1", "--tree-prompts", "1", "--output", str(output), "--arms")
     benchmark.main([*given, "stage1,cst 3e-4"])
@@ -111,8 +111,18 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys):
     assert report["hardware"] and report["versions"]["torch"]
     assert output.with_suffix(".png").stat().st_size > 5000
     assert "| ppow alternated | 2 |" in capsys.readouterr().out
+    benchmark.comparison.main([str(output), "--control", "cst 3e-4", "--bootstrap", "100"])
+    found = capsys.readouterr().out
+    for part in report["summary"]["T=0"], report["summary"]["T=1"]:
+        assert "{over_cst:+.3f} [".format(**part["arms"]["gto"]) in found
+    with pytest.raises(SystemExit):
+        benchmark.comparison.main([str(output), "--control", "nobody"])
+    assert "has no arm 'nobody'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="other settings"):
         benchmark.main([*given, "stage1", "--seed", "5"])
+    monkeypatch.setitem(benchmark.ARMS, "cst 3e-4", ({"objective": "cst", "learning_rate": 1e-3}, 3))
+    with pytest.raises(ValueError, match="cst 3e-4/0 was trained with another recipe"):
+        benchmark.main([*given, "cst 3e-4"])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot be shared")
@@ -143,7 +153,9 @@ def test_every_arm_can_be_named(benchmark):
 
 def test_averaged_weights_are_the_mean_of_the_second_half(benchmark, monkeypatch):
     target, drafter = make_pair()
-    given = argparse.Namespace(target="t", drafter="d", data="x", batch_size=1, max_length=64, dtype="float32")
+    given = argparse.Namespace(
+        target="t", drafter="d", data="x", batch_size=1, max_length=64, train_limit=None, dtype="float32"
+    )
     given.window_size, given.steps = 3, 4
     seen, step = [], torch.optim.AdamW.step
 

@@ -248,10 +248,12 @@ def test_the_defaults_that_the_paper_gives():
 def test_options_that_are_not_given_follow_the_estimator():
     exact = ReinforceConfig.from_args(STAGE2)
     assert (exact.estimator, exact.verification, exact.all_windows) == ("exact", "text", True)
-    assert (exact.supervised_coef, exact.kl_coef, exact.learning_rate) == (1.0, 0.0, 3e-4)
+    assert (exact.supervised_loss, exact.supervised_coef) == ("lk", 3.0)
+    assert (exact.kl_coef, exact.learning_rate) == (0.0, 3e-4)
     published = ReinforceConfig.from_args([*STAGE2, "--estimator", "rollout"])
     assert (published.verification, published.all_windows, published.supervised_coef) == ("greedy", False, 0.0)
     assert (published.kl_coef, published.learning_rate, published.rollout_temperature) == (0.1, 5e-5, 0.5)
+    assert published.supervised_loss == "cst"
     control = ReinforceConfig.from_args([*STAGE2, "--objective", "lk"])
     assert (control.verification, control.all_windows, control.supervised_coef) == ("greedy", True, 0.0)
     assert ReinforceConfig.from_args([*STAGE2, "--objective", "gto"]).all_windows is False

@@ -70,8 +70,9 @@ def unroll(drafter: PPOWDrafter, text: torch.Tensor, taps: torch.Tensor, steps: 
         unrolled = Unrolled(drafter, embed(drafter), text, taps)
         pairs = text.shape[1] - 1
         found = [drafter.logits(unrolled.begin(torch.arange(pairs).expand(len(text), -1)))]
+        padded = nn.functional.pad(text, (0, steps))  # what windows at the end are given does not matter
         for i in range(1, steps):
-            found.append(drafter.logits(unrolled.advance(text[:, 1 + i :])))
+            found.append(drafter.logits(unrolled.advance(padded[:, 1 + i : 1 + i + pairs]))[:, : pairs - i])
     return found
 
 

@@ -107,6 +107,18 @@ def test_more_work_takes_more(name, pair):
     assert again["seconds"]["total"] == pytest.approx(2 * small["seconds"]["total"])
 
 
+def test_the_proximity_reward_costs_time(pair):
+    """One forward of the target for every further token of its argmax window."""
+    plain, bonus = (planned(dataclasses.replace(CONFIGS["rollouts"], proximity_bonus=eta), pair) for eta in (0.0, 0.5))
+    assert bonus["operations"] == plain["operations"] and bonus["memory_gib"] == plain["memory_gib"]
+    config, more = CONFIGS["rollouts"], bonus["seconds"]["launch"] - plain["seconds"]["launch"]
+    launches = (config.window_size - 1) * 4 * plan.KERNELS_PER_BLOCK  # of four blocks
+    assert more == pytest.approx(launches * plan.DEVICES["h200"].launch)
+    weights = sum(p.numel() for p in pair[0].model.parameters()) * 4
+    moved = weights * (config.window_size - 1) / plan.DEVICES["h200"].bandwidth / plan.EFFICIENCY["memory"]
+    assert bonus["seconds"]["memory"] - plain["seconds"]["memory"] == pytest.approx(moved)
+
+
 def test_a_large_target_does_not_fit_and_says_what_to_do(capsys):
     target = LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8

@@ -99,12 +99,12 @@ def test_a_step_of_training_time_test_equals_the_shifted_rewrite():
     batch = make_batch(rows=2)
     reading = target.read(batch.input_ids)
     together = Unrolled(drafter, drafter.embed_tokens, batch.input_ids, reading.taps)
-    pairs = batch.input_ids.shape[1] - 1
+    pairs, padded = batch.input_ids.shape[1] - 1, torch.nn.functional.pad(batch.input_ids, (0, 4))
     together.begin(torch.arange(pairs).expand(2, -1))
     alone = Unrolled(drafter, drafter.embed_tokens, batch.input_ids, reading.taps)
     for step in range(1, 4):
         rows = pairs - step
-        features = together.advance(batch.input_ids[:, 1 + step : 1 + step + rows])
+        features = together.advance(padded[:, 1 + step : 1 + step + pairs])
         for start in (0, 7, rows - 1):
             alone.begin(torch.full((2, 1), start))
             for i in range(1, step + 1):

@@ -136,6 +136,51 @@ def test_every_window_of_a_text_gives_the_loss_of_stage_1():
     assert float(other) > float(loss)
 
 
+def test_stage_1_drafts_the_windows_that_meet_an_answer_and_no_others(monkeypatch):
+    target, drafter = make_pair()
+    batch, steps = make_batch(), 4
+    batch.loss_mask[:] = False
+    batch.loss_mask[0, 9:12] = batch.loss_mask[0, 17:] = batch.loss_mask[1, 15:] = True
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
+    for _ in range(40):  # so that some first choices are the target's
+        optimizer.zero_grad()
+        supervised.loss(target, drafter, batch, steps, 0.8)[0].backward()
+        optimizer.step()
+    reading, pairs, losses, agree, ends = target.read(batch.input_ids), 19, [], [], torch.zeros(2, 19).bool()
+    unbroken, lengths = {(t, s): True for t in range(2) for s in range(pairs)}, 1.0
+    unrolled = Unrolled(drafter, drafter.embed_tokens, batch.input_ids, reading.taps)
+    features = unrolled.begin(torch.arange(pairs).expand(2, -1))  # here from every pair
+    for i in range(steps):
+        if i:
+            features = unrolled.advance(torch.nn.functional.pad(batch.input_ids, (0, steps))[:, 1 + i : 1 + i + pairs])
+        logits, wanted = drafter.logits(features), reading.logits[:, :, drafter.draft_columns()].softmax(-1)
+        entropies, hits = [], []
+        for text in range(2):
+            for s in range(pairs):
+                if s + 2 + i < 20 and batch.loss_mask[text, s + 2 + i]:
+                    entropies.append(-(wanted[text, s + 1 + i] * logits[text, s].log_softmax(-1)).sum())
+                    first = drafter.to_target_ids(logits[text, s].argmax())
+                    hits.append(bool(first == reading.logits[text, s + 1 + i].argmax()))
+                    ends[text, s] = True
+                    unbroken[text, s] &= hits[-1]
+                else:
+                    unbroken[text, s] = False
+        reaching = [(t, s) for t, s in unbroken if s + 2 + i < 20 and batch.loss_mask[t, s + 2]]
+        lengths += sum(unbroken.values()) / len(reaching)
+        losses.append(torch.stack(entropies).mean())
+        agree.append(sum(hits) / len(hits))
+    drafted = []
+    begin = Unrolled.begin
+    monkeypatch.setattr(Unrolled, "begin", lambda self, starts: drafted.append(starts.shape) or begin(self, starts))
+    loss, metrics = supervised.loss(target, drafter, batch, steps, 0.8)
+    torch.testing.assert_close(metrics["step_losses"], torch.stack(losses).detach())
+    assert metrics["agreement"].tolist() == pytest.approx(agree) and agree[-1] > 0
+    assert float(metrics["acceptance_length"]) == pytest.approx(lengths) and lengths > 1.3
+    weights = torch.tensor([0.8**i for i in range(steps)])
+    torch.testing.assert_close(loss, (weights * torch.stack(losses)).sum() / weights.sum())
+    assert drafted == [(2, int(ends.sum(1).max()))] and drafted[0][1] < pairs
+
+
 def test_figures_along_the_text_equal_the_plain_ones():
     target, drafter = make_pair()
     batch = make_batch(rows=1)

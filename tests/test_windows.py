@@ -7,6 +7,7 @@ import torch
 
 from ppow.training.windows import (
     adaptive_on,
+    chosen_windows,
     confidence,
     criticality,
     divergence,
@@ -100,6 +101,15 @@ def test_window_of_one_token_is_the_pair_itself():
     valid = torch.tensor([[1, 0, 1, 1, 0, 1]] * 2).bool()
     priority, exists = window_priority(critical, valid, 1)
     assert torch.equal(exists, valid) and torch.equal(priority[valid], critical[valid])
+
+
+def test_all_wanted_windows_and_no_more_rows_than_that():
+    wanted = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    starts, mask = chosen_windows(wanted)
+    assert starts.shape == (3, 3) and starts.dtype == torch.int64
+    assert [row[m].tolist() for row, m in zip(starts, mask)] == [[1, 3, 4], [0], []]
+    starts, mask = chosen_windows(torch.zeros(2, 4, dtype=torch.bool))
+    assert starts.shape == (2, 1) and not mask.any()
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

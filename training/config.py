@@ -92,7 +92,8 @@ RECIPES = {
     "exact": {  # PPOW's reward in closed form
         "verification": "text",
         "all_windows": True,
-        "supervised_coef": 1.0,
+        "supervised_loss": "lk",
+        "supervised_coef": 3.0,
         "kl_coef": 0.0,
         "rollout_temperature": 1.0,
         "learning_rate": 3e-4,
@@ -100,6 +101,7 @@ RECIPES = {
     "rollout": {  # PPOW as published, and the controls that roll out
         "verification": "greedy",
         "all_windows": False,
+        "supervised_loss": "cst",
         "supervised_coef": 0.0,
         "kl_coef": 0.1,
         "rollout_temperature": 0.5,
@@ -108,6 +110,7 @@ RECIPES = {
     "text": {  # the controls that learn from texts
         "verification": "greedy",
         "all_windows": True,
+        "supervised_loss": "cst",
         "supervised_coef": 0.0,
         "kl_coef": 0.0,
         "rollout_temperature": 1.0,
@@ -137,12 +140,13 @@ class ReinforceConfig(TrainingConfig):
         "of PPOW's expected reward: sampled windows (paper), or its closed form along the text (ours)", "exact"
     )
     supervised_coef: float | None = option(
-        "weight of a supervised loss beside the objective; none: 1 with estimator=exact, else 0 (ours)",
+        "weight of a supervised loss beside the objective; none: 3 with PPOW's estimator=exact, else 0 (ours)",
         None,
         at_least=0,
     )
-    supervised_loss: Literal["cst", "lk"] = option(
-        "that loss: stage 1's, or LK's, which knows only texts, no rollouts (ours)", "cst"
+    supervised_loss: Literal["cst", "lk"] | None = option(
+        "that loss: stage 1's, or LK's, which knows texts only; none: lk with PPOW's estimator=exact, else cst (ours)",
+        None,
     )
     step_weight: float = option(
         "draft step i weighs step_weight ** i in supervised losses; 0.8 as in EAGLE-3 (ours)", 0.8, above=0, at_most=1

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ppow import PPOWConfig, PPOWDrafter
 
@@ -34,7 +34,7 @@ class Device:
     memory: float
     bandwidth: float
     rate: dict[str, float]
-    launch: float = 7e-6  # seconds of the host per kernel, eager
+    launch: float = 25e-6  # seconds of the host per kernel of a model's block, eager; as measured beside H100s
 
 
 # Datasheets of the makers (dense, without sparsity); float32 is TF32 off, as torch leaves it.
@@ -47,6 +47,8 @@ EFFICIENCY = {
     "matmul": 0.6,
     "memory": 0.8,
 }  # of a ceiling, what real products and copies reach
+LARGE_PRODUCT = 0.8  # of a ceiling, what a single large product reaches
+KERNELS_PER_BLOCK = 20
 
 
 def this_device() -> Device:
@@ -58,11 +60,16 @@ def this_device() -> Device:
     rates = {}
     for dtype in ("bfloat16", "float32"):
         a = torch.randn(size, size, device=where, dtype=getattr(torch, dtype))
-        rates[dtype] = 2 * size**3 / _seconds(lambda a=a: a @ a, cuda) / EFFICIENCY["matmul"]
+        rates[dtype] = 2 * size**3 / _seconds(lambda a=a: a @ a, cuda) / LARGE_PRODUCT
     block = torch.empty(2**28 if cuda else 2**24, dtype=torch.uint8, device=where)
     copy = 2 * block.numel() / _seconds(block.clone, cuda) / EFFICIENCY["memory"]
-    small = torch.zeros(8, device=where)
-    return Device(name, memory, copy, rates, _seconds(lambda: small.add_(1), cuda, 200))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    blocks = 16  # far too small for anything but the launches to take time
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=16, num_hidden_layers=blocks)).to(where)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=where)
+    with torch.no_grad():
+        launch = _seconds(lambda: model(ids, use_cache=False), cuda) / (blocks * KERNELS_PER_BLOCK)
+    return Device(name, memory, copy, rates, launch)
 
 
 def _seconds(work, cuda: bool, times: int = 5) -> float:
@@ -120,9 +127,8 @@ def show(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     for name, value in found["operations"].items():
         print(f"  {value / 1e12:9.2f} TFLOP  {name}")
     parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items() if name != "total")
-    print(
-        f"  {seconds['total']:9.3g} s  ({parts}); {config.steps} steps: {config.steps * seconds['total'] / 60:.0f} min"
-    )
+    minutes = config.steps * seconds["total"] / 60
+    print(f"  {seconds['total']:9.3g} s or so ({parts}); {config.steps} steps: {minutes:.0f} min")
     if total > available:
         print(
             "This does not fit. Lower batch_size (raise accumulation instead), max_length or max_forest_nodes, use "
@@ -143,8 +149,9 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
         memory_gib: parts by name, with ``total`` (the peak) and ``available``; operations: of matrix products, by part;
         seconds: matmul, memory, launch, and ``total``.
 
-    Not counted: the rare continuation of the target's argmax behind windows whose first draft was rejected, where the
-    text is not that continuation (rollouts with a proximity bonus).
+    Rollouts with a proximity bonus continue the target's argmax behind windows whose first draft was rejected, one
+    token a forward, where the text is not that continuation: counted in time, as if every step had such a window, but
+    not in operations, which are few.
     """
     shape = Shape(target_config, drafter_config)
     half = config.dtype == "bfloat16"
@@ -176,9 +183,9 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
         return batch * (pairs * (2 * shape.fuse + own) + rows * (steps - 1) * own)
 
     operations = {"target reads": read(length, length) * (2 if taught else 1)}
+    draws = 2 if reinforce and config.objective == "gto" else 1  # the reference draws and is verified as well
     if rolls:
         operations["target verifies"] = read(nodes, length + forest)
-        draws = 2 if config.objective == "gto" else 1  # the reference draws and is verified as well
         operations["target verifies"] *= draws
         operations["drafter draws"] = draws * (unroll(rows, size) + 2 * shape.head * states)
         operations["drafter draws"] += 2 * shape.head * batch * pairs  # criticality of the whole text
@@ -223,10 +230,16 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     memory |= {"total": sum(memory.values()), "available": device.memory / GIB}
 
     # -- time
-    moved = shape.target_parameters * e * (1 + rolls) + 40 * shape.trained + 4 * reading
+    moved = shape.target_parameters * e * (1 + rolls * draws) + 40 * shape.trained + 4 * reading
     moved += batch * nodes * shape.vocabulary * (2 * e + 12) if rolls else 0  # the forest's logits and their norms
-    moved += (states + taught) * d * (4 * e + 24 * 4) + 3 * batch * rows * (size - 1) * inside * 3 * seen
-    kernels = shape.layers * 20 * (1 + rolls) + size * inside * 80 * 3 + size * 60 * (1 + rolls) + 300
+    # float32 numbers read or written per logit: counted in objectives.compare, run twice, and its way back
+    numbers = 115 if reinforce and not rolls else 24
+    moved += (states + taught) * d * (4 * e + numbers * 4) + 3 * batch * rows * (size - 1) * inside * 3 * seen
+    forwards = 1 + rolls * draws  # of the target
+    if rolls and config.proximity_bonus:
+        forwards += size - 1
+        moved += (size - 1) * shape.target_parameters * e
+    kernels = shape.layers * KERNELS_PER_BLOCK * forwards + size * inside * 80 * 3 + size * 60 * (1 + rolls) + 300
     total = sum(operations.values()) * config.accumulation
     seconds = {
         "matmul": total / device.rate[config.dtype] / EFFICIENCY["matmul"],

@@ -6,7 +6,7 @@ With ``--estimator rollout`` as published: each step draws windows from the targ
 continuations from each, lets the target verify all of them in one forward, rewards accepted prefixes per unit of cost,
 and moves the drafter by group-relative advantages under a clipped objective, held near the *target* by a KL term.
 With ``--estimator exact`` (the default, ours) each step takes the same reward's expectation in closed form along the
-texts (``objectives.exact_loss``), beside stage 1's loss.
+texts (``objectives.exact_loss``), beside LK's loss.
 
 From the paper: both rewards, ADAW and its switch, groups of 8 windows of 10, group-relative advantages, the clipped
 objective, the anchor. The paper leaves open and we chose (see ``ReinforceConfig`` for the values): learning rate and

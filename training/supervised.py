@@ -2,9 +2,10 @@
 
     ppow supervised --target TARGET --data CHATS --output-dir runs/stage1
 
-For every position of the target's own text the drafter drafts ``ttt_steps`` tokens on its own features, given the
-text's tokens, and learns the target's distribution over the draft vocabulary at each of them; step i weighs
-``step_weight ** i`` (EAGLE-3, arXiv 2503.01840). The target runs along ("online"): nothing is stored on disk.
+From every position of the target's own text whose window meets an answer the drafter drafts ``ttt_steps`` tokens on its
+own features, given the text's tokens, and learns the target's distribution over the draft vocabulary at each of them;
+step i weighs ``step_weight ** i`` (EAGLE-3, arXiv 2503.01840). The target runs along ("online"): nothing is stored on
+disk.
 
 Taken from EAGLE-3: the unrolling, the soft labels, the weights. Ours: a fresh drafter starts from the target's
 embedding and from the rows of its head that belong to the draft vocabulary; the learning-rate schedule.
@@ -25,6 +26,7 @@ from .loop import Batch, Trainer, make_batch
 from .objectives import supervised_step_loss
 from .target import FrozenTarget
 from .unrolled import Unrolled
+from .windows import chosen_windows
 
 EVAL_WINDOW = DEFAULT_WINDOW_SIZE  # the same in both stages, so that their curves compare
 
@@ -62,30 +64,41 @@ def loss(target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: in
     ``agreement`` (steps,) is how often the drafter's first choice is the target's at each draft step;
     ``acceptance_length`` what that means for greedy windows of ``ttt_steps`` tokens along the text, bonus included.
     """
-    reading = target.read(batch.input_ids)
+    ids, length = batch.input_ids, batch.input_ids.shape[1]
+    reading = target.read(ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)
     best = reading.logits.argmax(-1)  # (B, T), of the whole vocabulary: what verification will compare with
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch.input_ids, reading.taps)
-    texts, pairs = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
-    unrolled.begin(torch.arange(pairs, device=best.device).expand(texts, -1))
-    features, total, weights = unrolled.features, 0.0, 0.0
+    asked = batch.loss_mask[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
+    for i in range(1, ttt_steps):
+        asked[:, :-i] |= batch.loss_mask[:, 2 + i :]
+    starts, exists = chosen_windows(asked)
+    place = starts[:, :, None] + 2 + torch.arange(ttt_steps, device=ids.device)  # (B, R, steps) of the drafted tokens
+    inside, place = place < length, place.clamp(max=length - 1)
+    tokens, answers = (values.gather(1, place.flatten(1)).view(place.shape) for values in (ids, batch.loss_mask))
+    masks = answers & inside & exists[:, :, None]
+    begun = answers[:, :, :1] & inside & exists[:, :, None]  # windows from an answer's token that reach so far
+    text = torch.arange(len(ids), device=ids.device)[:, None].expand(starts.shape)
+    # the n states of each step that count; found before the drafter runs, since that waits for the device
+    states = [masks[:, :, i].flatten().nonzero()[:, 0] for i in range(ttt_steps)]
+
+    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), ids, reading.taps)
+    features, total, weights = unrolled.begin(starts), 0.0, 0.0
     losses, agreements, lengths = [], [], 1.0
-    unbroken = torch.ones(texts, pairs, dtype=torch.bool, device=best.device)
-    for i in range(ttt_steps):
-        rows = pairs - 1 - i  # window s predicts x_{s+2+i}, which must exist
+    unbroken = torch.ones_like(exists)
+    for i, here in enumerate(states):
         if i:
-            features = unrolled.advance(batch.input_ids[:, 1 + i : 1 + i + rows])
-        mask = batch.loss_mask[:, 2 + i : 2 + i + rows]  # (B, rows); logits are computed where they count only
-        logits = drafter.logits(features[:, :rows][mask])  # (n, D)
-        step_loss = supervised_step_loss(logits, labels[:, 1 + i : 1 + i + rows][mask])
+            features = unrolled.advance(tokens[:, :, i - 1])
+        row, column = text.flatten()[here], place[:, :, i].flatten()[here] - 1  # of the target's word
+        logits = drafter.logits(features.flatten(0, 1).index_select(0, here))  # (n, D)
+        step_loss = supervised_step_loss(logits, labels[row, column])
         total = total + step_weight**i * step_loss
         weights += step_weight**i
-        hit = torch.zeros_like(mask)
-        hit[mask] = drafter.to_target_ids(logits.detach().argmax(-1)) == best[:, 1 + i : 1 + i + rows][mask]
-        unbroken = unbroken[:, :rows] & hit
-        lengths = lengths + unbroken.sum() / batch.loss_mask[:, 2 : 2 + rows].sum().clamp(min=1)
+        right = drafter.to_target_ids(logits.detach().argmax(-1)) == best[row, column]
+        hit = torch.zeros_like(exists).flatten().index_copy(0, here, right).view_as(exists)
+        unbroken = unbroken & hit
+        lengths = lengths + unbroken.sum() / begun[:, :, i].sum().clamp(min=1)
         losses.append(step_loss.detach())
-        agreements.append(hit.sum() / mask.sum().clamp(min=1))
+        agreements.append(hit.sum() / masks[:, :, i].sum().clamp(min=1))
     metrics = {
         "step_losses": torch.stack(losses),
         "agreement": torch.stack(agreements),

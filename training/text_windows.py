@@ -16,7 +16,7 @@ from .objectives import TextWindows, compare
 from .rollout import text_criticality
 from .target import FrozenTarget, log_norm
 from .unrolled import Unrolled
-from .windows import adaptive_on, sample_windows, window_priority
+from .windows import adaptive_on, chosen_windows, sample_windows, window_priority
 
 GREEDY_SHARE = 0.99  # of a text's answer tokens that are the target's argmax, from which on it counts as greedy (ours)
 
@@ -42,10 +42,7 @@ def read_windows(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDra
         answers = batch.loss_mask[:, 1:]
         agreeing = (argmax_next & answers).sum(1) / answers.sum(1).clamp(min=1)
         if config.all_windows:
-            pairs = ids.shape[1] - 1
-            starts = torch.arange(pairs, device=ids.device).expand(len(ids), -1)
-            exists = torch.zeros_like(starts, dtype=torch.bool)
-            exists[:, :-1] = batch.loss_mask[:, 2:]
+            starts, exists = chosen_windows(batch.loss_mask[:, 2:])  # pair s predicts x_{s+2}
         else:
             critical, valid = text_criticality(drafter, unrolled, reading, batch, columns)
             priority, found = window_priority(critical, valid, size)

@@ -29,11 +29,6 @@ class PrefixAttention:
         self.visible = (torch.arange(length, device=starts.device) <= starts[:, :, None])[:, None, None]
         self.own = {layer: [] for layer in self.prefix}
 
-    def shrink(self, rows: int) -> None:
-        """Keep only the first ``rows`` windows (those whose text goes on)."""
-        self.visible = self.visible[..., :rows, :]
-        self.own = {layer: [(k[:, :, :rows], v[:, :, :rows]) for k, v in own] for layer, own in self.own.items()}
-
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if self.visible is None:
             self.prefix[layer] = (key, value)
@@ -86,11 +81,7 @@ class Unrolled:
         return self.hidden
 
     def advance(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Give each window its next token (B, R'), R' <= R: -> features (B, R', H) for the token after it."""
-        rows = tokens.shape[1]
-        if rows < self.hidden.shape[1]:
-            self.hidden, self.starts = self.hidden[:, :rows], self.starts[:, :rows]
-            self.attention.shrink(rows)
+        """Give each window its next token (B, R): -> features (B, R, H) for the token after it."""
         self.steps += 1
         rotary = self.drafter.rotary(self.hidden, self.starts + self.steps)
         embeds = self.embed(tokens).to(self.hidden.dtype)

@@ -106,6 +106,21 @@ def window_priority(critical: torch.Tensor, valid: torch.Tensor, window_size: in
     return torch.where(exists, priority, 0.0), exists
 
 
+def chosen_windows(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All wanted windows of every text, so that only those are drafted.
+
+    Args:
+        wanted: (B, S) bool, whether the window that starts at pair s is wanted.
+
+    Returns:
+        starts (B, R) int64 in the order of the text, R the most of any text, but at least 1; mask (B, R) bool, False
+        where a text has fewer.
+    """
+    rows = max(1, int(wanted.sum(1).max()))
+    starts = wanted.long().argsort(dim=1, descending=True, stable=True)[:, :rows]
+    return starts, wanted.gather(1, starts)
+
+
 def sample_windows(
     priority: torch.Tensor | None,
     exists: torch.Tensor,

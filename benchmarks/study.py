@@ -1,0 +1,157 @@
+"""The whole comparison from nothing: a target, its texts, drafters near to it and far from it, and what gains on each.
+
+    python -m benchmarks.study --text DATA/text --prompts DATA/prompts --work runs/study --gpus 4
+
+Target, texts and stage 1 come from bundle.py (``--scale large``), figures from objectives.py: the leading arms with
+three seeds on the first drafter; a few arms on drafters that are kept further from their target by less room (an MLP of
+128) and by seeing less of it (one early tap); a few for longer; then every other arm. What exists is not made again, so
+a call that was cut off goes on; ``--budget-seconds`` starts no arm that would end later. ``--set`` goes to bundle.py,
+and options that are not listed here to objectives.py. Writes WORK/objectives-NAME-SECONDSs.json and .png for each
+comparison, and WORK/study.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ppow.training.files import write_json
+
+from . import objectives
+from .bundle import SCALES, check_gpus, on_gpus
+
+DRAFTERS = {  # name -> settings of its stage 1 beside those of the scale
+    "near": {},
+    "thin": {"intermediate_size": 128},
+    "far": {"intermediate_size": 128, "taps": 2},
+}
+_OURS = "exact text-rule + 3 lk,exact text-rule + 3 lk 1e-3,exact text-rule + supervised"
+LEADERS = f"stage1,cst 3e-4,cst 1e-3,{_OURS},lk,lk 1e-3,ppow"
+DISTANCE = "stage1,cst 1e-3,exact text-rule + 3 lk 1e-3,lk 1e-3"
+LONG = "cst 1e-3,exact text-rule + 3 lk 1e-3,lk 1e-3,exact text-rule + 3 lk 2e-3"
+COMPARISONS = [  # drafter, seconds of an arm, arms (None: all), seeds; in this order
+    ("near", 45, LEADERS, 3),
+    ("thin", 45, DISTANCE, 1),
+    ("far", 45, DISTANCE, 1),
+    ("near", 180, LONG, 1),
+    ("near", 45, None, 1),
+]
+MEASURE = ["--batch-size=128", "--train-limit=32000", "--tree-prompts=40", "--tree-nodes=60", "--eval-batch=1200"]
+
+
+def main(argv=None) -> dict:
+    began = time.perf_counter()
+    arguments, measuring = parse(argv)
+    work = arguments.work
+    options = ["--prompts", str(arguments.prompts), "--text", str(arguments.text), "--scale", arguments.scale]
+    options += [f"--set={change}" for change in arguments.set]
+    bundle(work / "near", options, "regenerate", range(arguments.gpus))
+    for name in DRAFTERS:
+        folder = work / name
+        folder.mkdir(exist_ok=True)
+        for shared in ("target", "train.jsonl", "heldout.jsonl"):
+            if name != "near" and not (folder / shared).exists():
+                (folder / shared).symlink_to(Path("..") / "near" / shared)
+    train_drafters(work, options, arguments.gpus)
+    report, failed = {}, []
+    for name, seconds, arms, seeds in COMPARISONS:
+        output = work / f"objectives-{name}-{seconds}s.json"
+        left = arguments.budget_seconds - (time.perf_counter() - began)
+        chosen = [f"--arms={arms}"] if arms else []
+        chosen += [f"--seconds={seconds}", f"--seeds={seeds}", f"--budget-seconds={left}", f"--output={output}"]
+        if left > 0:
+            try:
+                compare(work, name, [*measuring, *chosen])
+            except RuntimeError as error:  # of one of several processes; what the others measured is kept
+                failed.append(f"{output.name}: {error}")
+        report[f"{name}, {seconds} s"] = gains(output)
+        write_json(work / "study.json", report)
+    print(table(report))
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return report
+
+
+def parse(argv) -> tuple:
+    """-> arguments, options for objectives.py; refuses unfit ones now, not in an hour."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
+    parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--scale", choices=SCALES, default="large", help="settings of bundle.py")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change one of them")
+    parser.add_argument("--domains", default="gsm8k,mbpp,humaneval,mt_bench", help="beside held-out chats")
+    parser.add_argument("--gpus", type=int, default=1, help="the same in every call for one --work")
+    parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start no arm that would end later")
+    arguments, rest = parser.parse_known_args(argv)
+    check_gpus(parser, arguments.gpus)
+    own = ("target", "drafter", "data", "arms", "seconds", "seeds", "output", "texts", "part", "prompts-dir")
+    for option in rest:
+        if option.partition("=")[0].removeprefix("--") in own:
+            parser.error(f"{option}: the study says this itself; run benchmarks/objectives.py for one comparison")
+    held_out = arguments.work / "near" / "heldout.jsonl"
+    measuring = [f"--prompts={arguments.domains},{held_out}", f"--prompts-dir={arguments.prompts}", *MEASURE, *rest]
+    measuring += [f"--gpus={arguments.gpus}", f"--texts={arguments.work / 'texts.json'}"]
+    objectives.parse([*(f"--{name}=-" for name in ("target", "drafter", "data", "output")), *measuring])
+    return arguments, measuring
+
+
+def bundle(folder: Path, options: list[str], until: str, gpus) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("bundle.py")), "--work", str(folder), "--until", until]
+    environment = {**os.environ, **on_gpus(gpus)}
+    subprocess.run([*command, f"--gpus={len(gpus)}", *options], check=True, env=environment)
+
+
+def shares(gpus: int, drafters: int) -> list[list[int]]:
+    """GPUs for each of so many stage 1 at a time: one each, and a power of two for the first where there are more."""
+    at_once = min(gpus, drafters)
+    first = 2 ** int(math.log2(gpus - at_once + 1))
+    return [list(range(first)), *([first + i] for i in range(at_once - 1))]
+
+
+def train_drafters(work: Path, options: list[str], gpus: int) -> None:
+    """Stage 1 of every drafter, as many side by side as there are GPUs; each always on the same ones."""
+    groups, names = shares(gpus, len(DRAFTERS)), list(DRAFTERS)
+
+    def train(name: str, group: list[int]) -> None:
+        shape = [f"--set=supervised.{option}={value}" for option, value in DRAFTERS[name].items()]
+        bundle(work / name, [*options, *shape], "supervised", group)
+
+    for first in range(0, len(names), len(groups)):
+        with ThreadPoolExecutor(len(groups)) as pool:
+            list(pool.map(train, names[first : first + len(groups)], groups))
+
+
+def compare(work: Path, name: str, options: list[str]) -> None:
+    """Train and measure arms on one drafter; those that the report holds are not done again."""
+    near = work / "near"  # it has what all drafters share
+    pair = {"target": near / "target", "drafter": work / name / "supervised", "data": near / "train.jsonl"}
+    objectives.main([*(f"--{name}={path}" for name, path in pair.items()), *options])
+
+
+def gains(path: Path) -> dict:
+    """Of a comparison: {"T=0": {arm: {acceptance_length, over_cst, ..}}, "T=1": ..}; empty when there is none."""
+    summary = json.loads(path.read_text()).get("summary", {}) if path.exists() else {}
+    return {part: summary[part]["arms"] for part in ("T=0", "T=1") if part in summary}
+
+
+def table(report: dict) -> str:
+    lines = ["| drafter | arm | T=0 | over the best CST | T=1 | over the best CST |", "|---" * 6 + "|"]
+    for name, parts in report.items():
+        for arm in parts.get("T=0", ()):
+            cells = []
+            for rows in parts.values():
+                low, high = rows[arm].get("over_cst_95", (math.nan, math.nan))
+                cells.append(f"{rows[arm]['acceptance_length']:.3f}")
+                cells.append(f"{rows[arm].get('over_cst', math.nan):+.3f} [{low:+.3f}, {high:+.3f}]")
+            lines.append(f"| {name} | {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

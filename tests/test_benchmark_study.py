@@ -1,0 +1,97 @@
+"""The whole comparison as one command: its order, what it hands on, what it keeps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = "study"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def made(benchmark, monkeypatch):
+    """What bundle.py would make, made of the bundled pair; -> its calls."""
+    calls = []
+
+    def bundle(folder, options, until, gpus):
+        calls.append((folder.name, until, list(gpus), [option for option in options if "supervised" in option]))
+        if until == "regenerate":
+            shutil.copytree(ROOT / "bundled" / "target", folder / "target", dirs_exist_ok=True)
+            question = {"role": "user", "content": "What is 12 plus 30?"}
+            answer = {"role": "assistant", "content": "Let us see. It is more than nobody would think, my friend."}
+            for name, rows in (("train", 4), ("heldout", 2)):
+                (folder / f"{name}.jsonl").write_text((json.dumps({"messages": [question, answer]}) + "\n") * rows)
+        else:
+            assert (folder / "target" / "config.json").exists() and (folder / "train.jsonl").exists()
+            shutil.copytree(ROOT / "bundled" / "stage1", folder / "supervised", dirs_exist_ok=True)
+
+    monkeypatch.setattr(benchmark, "bundle", bundle)
+    monkeypatch.setattr(
+        benchmark, "COMPARISONS", [("near", 45, "cst 3e-4", 1), ("far", 45, "stage1", 1), ("near", 45, "stage1", 1)]
+    )
+    return calls
+
+
+def options(tmp_path, *more) -> list[str]:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir(exist_ok=True)
+    (prompts / "mt_bench.jsonl").write_text(json.dumps({"turns": ["Hello?"]}) + "\n")
+    given = ["--text", str(tmp_path), "--prompts", str(prompts), "--work", str(tmp_path / "work"), "--domains=mt_bench"]
+    small = ["--steps=1", "--batch-size=2", "--max-new-tokens=12", "--tree-prompts=0", "--bootstrap=50"]
+    return [*given, *small, "--dtype=float32", *more]
+
+
+def test_every_drafter_is_trained_and_compared_once(benchmark, made, tmp_path, monkeypatch, capsys):
+    report = benchmark.main(options(tmp_path, "--set=supervised.steps=7"))
+    assert made[0] == ("near", "regenerate", [0], ["--set=supervised.steps=7"])
+    shapes = {name: found for name, until, _, found in made if until == "supervised"}
+    assert list(shapes) == ["near", "thin", "far"] and shapes["near"] == ["--set=supervised.steps=7"]
+    assert "--set=supervised.taps=2" in shapes["far"]
+    assert list(report) == ["near, 45 s", "far, 45 s"]
+    assert set(report["near, 45 s"]["T=0"]) == {"cst 3e-4", "stage1"} and list(report["far, 45 s"]["T=1"]) == ["stage1"]
+    assert json.loads((tmp_path / "work" / "study.json").read_text()) == report
+    near = json.loads((tmp_path / "work" / "objectives-near-45s.json").read_text())
+    far = json.loads((tmp_path / "work" / "objectives-far-45s.json").read_text())
+    assert near["texts_crc32"] == far["texts_crc32"]  # the target's answers are written once
+    assert "| far, 45 s | stage1 |" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark.objectives, "load", None)  # no arm is done again
+    assert benchmark.main(options(tmp_path, "--set=supervised.steps=7")) == report
+
+
+def test_a_drafter_takes_one_gpu_and_the_first_what_is_left(benchmark):
+    assert [benchmark.shares(gpus, 3) for gpus in (1, 2, 3)] == [[[0]], [[0], [1]], [[0], [1], [2]]]
+    assert benchmark.shares(4, 3) == [[0, 1], [2], [3]]
+    assert benchmark.shares(8, 3) == [[0, 1, 2, 3], [4], [5]]
+
+
+def test_unfit_options_are_refused_before_anything_runs(benchmark, made, tmp_path, capsys):
+    for unfit, said in (("--arms=lk", "the study says this itself"), ("--no-such-option", "unrecognized arguments")):
+        with pytest.raises(SystemExit):
+            benchmark.main(options(tmp_path, unfit))
+        assert said in capsys.readouterr().err
+    assert not made
+
+
+def test_answers_to_other_prompts_are_refused(benchmark, made, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "texts.json").write_text(json.dumps({"made_for": {"prompts": "gsm8k"}, "texts": {}}))
+    with pytest.raises(ValueError, match="was written for .*gsm8k"):
+        benchmark.main(options(tmp_path))
+
+
+def test_one_comparison_that_fails_does_not_cost_the_others(benchmark, made, tmp_path, monkeypatch):
+    compare = benchmark.compare
+
+    def unlucky(work, name, given):
+        if name == "near":
+            raise RuntimeError("a process failed")
+        compare(work, name, given)
+
+    monkeypatch.setattr(benchmark, "compare", unlucky)
+    with pytest.raises(RuntimeError, match="objectives-near-45s.json: a process failed"):
+        benchmark.main(options(tmp_path))
+    report = json.loads((tmp_path / "work" / "study.json").read_text())
+    assert report["near, 45 s"] == {} and list(report["far, 45 s"]["T=0"]) == ["stage1"]
