@@ -7,17 +7,47 @@ text. The verifications that a text takes follow by recursion over its positions
 the coins add no noise). A tree is measured by really decoding with it, in batches.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
 from ppow.training.evaluate import ends_in_a_loop
+from ppow.training.files import write_json
 from ppow.training.prompts import load_prompts
 from ppow.training.target import FrozenTarget, log_norm
 from ppow.training.unrolled import Unrolled
 
 TREE = {"tree_depth": 7, "tree_top_k": 10}
+
+
+def kept_texts(arguments, write) -> dict:
+    """The target's answers: from ``--texts`` where that file exists; else what ``write()`` returns, put into that file.
+
+    Raises:
+        ValueError: for a file of answers to other prompts, or of another target or length.
+    """
+    path = arguments.texts
+    if path and path.exists():
+        held = json.loads(path.read_text())
+        if held["made_for"] != (now := made_for(arguments)):
+            raise ValueError(f"{path} was written for {held['made_for']}, not for {now}; name another file.")
+        return held["texts"]
+    texts = write()
+    if path:
+        keep_texts(path, arguments, texts)
+    return texts
+
+
+def keep_texts(path: Path, arguments, texts: dict) -> None:
+    write_json(path, {"made_for": made_for(arguments), "texts": texts})
+
+
+def made_for(arguments) -> dict:
+    """What the target's answers depend on."""
+    names = ("target", "prompts", "limit", "max_new_tokens", "eval_batch", "dtype", "seed")
+    return {name: getattr(arguments, name) for name in names}
 
 
 @torch.no_grad()

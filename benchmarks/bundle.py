@@ -120,7 +120,7 @@ LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmark
     "regenerate": {**GPU_SETTINGS["regenerate"], "batch_size": 2700},
     "supervised": {
         **GPU_SETTINGS["supervised"],
-        "steps": 1800,
+        "steps": 1200,
         "batch_size": 128,
         "learning_rate": 1.5e-3,
         "warmup_steps": 100,
@@ -137,9 +137,10 @@ _GROUPS = ("math", "chat", "instruct")
 TEXTS = {  # (group of texts, rows whose answers the target writes anew, sampling temperature)
     "cpu": [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)],
     "gpu": [(group, count, t) for group in _GROUPS for count, t in ((3200, 0.0), (1600, 1.0))],
-    "large": [(group, 8000, t) for group in (*_GROUPS, "reasoning") for t in (0.0, 1.0)],
+    "large": [(g, n, t) for g, n in zip((*_GROUPS, "reasoning"), (8000, 16000, 16000, 10000)) for t in (0.0, 1.0)],
 }
 HELD_OUT = 50  # one prompt in so many is kept from both stages
+FOR_STAGE_2 = 5  # and, at scale "large", one in so many from stage 1
 # a chain that stops where it is unlikely to be accepted: on a CPU every draft step counts
 DRAFTING = {"window_size": 10, "draft_threshold": 0.05}
 
@@ -167,19 +168,23 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
 
     target, train, held_out = work / "target", work / "train.jsonl", work / "heldout.jsonl"
+    stage2 = work / "stage2.jsonl" if arguments.scale == "large" else train
     if not (target / "config.json").exists():
         ppow("pretrain", data=arguments.text, output=target, seed=SEED, **settings["pretrain"])
     if "regenerate" in stages and not train.exists():
         chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in TEXTS[arguments.scale]]
-        write_texts(arguments.text, chosen, work, target, settings["regenerate"], train, held_out, arguments.gpus)
-    shared = {"target": target, "data": train, "eval_data": held_out, "seed": SEED}
+        given = (settings["regenerate"], (held_out, stage2, train), arguments.gpus)
+        write_texts(arguments.text, chosen, work, target, *given)
+    shared = {"target": target, "eval_data": held_out, "seed": SEED}
     drafters = []  # in the order of training; the second part of a stage is named after its first
     for stage in [stage for stage in stages if stage.startswith(("supervised", "reinforce"))]:
         if not (work / stage / "config.json").exists():
             start = {"drafter": drafters[-1]} if drafters else {}
-            options = {**shared, **start, **settings[stage]}
+            command = stage.partition("-")[0]
+            data = stage2 if command == "reinforce" else train
+            options = {**shared, "data": data, **start, **settings[stage]}
             options["batch_size"] = int(options["batch_size"]) // arguments.gpus
-            ppow(stage.partition("-")[0], arguments.gpus, output_dir=work / stage, resume=True, **options)
+            ppow(command, arguments.gpus, output_dir=work / stage, resume=True, **options)
         drafters.append(work / stage)
     if "evaluate" not in stages:
         return
@@ -228,9 +233,13 @@ def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: P
 
 
 def write_texts(
-    text: Path, chosen: list, work: Path, target: Path, settings: dict, train: Path, held_out: Path, gpus: int
+    text: Path, chosen: list, work: Path, target: Path, settings: dict, files: tuple[Path, Path, Path], gpus: int
 ) -> None:
-    """Draw chats, let the target write the answers, and set the rows of some prompts aside; complete or absent."""
+    """Draw chats, let the target write the answers, and deal them out by prompt; every file is complete or absent.
+
+    Args:
+        files: for the rows that are held out, of stage 2, and of stage 1 (the last two may be one file).
+    """
     free = queue.SimpleQueue()
     for gpu in range(gpus):
         free.put(gpu)
@@ -252,9 +261,19 @@ def write_texts(
     with ThreadPoolExecutor(gpus) as pool:
         rows = [row for found in pool.map(lambda part: answer(*part), chosen) for row in found]
     random.Random(SEED).shuffle(rows)
-    apart = [zlib.crc32(row["messages"][0]["content"].encode()) % HELD_OUT == 0 for row in rows]
-    write(held_out, [row for row, kept in zip(rows, apart) if kept])
-    write(train, [row for row, kept in zip(rows, apart) if not kept])
+    dealt = {file: [] for file in files}
+    for row in rows:
+        dealt[files[part_of(row["messages"][0]["content"])]].append(row)
+    for file, part in dealt.items():
+        write(file, part)
+
+
+def part_of(prompt: str) -> int:
+    """0: held out, 1: of stage 2, 2: of stage 1; all answers to a prompt together."""
+    mark = zlib.crc32(prompt.encode())
+    if mark % HELD_OUT == 0:
+        return 0
+    return 1 if mark % FOR_STAGE_2 == 1 else 2
 
 
 def draw(text: Path, group: str, count: int, seed: str) -> list[dict]:

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,6 @@ from ppow import PPOWDrafter
 from ppow.target_ppow import check_pair
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
-from ppow.training.files import write_json
 from ppow.training.loop import make_batch
 from ppow.training.objectives import objective_of
 from ppow.training.provenance import hardware, versions
@@ -123,7 +123,7 @@ def main(argv=None) -> dict:
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms: see README.md
-    texts = read_texts(arguments, device)
+    texts = acceptance.kept_texts(arguments, lambda: answers(arguments, device))
     report = opened(arguments, texts)
     if arguments.gpus > 1:
         share(arguments, argv, texts, report, started)
@@ -192,11 +192,15 @@ def share(arguments, argv: list[str], texts: dict, report: dict, started: float)
     todo = [key for key, _, _ in arm_list(arguments) if key not in report["arms"]]
     children = []
     with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / "texts.json", {"made_for": made_for(arguments), "texts": texts})
+        held = arguments.texts or Path(folder) / "texts.json"
+        if not held.exists():
+            acceptance.keep_texts(held, arguments, texts)
         left = arguments.budget_seconds - (time.perf_counter() - started)
+        # a parent that is terminated takes its children along: `finally` sees SystemExit, but no signal
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             for i, part in enumerate(parts[: len(todo)]):
-                own = [f"--texts={folder}/texts.json", f"--part={','.join(todo[i :: arguments.gpus])}"]
+                own = [f"--texts={held}", f"--part={','.join(todo[i :: arguments.gpus])}"]
                 own += ["--gpus=1", f"--output={part}", f"--budget-seconds={left}"]
                 command = [sys.executable, "-m", "benchmarks.objectives", *argv, *own]
                 children.append(subprocess.Popen(command, env={**os.environ, **on_gpus([i])}))
@@ -204,6 +208,7 @@ def share(arguments, argv: list[str], texts: dict, report: dict, started: float)
         finally:
             for child in children:
                 child.terminate()
+            signal.signal(signal.SIGTERM, before)
     collect(report, parts, arguments)
     if any(codes):
         raise RuntimeError(f"Of {len(codes)} processes some failed (exit status {codes}); see their output above.")
@@ -274,6 +279,11 @@ def load(arguments, device: str) -> tuple:
     check_pair(target.model, drafter)
     target.taps = drafter.config.target_taps
     return AutoTokenizer.from_pretrained(arguments.target), target, drafter
+
+
+def answers(arguments, device: str) -> dict:
+    tokenizer, target, _ = load(arguments, device)
+    return acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
 
 
 def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
@@ -385,30 +395,6 @@ def train(
 
 
 # -- what is there already ---------------------------------------------------------------------------------------------
-
-
-def read_texts(arguments, device: str) -> dict:
-    """The target's answers: from ``--texts`` where that file exists; else written now, and into that file.
-
-    Raises:
-        ValueError: for a file of answers to other prompts, or of another target or length.
-    """
-    if arguments.texts and arguments.texts.exists():
-        held = json.loads(arguments.texts.read_text())
-        if held["made_for"] != (now := made_for(arguments)):
-            raise ValueError(f"{arguments.texts} was written for {held['made_for']}, not for {now}; name another file.")
-        return held["texts"]
-    tokenizer, target, _ = load(arguments, device)
-    texts = acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
-    if arguments.texts:
-        write_json(arguments.texts, {"made_for": made_for(arguments), "texts": texts})
-    return texts
-
-
-def made_for(arguments) -> dict:
-    """What the target's answers depend on."""
-    names = ("target", "prompts", "limit", "max_new_tokens", "eval_batch", "dtype", "seed")
-    return {name: getattr(arguments, name) for name in names}
 
 
 def opened(arguments, texts: dict) -> dict:

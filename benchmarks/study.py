@@ -1,13 +1,13 @@
-"""The whole comparison from nothing: a target, its texts, drafters near to it and far from it, and what gains on each.
+"""The whole comparison from nothing: a target, its texts, three drafters, and what gains on each.
 
     python -m benchmarks.study --text DATA/text --prompts DATA/prompts --work runs/study --gpus 4
 
 Target, texts and stage 1 come from bundle.py (``--scale large``), figures from objectives.py: the leading arms with
-three seeds on the first drafter; a few arms on drafters that are kept further from their target by less room (an MLP of
-128) and by seeing less of it (one early tap); a few for longer; then every other arm. What exists is not made again, so
-a call that was cut off goes on; ``--budget-seconds`` starts no arm that would end later. ``--set`` goes to bundle.py,
-and options that are not listed here to objectives.py. Writes WORK/objectives-NAME-SECONDSs.json and .png for each
-comparison, and WORK/study.json.
+three seeds on texts that stage 1 has not seen; a few arms on those it has, and on drafters further from their target,
+one with less room (an MLP of 128) and one that sees nothing of the target but its embeddings; some for longer; then
+every other arm. What exists is not made again, so a call that was cut off goes on; ``--budget-seconds`` starts no arm
+that would end later. ``--set`` goes to bundle.py, and options that are not listed here to objectives.py. Writes
+WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each comparison, and WORK/study.json.
 """
 
 import argparse
@@ -23,23 +23,22 @@ from pathlib import Path
 from ppow.training.files import write_json
 
 from . import objectives
-from .bundle import SCALES, check_gpus, on_gpus
+from .bundle import check_gpus, on_gpus
 
 DRAFTERS = {  # name -> settings of its stage 1 beside those of the scale
     "near": {},
     "thin": {"intermediate_size": 128},
-    "far": {"intermediate_size": 128, "taps": 2},
+    "blind": {"intermediate_size": 128, "taps": 0},
 }
-_OURS = "exact text-rule + 3 lk,exact text-rule + 3 lk 1e-3,exact text-rule + supervised"
-LEADERS = f"stage1,cst 3e-4,cst 1e-3,{_OURS},lk,lk 1e-3,ppow"
-DISTANCE = "stage1,cst 1e-3,exact text-rule + 3 lk 1e-3,lk 1e-3"
-LONG = "cst 1e-3,exact text-rule + 3 lk 1e-3,lk 1e-3,exact text-rule + 3 lk 2e-3"
-COMPARISONS = [  # drafter, seconds of an arm, arms (None: all), seeds; in this order
-    ("near", 45, LEADERS, 3),
-    ("thin", 45, DISTANCE, 1),
-    ("far", 45, DISTANCE, 1),
-    ("near", 180, LONG, 1),
-    ("near", 45, None, 1),
+LEADERS = "stage1,cst 3e-4,exact text-rule + 3 lk,lk,ppow"
+FEW = "stage1,cst 3e-4,exact text-rule + 3 lk,lk"
+COMPARISONS = [  # drafter, texts, seconds of an arm, arms (None: all), seeds; in this order
+    ("near", "stage2", 45, LEADERS, 3),
+    ("near", "train", 45, FEW, 1),
+    ("thin", "stage2", 45, FEW, 1),
+    ("blind", "stage2", 45, FEW, 1),
+    ("near", "stage2", 180, "cst 3e-4,exact text-rule + 3 lk,lk,ppow", 1),
+    ("near", "stage2", 45, None, 1),
 ]
 MEASURE = ["--batch-size=128", "--train-limit=32000", "--tree-prompts=40", "--tree-nodes=60", "--eval-batch=1200"]
 
@@ -48,28 +47,28 @@ def main(argv=None) -> dict:
     began = time.perf_counter()
     arguments, measuring = parse(argv)
     work = arguments.work
-    options = ["--prompts", str(arguments.prompts), "--text", str(arguments.text), "--scale", arguments.scale]
-    options += [f"--set={change}" for change in arguments.set]
+    options = ["--prompts", str(arguments.prompts), "--text", str(arguments.text), "--scale", "large"]
+    options += [f"--rows={arguments.rows}", *(f"--set={change}" for change in arguments.set)]
     bundle(work / "near", options, "regenerate", range(arguments.gpus))
     for name in DRAFTERS:
         folder = work / name
         folder.mkdir(exist_ok=True)
-        for shared in ("target", "train.jsonl", "heldout.jsonl"):
+        for shared in ("target", "train.jsonl", "stage2.jsonl", "heldout.jsonl"):
             if name != "near" and not (folder / shared).exists():
                 (folder / shared).symlink_to(Path("..") / "near" / shared)
     train_drafters(work, options, arguments.gpus)
     report, failed = {}, []
-    for name, seconds, arms, seeds in COMPARISONS:
-        output = work / f"objectives-{name}-{seconds}s.json"
+    for name, texts, seconds, arms, seeds in COMPARISONS:
+        output = work / f"objectives-{name}-{texts}-{seconds}s.json"
         left = arguments.budget_seconds - (time.perf_counter() - began)
         chosen = [f"--arms={arms}"] if arms else []
         chosen += [f"--seconds={seconds}", f"--seeds={seeds}", f"--budget-seconds={left}", f"--output={output}"]
         if left > 0:
             try:
-                compare(work, name, [*measuring, *chosen])
+                compare(work, name, texts, [*measuring, *chosen])
             except RuntimeError as error:  # of one of several processes; what the others measured is kept
                 failed.append(f"{output.name}: {error}")
-        report[f"{name}, {seconds} s"] = gains(output)
+        report[f"{name}, {texts}, {seconds} s"] = gains(output)
         write_json(work / "study.json", report)
     print(table(report))
     if failed:
@@ -83,8 +82,8 @@ def parse(argv) -> tuple:
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--scale", choices=SCALES, default="large", help="settings of bundle.py")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change one of them")
+    parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--domains", default="gsm8k,mbpp,humaneval,mt_bench", help="beside held-out chats")
     parser.add_argument("--gpus", type=int, default=1, help="the same in every call for one --work")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start no arm that would end later")
@@ -127,10 +126,10 @@ def train_drafters(work: Path, options: list[str], gpus: int) -> None:
             list(pool.map(train, names[first : first + len(groups)], groups))
 
 
-def compare(work: Path, name: str, options: list[str]) -> None:
+def compare(work: Path, name: str, texts: str, options: list[str]) -> None:
     """Train and measure arms on one drafter; those that the report holds are not done again."""
     near = work / "near"  # it has what all drafters share
-    pair = {"target": near / "target", "drafter": work / name / "supervised", "data": near / "train.jsonl"}
+    pair = {"target": near / "target", "drafter": work / name / "supervised", "data": near / f"{texts}.jsonl"}
     objectives.main([*(f"--{name}={path}" for name, path in pair.items()), *options])
 
 
@@ -141,7 +140,7 @@ def gains(path: Path) -> dict:
 
 
 def table(report: dict) -> str:
-    lines = ["| drafter | arm | T=0 | over the best CST | T=1 | over the best CST |", "|---" * 6 + "|"]
+    lines = ["| drafter, texts | arm | T=0 | over the best CST | T=1 | over the best CST |", "|---" * 6 + "|"]
     for name, parts in report.items():
         for arm in parts.get("T=0", ()):
             cells = []

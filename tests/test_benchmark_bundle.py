@@ -19,13 +19,15 @@ def text(tmp_path):
     return tmp_path
 
 
-def write(benchmark, text, gpus: int):
+def write(benchmark, text, gpus: int, names=("heldout", "stage2", "train")):
+    """-> prompts in what is held out, in stage 2's texts, and in stage 1's."""
     work = text / "work"
     work.mkdir()
-    train, held_out = work / "train.jsonl", work / "heldout.jsonl"
-    chosen = [("math", 12, 0.0), ("math", 9, 1.0), ("math", 5, 0.5)]
-    benchmark.write_texts(text, chosen, work, text / "target", {"batch_size": 4}, train, held_out, gpus)
-    return [json.loads(line) for path in (train, held_out) for line in path.read_text().splitlines()]
+    files = tuple(work / f"{name}.jsonl" for name in names)
+    chosen = [("math", 40, 0.0), ("math", 39, 1.0), ("math", 5, 0.5)]
+    benchmark.write_texts(text, chosen, work, text / "target", {"batch_size": 4}, files, gpus)
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
+    return [[row["messages"][0]["content"] for row in part] for part in rows]
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -38,9 +40,18 @@ def test_texts_are_written_once_each_on_as_many_gpus(benchmark, text, gpus, monk
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(benchmark, "ppow", answer)
-    assert len(write(benchmark, text, gpus)) == 26
+    held_out, stage2, train = write(benchmark, text, gpus)
+    assert len(held_out) + len(stage2) + len(train) == 84
+    assert len({*held_out, *stage2, *train}) == 40 == len({*held_out}) + len({*stage2}) + len({*train})
+    assert len({*train}) > len({*stage2}) > 0
     assert sorted(temperature for _, temperature in ran) == [0.0, 0.5, 1.0]
     assert {gpu for gpu, _ in ran} <= {"3", "5"} and (gpus == 2 or {gpu for gpu, _ in ran} == {"3"})
+
+
+def test_stages_may_share_their_texts(benchmark, text, monkeypatch):
+    monkeypatch.setattr(benchmark, "ppow", lambda *given, data, output, **more: output.write_bytes(data.read_bytes()))
+    held_out, stage2, train = write(benchmark, text, 1, ("heldout", "train", "train"))
+    assert stage2 == train and len(held_out) + len(train) == 84
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

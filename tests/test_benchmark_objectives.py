@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,29 @@ def test_processes_share_the_arms_and_a_later_call_goes_on(benchmark, prompts, t
     monkeypatch.setattr(benchmark.sys, "executable", "false")
     with pytest.raises(RuntimeError, match="Of 1 processes some failed"):
         benchmark.main([*shared, "lk"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot be shared")
+def test_a_terminated_parent_takes_its_children_along(benchmark, prompts, tmp_path, monkeypatch):
+    ended = []
+
+    class Child:
+        def __init__(self, command, env):
+            pass
+
+        def wait(self):
+            signal.raise_signal(signal.SIGTERM)
+
+        def terminate(self):
+            ended.append(self)
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Child)
+    texts = tmp_path / "texts.json"
+    given = arguments(prompts, "--tree-prompts", "0", "--texts", str(texts), "--output", str(tmp_path / "out.json"))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        benchmark.main([*given, "--gpus", "2", "--arms", "stage1,lk"])
+    assert len(ended) == 2 and signal.getsignal(signal.SIGTERM) is before and texts.exists()
 
 
 def test_every_arm_can_be_named(benchmark):

@@ -21,16 +21,20 @@ def made(benchmark, monkeypatch):
             shutil.copytree(ROOT / "bundled" / "target", folder / "target", dirs_exist_ok=True)
             question = {"role": "user", "content": "What is 12 plus 30?"}
             answer = {"role": "assistant", "content": "Let us see. It is more than nobody would think, my friend."}
-            for name, rows in (("train", 4), ("heldout", 2)):
+            for name, rows in (("train", 4), ("stage2", 4), ("heldout", 2)):
                 (folder / f"{name}.jsonl").write_text((json.dumps({"messages": [question, answer]}) + "\n") * rows)
         else:
             assert (folder / "target" / "config.json").exists() and (folder / "train.jsonl").exists()
             shutil.copytree(ROOT / "bundled" / "stage1", folder / "supervised", dirs_exist_ok=True)
 
     monkeypatch.setattr(benchmark, "bundle", bundle)
-    monkeypatch.setattr(
-        benchmark, "COMPARISONS", [("near", 45, "cst 3e-4", 1), ("far", 45, "stage1", 1), ("near", 45, "stage1", 1)]
-    )
+    comparisons = [
+        ("near", "stage2", 45, "cst 3e-4", 1),
+        ("thin", "stage2", 45, "stage1", 1),
+        ("near", "train", 45, "stage1", 1),
+        ("near", "stage2", 45, "stage1", 1),
+    ]
+    monkeypatch.setattr(benchmark, "COMPARISONS", comparisons)
     return calls
 
 
@@ -47,15 +51,17 @@ def test_every_drafter_is_trained_and_compared_once(benchmark, made, tmp_path, m
     report = benchmark.main(options(tmp_path, "--set=supervised.steps=7"))
     assert made[0] == ("near", "regenerate", [0], ["--set=supervised.steps=7"])
     shapes = {name: found for name, until, _, found in made if until == "supervised"}
-    assert list(shapes) == ["near", "thin", "far"] and shapes["near"] == ["--set=supervised.steps=7"]
-    assert "--set=supervised.taps=2" in shapes["far"]
-    assert list(report) == ["near, 45 s", "far, 45 s"]
-    assert set(report["near, 45 s"]["T=0"]) == {"cst 3e-4", "stage1"} and list(report["far, 45 s"]["T=1"]) == ["stage1"]
+    assert list(shapes) == ["near", "thin", "blind"] and shapes["near"] == ["--set=supervised.steps=7"]
+    assert "--set=supervised.taps=0" in shapes["blind"]
+    assert list(report) == ["near, stage2, 45 s", "thin, stage2, 45 s", "near, train, 45 s"]
+    assert set(report["near, stage2, 45 s"]["T=0"]) == {"cst 3e-4", "stage1"}
+    assert list(report["thin, stage2, 45 s"]["T=1"]) == ["stage1"]
     assert json.loads((tmp_path / "work" / "study.json").read_text()) == report
-    near = json.loads((tmp_path / "work" / "objectives-near-45s.json").read_text())
-    far = json.loads((tmp_path / "work" / "objectives-far-45s.json").read_text())
-    assert near["texts_crc32"] == far["texts_crc32"]  # the target's answers are written once
-    assert "| far, 45 s | stage1 |" in capsys.readouterr().out
+    names = ("near-stage2", "thin-stage2", "near-train")
+    near, thin, known = (json.loads((tmp_path / "work" / f"objectives-{n}-45s.json").read_text()) for n in names)
+    assert near["texts_crc32"] == thin["texts_crc32"]  # the target's answers are written once
+    assert thin["settings"]["data"].endswith("stage2.jsonl") and known["settings"]["data"].endswith("train.jsonl")
+    assert "| thin, stage2, 45 s | stage1 |" in capsys.readouterr().out
     monkeypatch.setattr(benchmark.objectives, "load", None)  # no arm is done again
     assert benchmark.main(options(tmp_path, "--set=supervised.steps=7")) == report
 
@@ -85,13 +91,13 @@ def test_answers_to_other_prompts_are_refused(benchmark, made, tmp_path):
 def test_one_comparison_that_fails_does_not_cost_the_others(benchmark, made, tmp_path, monkeypatch):
     compare = benchmark.compare
 
-    def unlucky(work, name, given):
+    def unlucky(work, name, texts, given):
         if name == "near":
             raise RuntimeError("a process failed")
-        compare(work, name, given)
+        compare(work, name, texts, given)
 
     monkeypatch.setattr(benchmark, "compare", unlucky)
-    with pytest.raises(RuntimeError, match="objectives-near-45s.json: a process failed"):
+    with pytest.raises(RuntimeError, match="objectives-near-stage2-45s.json: a process failed"):
         benchmark.main(options(tmp_path))
     report = json.loads((tmp_path / "work" / "study.json").read_text())
-    assert report["near, 45 s"] == {} and list(report["far, 45 s"]["T=0"]) == ["stage1"]
+    assert report["near, stage2, 45 s"] == {} and list(report["thin, stage2, 45 s"]["T=0"]) == ["stage1"]

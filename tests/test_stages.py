@@ -1,5 +1,6 @@
 """Both training stages through their public entrance: they learn, they resume bit-exactly, they refuse bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ppow import PPOWDrafter
 from ppow.training import checkpoints, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
+from ppow.training.data import Example
 
 STAGES = {"supervised": (supervised, SupervisedConfig), "reinforce": (reinforce, ReinforceConfig)}
 
@@ -346,3 +349,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run(home, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="Step 1: the gradient is not finite"):
         supervised.main(options(home, "supervised", tmp_path))
     assert checkpoints.latest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("size", [16, 48, 128])
+def test_held_out_figures_rest_on_the_same_texts_whatever_the_batch(size, monkeypatch):
+    seen = []
+
+    def loss(target, drafter, batch, *more):
+        seen.extend(batch.input_ids[:, 0].tolist())
+        return torch.tensor(1.0), {"acceptance_length": torch.tensor(2.0)}
+
+    monkeypatch.setattr(supervised, "loss", loss)
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(batch_size=size),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        autocast=contextlib.nullcontext,
+    )
+    texts = [Example([number, 1, 2], [0, 1, 1]) for number in range(200)]
+    found = supervised.evaluate(None, torch.nn.Linear(1, 1), texts, 0, trainer)
+    assert seen == list(range(64)) and found["eval_loss"] == 1 and found["eval_acceptance_length"] == 2

@@ -110,10 +110,10 @@ def loss(target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: in
 @torch.no_grad()
 def evaluate(target, drafter, examples, pad: int, trainer: Trainer, step_weight: float = 1.0) -> dict:
     """The same figures for windows of 10 on the first 64 held-out texts, named eval_*; the same on every process."""
-    size = trainer.config.batch_size
+    size, examples = trainer.config.batch_size, examples[:64]  # the same ones whatever the batch
     drafter.eval()
     collected = []
-    for first in range(0, min(len(examples), 64), size):
+    for first in range(0, len(examples), size):
         batch = make_batch(examples[first : first + size], pad, trainer.accelerator.device, seed=0)
         with trainer.autocast():
             value, metrics = loss(target, drafter, batch, EVAL_WINDOW, step_weight)
