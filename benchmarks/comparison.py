@@ -6,7 +6,7 @@ the others are reported apart.
 
     python -m benchmarks.comparison benchmarks/results/objectives-large-160s.json --control lk
 
-compares the arms of a report with another of them.
+compares the arms of a report with another of them; with ``--plot``, several reports make one picture of their gains.
 """
 
 import argparse
@@ -48,13 +48,17 @@ def tree_pooled(report: dict, tree: str) -> tuple[numpy.ndarray, dict]:
 def compared(tokens: numpy.ndarray, counts: dict, resamples: int) -> dict:
     """Acceptance length of every arm, and the paired difference to the best CST arm with its 95% interval."""
     lengths = {name: float(tokens.sum() / values.sum()) for name, values in counts.items()}
-    controls = [name for name in lengths if name.startswith("cst")]
-    control = max(controls, key=lengths.get) if controls else None
+    control = best_cst(counts)
     found = {name: {"acceptance_length": length} for name, length in lengths.items()}
     if control is not None:
         for name, (difference, low, high) in differences(tokens, counts, control, resamples).items():
             found[name] |= {"over_cst": difference, "over_cst_95": [low, high]}
     return {"control": control, "prompts": len(tokens), "arms": found}
+
+
+def best_cst(counts: dict) -> str | None:
+    """The arm of continued supervised training with the fewest verifications; None when there is no such arm."""
+    return min((name for name in counts if name.startswith("cst")), key=lambda name: counts[name].sum(), default=None)
 
 
 def differences(tokens: numpy.ndarray, counts: dict, control: str, resamples: int, seed: int = 0) -> dict:
@@ -160,22 +164,71 @@ def plot(report: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def overview(found: dict[str, dict], arms: list[str], path: Path) -> None:
+    """One picture of several reports: gains in percent of the control's acceptance length, with intervals.
+
+    Args:
+        found: name of a report -> "T=0" and "T=1" -> arm -> (gain, low, high) in percent.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = [arm for arm in arms if any(arm in parts["T=0"] for parts in found.values())]
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.7 * len(found)), sharey=True, layout="constrained")
+    for axis, part in zip(axes, ("T=0", "T=1")):
+        for i, arm in enumerate(arms):
+            rows = [(y, parts[part][arm]) for y, parts in enumerate(found.values()) if arm in parts[part]]
+            heights = [y + 0.7 * ((i + 0.5) / len(arms) - 0.5) for y, _ in rows]
+            gains = [gain for _, (gain, _, _) in rows]
+            spread = [[gain - low for _, (gain, low, _) in rows], [high - gain for _, (gain, _, high) in rows]]
+            axis.errorbar(gains, heights, xerr=spread, fmt="o", markersize=4, label=arm)
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.set(title=f"chain, {part}", xlabel="acceptance length over the control, %")
+        axis.set_yticks(range(len(found)), list(found))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", type=Path, help="what benchmarks/objectives.py wrote")
-    parser.add_argument("--control", required=True, help="the arm to compare the others with")
+    parser.add_argument("reports", type=Path, nargs="+", help="what benchmarks/objectives.py wrote")
+    parser.add_argument("--control", help="the arm to compare the others with; none: the best CST of each column")
+    parser.add_argument("--arms", help="comma separated names of the arms to show; none: all")
+    parser.add_argument("--plot", type=Path, help="draw the gains of all reports into this file")
     parser.add_argument("--bootstrap", type=int, default=2000)
     arguments = parser.parse_args(argv)
-    report = json.loads(arguments.report.read_text())
-    parts = {f"T={temperature}": pooled(report, f"T={temperature}") for temperature in (0, 1)}
-    arms = list(parts["T=0"][1])
-    if arguments.control not in arms:
-        parser.error(f"{arguments.report} has no arm {arguments.control!r}; it has {', '.join(arms)}")
-    found = {name: differences(*part, arguments.control, arguments.bootstrap) for name, part in parts.items()}
-    print(f"| over {arguments.control} | " + " | ".join(found) + " |\n|---" + "|---" * len(found) + "|")
-    for arm in arms:
-        cells = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*rows[arm]) for rows in found.values())
-        print(f"| {arm} | " + " | ".join(cells) + " |")
+    reports = {path: json.loads(path.read_text()) for path in arguments.reports}
+    known = {key.rpartition("/")[0]: None for report in reports.values() for key in report["arms"]}
+    wanted = arguments.arms.split(",") if arguments.arms else list(known)
+    unknown = {*wanted, *([arguments.control] if arguments.control else [])} - set(known)
+    if unknown:
+        parser.error(f"no report has an arm {sorted(unknown)[0]!r}; they have {', '.join(known)}")
+    found = {}
+    for path, report in reports.items():
+        parts = {f"T={temperature}": pooled(report, f"T={temperature}") for temperature in (0, 1)}
+        shown = [arm for arm in wanted if arm in parts["T=0"][1]]
+        controls = {part: arguments.control or best_cst(counts) for part, (_, counts) in parts.items()}
+        if not shown or controls["T=0"] not in parts["T=0"][1]:
+            print(f"{path.stem}: left out, it has none of these arms or not the control\n")
+            continue
+        print(f"| {path.stem} | " + " | ".join(f"{part}, over {control}" for part, control in controls.items()) + " |")
+        print("|---" * 3 + "|")
+        rows = {part: differences(*parts[part], controls[part], arguments.bootstrap) for part in parts}
+        for arm in shown:
+            cells = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*rows[part][arm]) for part in parts)
+            print(f"| {arm} | " + " | ".join(cells) + " |")
+        print()
+        gains = found[path.stem.removeprefix("objectives-")] = {}
+        for part, (tokens, counts) in parts.items():
+            share = 100 * counts[controls[part]].sum() / tokens.sum()
+            gains[part] = {arm: [share * figure for figure in rows[part][arm]] for arm in shown}
+    if arguments.plot:
+        overview(found, wanted, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -118,12 +118,43 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
         assert "{over_cst:+.3f} [".format(**part["arms"]["gto"]) in found
     with pytest.raises(SystemExit):
         benchmark.comparison.main([str(output), "--control", "nobody"])
-    assert "has no arm 'nobody'" in capsys.readouterr().err
+    assert "no report has an arm 'nobody'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="other settings"):
         benchmark.main([*given, "stage1", "--seed", "5"])
     monkeypatch.setitem(benchmark.ARMS, "cst 3e-4", ({"objective": "cst", "learning_rate": 1e-3}, 3))
     with pytest.raises(ValueError, match="cst 3e-4/0 was trained with another recipe"):
         benchmark.main([*given, "cst 3e-4"])
+
+
+def made_report(path, arms: dict) -> str:
+    """A report of two prompts with 6 and 4 tokens at each temperature: name of an arm -> verifications of the two."""
+    texts = {f"chats T={t}": {"tokens": [6, 4], "loops": [False, False]} for t in (0, 1)}
+    rows = {f"{arm}/0": {"results": {name: {"chain": counts} for name in texts}} for arm, counts in arms.items()}
+    path.write_text(json.dumps({"settings": {"tree_prompts": 0}, "texts": texts, "arms": rows}))
+    return str(path)
+
+
+def test_reports_are_compared_with_their_best_cst_in_one_picture(benchmark, tmp_path, capsys, monkeypatch):
+    """By hand: 10 tokens in 5, 4 and 2 verifications are 2, 2.5 and 5 a verification: +0.5 over CST is 25%."""
+    drawn = []
+    overview = benchmark.comparison.overview
+    monkeypatch.setattr(benchmark.comparison, "overview", lambda *given: (drawn.append(given), overview(*given)))
+    first = made_report(
+        tmp_path / "objectives-a.json", {"cst slow": [6, 4], "cst 3e-4": [3, 2], "lk": [2, 2], "eal": [1, 1]}
+    )
+    second = made_report(tmp_path / "objectives-b.json", {"cst 3e-4": [1, 1], "lk": [3, 2]})
+    third = made_report(tmp_path / "objectives-c.json", {"cst 3e-4": [1, 1]})
+    given = ["--arms", "eal,lk", "--plot", str(tmp_path / "all.png")]
+    benchmark.comparison.main([first, second, third, *given])
+    printed = capsys.readouterr().out
+    assert "| objectives-a | T=0, over cst 3e-4 | T=1, over cst 3e-4 |" in printed and "| lk | +0.500 [" in printed
+    assert "objectives-c: left out" in printed and "cst slow |" not in printed
+    ((found, arms, path),) = drawn
+    assert list(found) == ["a", "b"] and arms == ["eal", "lk"] and path.stat().st_size > 5000
+    assert list(found["a"]["T=1"]) == ["eal", "lk"] and list(found["b"]["T=0"]) == ["lk"]
+    assert [rows["T=0"]["lk"][0] for rows in found.values()] == pytest.approx([25, -60])
+    gain, low, high = found["a"]["T=0"]["lk"]
+    assert low <= gain <= high
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot be shared")
