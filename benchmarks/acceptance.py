@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from ppow.training.evaluate import ends_in_a_loop
 from ppow.training.files import write_json
-from ppow.training.prompts import load_prompts
+from ppow.training.prompts import first_turn, prompt_sets, sampling_options
 from ppow.training.target import FrozenTarget, log_norm
 from ppow.training.unrolled import Unrolled
 
@@ -46,7 +46,7 @@ def keep_texts(path: Path, arguments, texts: dict) -> None:
 
 def made_for(arguments) -> dict:
     """What the target's answers depend on."""
-    names = ("target", "prompts", "limit", "max_new_tokens", "eval_batch", "dtype", "seed")
+    names = ("target", "prompts", "prompts_dir", "limit", "max_new_tokens", "eval_batch", "dtype", "seed")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -55,9 +55,9 @@ def write_texts(model, tokenizer, arguments, pad: int) -> dict:
     """The target's own answers to every prompt: "DOMAIN T=0" -> prompt lengths, ids, tokens to gain, loops."""
     limit = model.config.get_text_config(decoder=True).max_position_embeddings - arguments.max_new_tokens
     domains = {}
-    for domain in arguments.prompts.split(","):
-        prompts = [prompt_ids(tokenizer, p) for p in load_prompts(domain, arguments.prompts_dir, arguments.limit)]
-        domains[Path(domain).stem] = [ids for ids in prompts if len(ids) <= limit]
+    sets = prompt_sets(arguments.prompts.split(","), arguments.prompts_dir, arguments.limit)
+    for domain, prompts in sets.items():
+        domains[domain] = [ids for ids in (first_turn(tokenizer, p) for p in prompts) if len(ids) <= limit]
     texts, every = {}, [ids for prompts in domains.values() for ids in prompts]  # batches know no domains
     for temperature in (0, 1):
         torch.manual_seed(arguments.seed)
@@ -77,13 +77,6 @@ def write_texts(model, tokenizer, arguments, pad: int) -> dict:
     return texts
 
 
-def prompt_ids(tokenizer, prompt) -> list[int]:
-    if prompt.raw_completion:
-        return tokenizer(prompt.turns[0])["input_ids"]
-    chat = [{"role": "user", "content": prompt.turns[0]}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
 def padded_left(prompts: list[list[int]], pad: int, device) -> dict:
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
@@ -92,13 +85,8 @@ def padded_left(prompts: list[list[int]], pad: int, device) -> dict:
 
 
 def generation(model, temperature: float, arguments, pad: int, **more) -> GenerationConfig:
-    sampling = (
-        {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    )
-    known = model.generation_config.to_diff_dict()
-    return GenerationConfig(
-        **(known | sampling | {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad} | more)
-    )
+    settings = model.generation_config.to_diff_dict() | sampling_options(temperature)
+    return GenerationConfig(**(settings | {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad} | more))
 
 
 def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: int) -> list[list[int]]:

@@ -90,13 +90,11 @@ def summarize(report: dict, resamples: int) -> dict:
         name: compared(*pooled(report, name), resamples) for name in report["texts"] if report["texts"][name]["tokens"]
     }
     summary["loops"] = {name: float(numpy.mean(text["loops"])) for name, text in report["texts"].items()}
-    summary["seeds"] = {
-        key: {
-            f"T={t}": float(tokens.sum() / values[key].sum())
-            for t, (tokens, values) in ((t, pooled(report, f"T={t}", seeds=True)) for t in (0, 1))
-        }
-        for key in report["arms"]
-    }
+    summary["seeds"] = {key: {} for key in report["arms"]}
+    for temperature in (0, 1):
+        tokens, counts = pooled(report, f"T={temperature}", seeds=True)
+        for key, values in counts.items():
+            summary["seeds"][key][f"T={temperature}"] = float(tokens.sum() / values.sum())
     return summary
 
 
@@ -104,7 +102,9 @@ def table(report: dict) -> str:
     """The summary in Markdown: acceptance length, and the difference to the best CST with its interval."""
     parts = {name: part for name, part in report["summary"].items() if "arms" in part}
     lines = ["| arm | steps | " + " | ".join(parts) + " |", "|---" * (len(parts) + 2) + "|"]
-    steps = {key.rpartition("/")[0]: row.get("steps", 0) for key, row in report["arms"].items()}
+    steps = {}
+    for key, row in report["arms"].items():
+        steps.setdefault(key.rpartition("/")[0], []).append(row.get("steps", 0))
     for name in steps:
         cells = []
         for part in parts.values():
@@ -114,7 +114,9 @@ def table(report: dict) -> str:
                 low, high = row["over_cst_95"]
                 cell += f" {row['over_cst']:+.3f} [{low:+.3f}, {high:+.3f}]"
             cells.append(cell)
-        lines.append(f"| {name} | {steps[name]} | " + " | ".join(cells) + " |")
+        least, most = min(steps[name]), max(steps[name])
+        taken = f"{least}" if least == most else f"{least} to {most}"
+        lines.append(f"| {name} | {taken} | " + " | ".join(cells) + " |")
     loops = ", ".join(f"{name} {share:.0%}" for name, share in report["summary"]["loops"].items())
     return "\n".join([*lines, "", f"looping texts: {loops}"])
 
@@ -203,6 +205,8 @@ def main(argv=None) -> None:
     parser.add_argument("--bootstrap", type=int, default=2000)
     arguments = parser.parse_args(argv)
     reports = {path: json.loads(path.read_text()) for path in arguments.reports}
+    if len({path.stem for path in reports}) < len(arguments.reports):
+        parser.error("two reports have one name; a name stands for a report in the picture")
     known = {key.rpartition("/")[0]: None for report in reports.values() for key in report["arms"]}
     wanted = arguments.arms.split(",") if arguments.arms else list(known)
     unknown = {*wanted, *([arguments.control] if arguments.control else [])} - set(known)

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from ppow import PPOWConfig, PPOWDrafter, generation_ppow
 from ppow.graphs_ppow import FastPath
-from ppow.training.demo import PROMPTS
+from ppow.training.demo import bundled_prompts
 from ppow.training.files import write_json
-from ppow.training.prompts import load_prompts
+from ppow.training.prompts import first_turn, load_prompts
 from ppow.training.provenance import hardware, versions
 from ppow.verifier_ppow import Verdict, Verifier
 
@@ -158,13 +158,8 @@ def real_prompts(arguments, device: str) -> list[torch.Tensor]:
     """First turns (largest batch, P), every row the same, in the target's chat template."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     rows = max(map(int, arguments.batches.split(",")))
-    texts = [prompt.turns[0] for prompt in load_prompts(arguments.prompts)] if arguments.prompts else PROMPTS
-    ids = []
-    for text in texts:
-        chat = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids.append(encoded["input_ids"].expand(rows, -1).to(device))
-    return ids
+    prompts = load_prompts(arguments.prompts) if arguments.prompts else bundled_prompts()
+    return [torch.tensor([first_turn(tokenizer, prompt)] * rows, device=device) for prompt in prompts]
 
 
 def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
@@ -430,6 +425,7 @@ def facts(arguments, **more) -> dict:
     """What a report opens with: settings (options, ``more``, what torch's compiler was told), versions and hardware."""
     settings = {**vars(arguments), "output": None, **more}
     told = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
+    told.pop("TORCHINDUCTOR_CACHE_DIR", None)  # a place, no setting
     if told:
         settings["environment"] = told
     return {"settings": settings, "versions": versions(), "hardware": hardware()}

@@ -12,11 +12,12 @@ uniformly, at rollout temperature 1, without anchor, proximity reward, supervise
 * ``rollout, groups of 2``: four times the windows, a quarter of the group, so as many rollouts.
 
 Figures: noise = E |g - E g|^2 over |E g|^2, that is how many steps must be averaged until signal and noise are of one
-size; cosine of the estimator's mean gradient with that of ``exact``; seconds of a gradient on this machine. Data are
-the target's own answers: greedy ones for --verification greedy, sampled ones at temperature 1 for sampling.
+size; length of E g and its cosine with that of ``exact``, with standard errors; seconds of a gradient on this machine.
+Data are the target's own answers: greedy ones for --verification greedy, sampled ones at temperature 1 for sampling.
 """
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
@@ -59,9 +60,9 @@ def main(argv=None) -> dict:
             began = time.perf_counter()
             found[name][0].append(gradient(config, target, drafter, batch))
             found[name][1].append(time.perf_counter() - began)
-    reference = torch.stack(found["exact"][0]).mean(0, dtype=torch.float64)
+    exact = torch.stack(found["exact"][0])
     report = facts(arguments, device=device, texts=len(examples)) | {
-        "estimators": {name: figures(torch.stack(g), seconds, reference) for name, (g, seconds) in found.items()},
+        "estimators": {name: figures(torch.stack(g), seconds, exact) for name, (g, seconds) in found.items()},
     }
     print(table(report))
     save(report, arguments.output)
@@ -126,24 +127,44 @@ def gradient(config: ReinforceConfig, target: FrozenTarget, drafter, batch) -> t
     return scale * torch.cat([part.flatten() for part in parts]).float().cpu()
 
 
-def figures(gradients: torch.Tensor, seconds: list[float], reference: torch.Tensor) -> dict:
-    """Noise, direction and cost of gradients (seeds, parameters)."""
+def figures(gradients: torch.Tensor, seconds: list[float], exact: torch.Tensor) -> dict:
+    """Noise, direction and cost of gradients (seeds, parameters), beside those of ``exact`` for the same batches.
+
+    Norm and cosine are of expected gradients, without what noise adds: no mean holds a product of two gradients of one
+    seed. Their errors are standard errors by jackknife over seeds. None: the signal drowns in so few seeds.
+    """
     count, mean = len(gradients), gradients.mean(0, dtype=torch.float64)
     spread = sum(float((one - mean).square().sum()) for one in gradients) / (count - 1)  # E |g - E g|^2
-    signal = float(mean.square().sum()) - spread / count  # |E g|^2 without what noise adds to it
-    return {
-        "noise": spread / signal if signal > 0 else None,  # None: the signal drowns in so few seeds
-        "gradient_norm": signal**0.5 if signal > 0 else None,
-        "cosine_with_exact": float(torch.nn.functional.cosine_similarity(mean, reference.double(), dim=0)),
-        "seconds": statistics.median(seconds),
+    own, other, both = (products(*pair) for pair in ((gradients, gradients), (exact, exact), (gradients, exact)))
+    norm, cosine = own.sqrt(), both / own.sqrt() / other.sqrt()  # of all seeds, then without each
+    found = {"noise": float(spread / own[0])}
+    for name, values in (("gradient_norm", norm), ("cosine_with_exact", cosine)):
+        error = ((count - 1) * values[1:].var(correction=0)).sqrt()
+        found |= {name: float(values[0]), f"{name}_error": float(error)}
+    if not own[0] > 0:
+        found["noise"] = None
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()} | {
+        "seconds": statistics.median(seconds)
     }
+
+
+def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Mean product of gradients (seeds, parameters) of different seeds: of all, then without each seed (1 + seeds,)."""
+    table = torch.stack([(right @ one).double() for one in left])
+    table = table - table.diagonal().diag()
+    sums = torch.cat([table.sum()[None], table.sum() - table.sum(0) - table.sum(1)])
+    count = torch.tensor([len(left), *[len(left) - 1] * len(left)])
+    return sums / (count * (count - 1))
 
 
 def table(report: dict) -> str:
     lines = ["| estimator | noise | norm of the mean | cosine with exact | s |", "|---|---|---|---|---|"]
     for name, row in report["estimators"].items():
-        noise, norm = (f"{value:.3g}" if value is not None else "-" for value in (row["noise"], row["gradient_norm"]))
-        lines.append(f"| {name} | {noise} | {norm} | {row['cosine_with_exact']:.3f} | {row['seconds']:.2f} |")
+        cells = ["-" if row["noise"] is None else f"{row['noise']:.3g}"]
+        for figure in ("gradient_norm", "cosine_with_exact"):
+            value, error = row[figure], row[f"{figure}_error"]
+            cells.append("-" if value is None else f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else ""))
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row['seconds']:.2f} |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,8 @@ three seeds on texts that stage 1 has not seen; a few arms on those it has, and 
 one with less room (an MLP of 128) and one that sees nothing of the target but its embeddings; some for longer; then
 every other arm. What exists is not made again, so a call that was cut off goes on; ``--budget-seconds`` starts no arm
 that would end later. ``--set`` goes to bundle.py, and options that are not listed here to objectives.py. Writes
-WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each comparison, and WORK/study.json.
+WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each comparison, WORK/study.json, and of the pair itself
+WORK/pair.json.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
 from ppow.training.files import write_json
+from ppow.training.provenance import hardware, versions
 
 from . import objectives
 from .bundle import check_gpus, on_gpus
@@ -57,6 +60,7 @@ def main(argv=None) -> dict:
             if name != "near" and not (folder / shared).exists():
                 (folder / shared).symlink_to(Path("..") / "near" / shared)
     train_drafters(work, options, arguments.gpus)
+    write_json(work / "pair.json", {"settings": {k: str(v) for k, v in vars(arguments).items()}, **pair_facts(work)})
     report, failed = {}, []
     for name, texts, seconds, arms, seeds in COMPARISONS:
         output = work / f"objectives-{name}-{texts}-{seconds}s.json"
@@ -124,6 +128,32 @@ def train_drafters(work: Path, options: list[str], gpus: int) -> None:
     for first in range(0, len(names), len(groups)):
         with ThreadPoolExecutor(len(groups)) as pool:
             list(pool.map(train, names[first : first + len(groups)], groups))
+
+
+def pair_facts(work: Path) -> dict:
+    """What the target became, how many texts there are, and how each stage 1 went, from the files of their own runs."""
+    near = work / "near"
+    counts = {name: len((near / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "stage2", "heldout")}
+    facts = {"versions": versions(), "hardware": hardware(), "texts": counts}
+    facts["target"] = json.loads((near / "target" / "training.json").read_text())["result"]
+    return facts | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in DRAFTERS}}
+
+
+def course(metrics: Path) -> list[dict]:
+    """Of a stage 1, from one measurement on held-out texts to the next: the mean on the texts of its steps, and it.
+
+    ``acceptance_length`` has windows as long as training's, ``eval_acceptance_length`` as long as drafting's.
+    """
+    spans, rows = [], []
+    for row in map(json.loads, metrics.read_text().splitlines()):
+        rows.append(row)
+        if "eval_acceptance_length" in row:
+            span = {"to_step": row["step"], "acceptance_length": mean(r["acceptance_length"] for r in rows)}
+            span |= {"first_draft_agreement": mean(r["agreement"][0] for r in rows)}
+            span |= {"eval_acceptance_length": row["eval_acceptance_length"]}
+            spans.append(span | {"eval_first_draft_agreement": row["eval_agreement"][0]})
+            rows = []
+    return spans
 
 
 def compare(work: Path, name: str, texts: str, options: list[str]) -> None:

@@ -51,7 +51,9 @@ class DraftOptions:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1.")
         if self.cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs={self.cuda_graphs!r}: expected True, False or None (where possible).")
-        if not 0 <= self.draft_threshold < 1:
+        if not isinstance(self.compile_layers, bool):
+            raise ValueError(f"compile_layers={self.compile_layers!r}: expected True or False.")
+        if not isinstance(self.draft_threshold, (int, float)) or not 0 <= self.draft_threshold < 1:
             raise ValueError(f"draft_threshold={self.draft_threshold!r}: expected a probability in [0, 1).")
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(v is not None for v in tree) and None in tree:

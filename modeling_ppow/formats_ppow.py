@@ -179,7 +179,7 @@ def to_ppow(
         num_hidden_layers=len({name.split(".")[1] for name in tensors if name.startswith("layers.")}),
         attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
         qk_norm="layers.0.self_attn.q_norm.weight" in tensors,
-        target_taps=_taps(dialect, config, _tap_count(tensors, text.hidden_size), text.num_hidden_layers, rows),
+        target_taps=_taps(dialect, config, _tap_count(tensors, text.hidden_size), text, rows),
         share_target_embeddings=shared,
         **norms,
         **_attention(tensors, fields, text, rows),
@@ -358,7 +358,7 @@ def _membership(ids: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
     return member if int(member.sum()) == len(ids) else None
 
 
-def _taps(dialect: str, config: dict, count: int, num_layers: int, rows: list[Row]) -> list[int]:
+def _taps(dialect: str, config: dict, count: int, text: PreTrainedConfig, rows: list[Row]) -> list[int]:
     """Hidden-state indices of the ``count`` taps, from whichever field the dialect has."""
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     fields = (
@@ -370,19 +370,25 @@ def _taps(dialect: str, config: dict, count: int, num_layers: int, rows: list[Ro
     if len({tuple(taps) for taps in found.values()}) > 1:
         raise ValueError(f"The tap fields of this checkpoint disagree, as hidden-state indices: {found}. Remove one.")
     if found:
-        name, taps = found.popitem()
+        name, taps = next(reversed(found.items()))
         rows.append(Row("mapped", name, f"target_taps {taps} (hidden states entering these blocks)"))
     else:
-        taps = [2, num_layers // 2, num_layers - 3]
-        if count != 3 or sorted(set(taps)) != taps:
+        taps = [2, text.num_hidden_layers // 2, text.num_hidden_layers - 3]
+        if count == 3 and sorted(set(taps)) != taps:
             raise ValueError(
-                f"The checkpoint names no taps, and EAGLE-3's default {taps} does not fit {count} taps of a target of "
-                f"{num_layers} layers. Name its target, or write eagle_aux_hidden_state_layer_ids (hidden-state "
-                "indices) into its config.json."
+                f"The checkpoint names no taps, and EAGLE-3's default {taps} does not fit a target of "
+                f"{text.num_hidden_layers} layers. Name its target, or write eagle_aux_hidden_state_layer_ids "
+                "(hidden-state indices) into its config.json."
             )
         rows.append(Row("assumed", "taps", f"not stored: EAGLE-3's default, target_taps {taps}"))
     if len(taps) != count:
-        raise ValueError(f"The checkpoint names {len(taps)} taps {taps}, but its fc reads {count} of this target.")
+        width = count * text.hidden_size
+        raise ValueError(
+            f"fc reads {width} values, {width / len(taps):g} for each of the taps {taps} that the checkpoint "
+            f"{'names' if found else 'leaves to the default'}; this target's hidden size is {text.hidden_size}. Name "
+            "the target that the drafter was trained for (is --target another one?), or, if this is it, correct "
+            "eagle_aux_hidden_state_layer_ids (hidden-state indices) in config.json."
+        )
     return taps
 
 

@@ -360,7 +360,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         if target is None:
             raise ValueError(
                 f"{source} is no PPOW drafter. If it is an EAGLE-3 drafter of another trainer, say for which target: "
-                "PPOWDrafter.from_pretrained(..., target=<model, Hub id or folder>)."
+                "PPOWDrafter.from_pretrained(..., target=<model, Hub id or folder>), or `ppow import` it first."
             )
         imported = import_checkpoint(str(source), target, PPOWDrafter, **hub)
         rest = {key: value for key, value in kwargs.items() if key not in hub}

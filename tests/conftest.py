@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}"
@@ -83,4 +83,22 @@ def tiny_tokenizer():
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer):
+    """A Llama of four small layers that speaks with that tokenizer."""
+    return LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        max_position_embeddings=512,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+        bos_token_id=None,
     )

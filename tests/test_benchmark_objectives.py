@@ -99,9 +99,11 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
     given = arguments(prompts, "--seeds", "1", "--tree-prompts", "1", "--output", str(output), "--arms")
     benchmark.main([*given, "stage1,cst 3e-4"])
     before = json.loads(output.read_text())["arms"]
-    report = benchmark.main([*given, "stage1,cst 3e-4,ppow alternated,exact text-rule + supervised averaged,gto"])
+    report = benchmark.main(
+        [*given, "stage1,cst 3e-4,exact text-rule alternated,exact text-rule + supervised averaged,gto"]
+    )
     assert {key: report["arms"][key] for key in before} == before and len(report["arms"]) == 5
-    row = report["arms"]["ppow alternated/0"]
+    row = report["arms"]["exact text-rule alternated/0"]
     assert row["steps"] == 2 and len(row["curve"]) == 2
     assert row["curve"][0]["reward"] >= 0 and "reward" not in row["curve"][1]  # the second step is CST's
     for part in ("T=0", "T=1", "tree 60, T=0", "tree 4, T=0"):
@@ -111,11 +113,12 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
         assert all(1 <= arm["acceptance_length"] <= 11 for arm in summary["arms"].values())
     assert report["hardware"] and report["versions"]["torch"]
     assert output.with_suffix(".png").stat().st_size > 5000
-    assert "| ppow alternated | 2 |" in capsys.readouterr().out
+    assert "| exact text-rule alternated | 2 |" in capsys.readouterr().out
     benchmark.comparison.main([str(output), "--control", "cst 3e-4", "--bootstrap", "100"])
     found = capsys.readouterr().out
-    for part in report["summary"]["T=0"], report["summary"]["T=1"]:
-        assert "{over_cst:+.3f} [".format(**part["arms"]["gto"]) in found
+    shown = ("{over_cst:+.3f} [".format(**report["summary"][part]["arms"]["gto"]) for part in ("T=0", "T=1"))
+    (row,) = (line for line in found.splitlines() if line.startswith("| gto |"))
+    assert all(cell.startswith(figure) for cell, figure in zip(row.split(" | ")[1:], shown))
     with pytest.raises(SystemExit):
         benchmark.comparison.main([str(output), "--control", "nobody"])
     assert "no report has an arm 'nobody'" in capsys.readouterr().err
@@ -126,12 +129,42 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
         benchmark.main([*given, "cst 3e-4"])
 
 
-def made_report(path, arms: dict) -> str:
-    """A report of two prompts with 6 and 4 tokens at each temperature: name of an arm -> verifications of the two."""
-    texts = {f"chats T={t}": {"tokens": [6, 4], "loops": [False, False]} for t in (0, 1)}
-    rows = {f"{arm}/0": {"results": {name: {"chain": counts} for name in texts}} for arm, counts in arms.items()}
-    path.write_text(json.dumps({"settings": {"tree_prompts": 0}, "texts": texts, "arms": rows}))
-    return str(path)
+def made_report(path, arms: dict, **settings) -> dict:
+    """A report of two prompts with 6 and 4 tokens at each temperature, of which the second loops.
+
+    ``arms``: "ARM/SEED" or an arm of seed 0 -> verifications of the two prompts, with a tree of 4 as well.
+    """
+    texts = {f"chats T={t}": {"tokens": [6, 4], "loops": [False, True]} for t in (0, 1)}
+    rows = {
+        arm if "/" in arm else f"{arm}/0": {
+            "steps": 3,
+            "results": {name: {"chain": c, "tree 4": c[:1]} for name in texts},
+        }
+        for arm, c in arms.items()
+    }
+    report = {"settings": {"tree_prompts": 0, "tree_nodes": "4", **settings}, "texts": texts, "arms": rows}
+    path.write_text(json.dumps(report))
+    return report
+
+
+def test_a_summary_by_hand(benchmark, tmp_path):
+    """Seeds are means of verifications; texts that loop are left out apart; trees are of the first seed and prompts."""
+    arms = {"cst 3e-4": [3, 2], "cst 3e-4/1": [5, 4], "lk": [2, 2], "lk/1": [1, 1], "lk/2": [3, 1]}
+    report = made_report(tmp_path / "objectives.json", arms, tree_prompts=1)
+    report["arms"]["lk/1"]["steps"] = 5
+    report["summary"] = summary = benchmark.comparison.summarize(report, 50)
+    lengths = {
+        part: {arm: row["acceptance_length"] for arm, row in summary[part]["arms"].items()}
+        for part in summary
+        if "arms" in summary[part]
+    }
+    assert lengths["T=0"] == lengths["T=1"] == pytest.approx({"cst 3e-4": 10 / 7, "lk": 10 / (2 + 4 / 3)})
+    assert lengths["T=0, not looping"] == pytest.approx({"cst 3e-4": 6 / 4, "lk": 6 / 2})
+    assert lengths["tree 4, T=0"] == pytest.approx({"cst 3e-4": 6 / 3, "lk": 6 / 2})
+    assert summary["T=0"]["arms"]["lk"]["over_cst"] == pytest.approx(3 - 10 / 7)
+    assert summary["seeds"]["lk/2"] == pytest.approx({"T=0": 10 / 4, "T=1": 10 / 4})
+    assert summary["loops"] == {"chats T=0": 0.5, "chats T=1": 0.5}
+    assert "| lk | 3 to 5 | 3.000 +1.571 [" in benchmark.comparison.table(report)
 
 
 def test_reports_are_compared_with_their_best_cst_in_one_picture(benchmark, tmp_path, capsys, monkeypatch):
@@ -139,13 +172,12 @@ def test_reports_are_compared_with_their_best_cst_in_one_picture(benchmark, tmp_
     drawn = []
     overview = benchmark.comparison.overview
     monkeypatch.setattr(benchmark.comparison, "overview", lambda *given: (drawn.append(given), overview(*given)))
-    first = made_report(
-        tmp_path / "objectives-a.json", {"cst slow": [6, 4], "cst 3e-4": [3, 2], "lk": [2, 2], "eal": [1, 1]}
-    )
-    second = made_report(tmp_path / "objectives-b.json", {"cst 3e-4": [1, 1], "lk": [3, 2]})
-    third = made_report(tmp_path / "objectives-c.json", {"cst 3e-4": [1, 1]})
+    paths = [tmp_path / f"objectives-{name}.json" for name in "abc"]
+    made_report(paths[0], {"cst slow": [6, 4], "cst 3e-4": [3, 2], "lk": [2, 2], "eal": [1, 1]})
+    made_report(paths[1], {"cst 3e-4": [1, 1], "lk": [3, 2]})
+    made_report(paths[2], {"cst 3e-4": [1, 1]})
     given = ["--arms", "eal,lk", "--plot", str(tmp_path / "all.png")]
-    benchmark.comparison.main([first, second, third, *given])
+    benchmark.comparison.main([*map(str, paths), *given])
     printed = capsys.readouterr().out
     assert "| objectives-a | T=0, over cst 3e-4 | T=1, over cst 3e-4 |" in printed and "| lk | +0.500 [" in printed
     assert "objectives-c: left out" in printed and "cst slow |" not in printed
@@ -155,6 +187,9 @@ def test_reports_are_compared_with_their_best_cst_in_one_picture(benchmark, tmp_
     assert [rows["T=0"]["lk"][0] for rows in found.values()] == pytest.approx([25, -60])
     gain, low, high = found["a"]["T=0"]["lk"]
     assert low <= gain <= high
+    with pytest.raises(SystemExit):
+        benchmark.comparison.main([str(paths[0]), str(paths[0])])
+    assert "two reports have one name" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot be shared")
@@ -239,6 +274,6 @@ def test_every_arm_is_a_valid_configuration(benchmark, prompts):
             rolls = objective_of(config).batch == "rollouts"  # then every arm rolls out 64 times from a text
             assert not rolls or config.group_size * config.windows_per_sequence == 64, name
     keys = [key for key, _, _ in benchmark.arm_list(given)]
-    assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index("exact without KL/0")
+    assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index(f"{list(benchmark.ARMS)[-1]}/0")
     with pytest.raises(SystemExit):
         benchmark.parse(arguments(prompts, "--arms", "no such arm"))

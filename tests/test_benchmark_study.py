@@ -26,6 +26,9 @@ def made(benchmark, monkeypatch):
         else:
             assert (folder / "target" / "config.json").exists() and (folder / "train.jsonl").exists()
             shutil.copytree(ROOT / "bundled" / "stage1", folder / "supervised", dirs_exist_ok=True)
+            rows = [{"step": n, "acceptance_length": float(n), "agreement": [n / 10, 0.0]} for n in (1, 2, 3)]
+            rows[1] |= {"eval_acceptance_length": 4.0, "eval_agreement": [0.5, 0.0]}
+            (folder / "supervised" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(benchmark, "bundle", bundle)
     comparisons = [
@@ -57,6 +60,11 @@ def test_every_drafter_is_trained_and_compared_once(benchmark, made, tmp_path, m
     assert set(report["near, stage2, 45 s"]["T=0"]) == {"cst 3e-4", "stage1"}
     assert list(report["thin, stage2, 45 s"]["T=1"]) == ["stage1"]
     assert json.loads((tmp_path / "work" / "study.json").read_text()) == report
+    pair = json.loads((tmp_path / "work" / "pair.json").read_text())
+    assert pair["texts"] == {"train": 4, "stage2": 4, "heldout": 2} and pair["target"]["heldout_loss"] > 0
+    (span,) = pair["stage 1"]["thin"]  # of steps 1 and 2; nothing was measured after the third
+    assert span["to_step"] == 2 and span["acceptance_length"] == 1.5 and span["eval_first_draft_agreement"] == 0.5
+    assert span["first_draft_agreement"] == pytest.approx(0.15) and pair["settings"]["set"] == "['supervised.steps=7']"
     names = ("near-stage2", "thin-stage2", "near-train")
     near, thin, known = (json.loads((tmp_path / "work" / f"objectives-{n}-45s.json").read_text()) for n in names)
     assert near["texts_crc32"] == thin["texts_crc32"]  # the target's answers are written once

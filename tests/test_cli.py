@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from ppow import __version__
 from ppow.training import cli, config
@@ -82,6 +83,15 @@ def test_errors_of_a_command_are_reported_without_traceback(toy_command, error, 
     toy_command.error = error
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err == f"ppow: error: {error}\n"
+
+
+def test_damaged_weights_and_interruptions_say_so_in_a_line(toy_command, capsys):
+    toy_command.error = SafetensorError("incomplete metadata")
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err == "ppow: error: a weights file is damaged or truncated (incomplete metadata)\n"
+    toy_command.error = KeyboardInterrupt()
+    assert cli.main(["demo"]) == 130
+    assert "go on with --resume" in capsys.readouterr().err
 
 
 def test_the_traceback_is_one_variable_away(toy_command, monkeypatch):

@@ -216,9 +216,33 @@ def test_an_answer_beyond_max_length_stops_or_is_dropped(tiny_tokenizer):
         encode([{"messages": CHAT}, late], tiny_tokenizer, 50)
     kept = encode([{"messages": CHAT}, late], tiny_tokenizer, 50, drop_long=True)
     assert kept == encode([{"messages": CHAT}], tiny_tokenizer, 50)
-    with pytest.raises(ValueError, match="None of the 1 rows has an answer within max_length=50"):
+    with pytest.raises(ValueError, match="None of the 1 rows from row 0 on has an answer within max_length=50"):
         encode([late], tiny_tokenizer, 50, drop_long=True)
     assert encode([late], tiny_tokenizer, start + 1)[0].loss_mask[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "drop_long", "message"),
+    [
+        ("", False, ":3 has no answer token"),
+        ("ok", False, ":3: the answer"),
+        ("ok", True, ":3 on has an answer within"),
+    ],
+)
+def test_a_row_to_blame_is_named_by_file_and_line(tmp_path, tiny_tokenizer, content, drop_long, message):
+    messages = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": content}]
+    path = tmp_path / "held-out.jsonl"
+    path.write_text("\n\n" + json.dumps({"messages": messages if content else messages[:1]}) + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}{message}")):
+        encode(load_rows(str(path)), tiny_tokenizer, 50, drop_long)
+
+
+def test_a_template_that_refuses_a_row_of_a_file_is_named_with_it(tmp_path, tiny_tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n")
+    tokenizer = with_template(tiny_tokenizer, "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match=re.escape(f"{path}:1: the tokenizer's chat template refuses")):
+        encode(load_rows(str(path)), tokenizer, 512)
 
 
 # -- draft vocabulary --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import itertools
 import json
 import pickle
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,15 @@ def test_sglang_takes_embeddings_only_when_they_are_the_targets():
     narrow = build("narrower than the target")  # no engine can share then
     exported = from_ppow(narrow.config, narrow.state_dict(), "sglang", TARGET)
     assert "embed_tokens.weight" in exported.tensors
+
+
+def test_sglang_leaves_out_the_embeddings_that_it_replaces_as_the_docs_say():
+    drafter = build()
+    imported = to_ppow(*export(drafter, "sglang"), TARGET, PPOWDrafter)
+    assert not drafter.config.share_target_embeddings and imported.config.share_target_embeddings
+    assert drafter.state_dict().keys() - imported.tensors.keys() == {"embed_tokens.weight"}
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    assert "`share_target_embeddings` true instead of false and no `embed_tokens`" in page
 
 
 @pytest.mark.parametrize("form", ["sglang", "eagle"])
@@ -310,7 +320,10 @@ BAD = {
         say(aux_hidden_states_layer_ids=[1, 2, 3], eagle_aux_hidden_state_layer_ids=[1, 2, 3]),
         "tap fields of this checkpoint disagree",
     ),
-    "taps that are too few": (say(eagle_aux_hidden_state_layer_ids=[1, 2]), "names 2 taps .* its fc reads 3"),
+    "taps that are too few": (
+        say(eagle_aux_hidden_state_layer_ids=[1, 2]),
+        r"fc reads 96 values, 48 for each of the taps \[1, 2\] that the checkpoint names; .* hidden size is 32",
+    ),
     "one feature": (say(eagle_config={"use_aux_hidden_state": False}), "EAGLE-1/2; not EAGLE-3"),
     "sliding window": (say(layer_types=["sliding_attention"]), "attends to a sliding window"),
     "quantized": (say(quantization_config={"bits": 4}), "is quantized"),
@@ -352,6 +365,7 @@ def test_absolute_ids_are_seen_without_t2d_too():
     ("changes", "message"),
     [
         ({"hidden_size": 40}, "made for another target: its fc reads 96 features, .* hidden size 40"),
+        ({"hidden_size": 16}, r"fc reads 96 values, 32 for each of the taps \[2, 4, 5\] .* hidden size is 16"),
         ({"vocab_size": V + 8}, "t2d covers 40 tokens, the target's vocabulary 48: .* another target"),
         ({"num_hidden_layers": 5}, r"EAGLE-3's default \[2, 2, 2\] does not fit"),
     ],
@@ -488,6 +502,31 @@ def test_a_foreign_drafter_exports_without_a_stop(pair, tmp_path):
     assert ppow("export", source, "--format", "vllm", "--target", pair[0], "--out", tmp_path / "vllm") == 0
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6] and config["norm_before_residual"] is False
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_export_refuses_a_target_that_the_drafter_does_not_fit(pair, tmp_path, capsys, form):
+    target, drafter = pair
+    for changes, message in (
+        ({"hidden_size": 64}, "hidden size 32 in the drafter, 64 in the target"),
+        ({"vocab_size": V + 8}, "vocabulary 40 in the drafter, 48 in the target"),
+        ({"num_hidden_layers": 9}, "layer count 8 in the drafter, 9 in the target"),
+    ):
+        other = tmp_path / "other"
+        LlamaConfig(**{**TARGET.to_dict(), "head_dim": None, **changes}).save_pretrained(other)
+        assert ppow("export", drafter, "--format", form, "--target", other, "--out", tmp_path / "out") == 2
+        shown = capsys.readouterr()
+        assert message in shown.err and "serve" not in shown.out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["drafter", "target"])
+def test_export_names_a_truncated_file(pair, tmp_path, capsys, part):
+    folders = {"target": pair[0], "drafter": pair[1]}
+    folders[part] = shutil.copytree(folders[part], tmp_path / part)
+    file = folders[part] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert ppow("export", folders["drafter"], "--format", "sglang", "--target", folders["target"], "--dry-run") == 2
+    assert f"{file} is damaged or truncated" in capsys.readouterr().err
 
 
 def test_nothing_is_half_written(pair, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """``ppow push``: what the repository of a drafter holds, and what its card says."""
 
+import contextlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -159,11 +161,52 @@ def test_a_dry_run_shows_files_and_card_and_uploads_nothing(pair, capsys):
         (["--repo", "acme/x", "--metrics", "nowhere"], "no metrics.json there"),
         (["--repo", "acme/x", "--target", "/models/target"], "--target /models/target: expected ORG/NAME"),
         (["--repo", "acme/x", "--tag", "v1", "--create-pr"], "not both"),
+        (["--repo", "acme/x", "--dry-run", "--tag", "bad tag~"], "--tag 'bad tag~': expected a name that git takes"),
+        (["--repo", "acme/x", "--dry-run", "--revision", "a..b"], "--revision 'a..b': expected a name that git takes"),
     ],
 )
 def test_what_cannot_be_pushed(pair, capsys, options, message):
     status, shown = push("--drafter", pair / "drafter", *options, capsys=capsys)
     assert status == 2 and message in shown.err
+
+
+def test_names_of_tags_are_those_that_git_takes():
+    """A leading dash too, which only `git tag` refuses."""
+    letters = random.Random(0)
+    names = ["".join(letters.choices("av1./-@{~ ^:?*[\\\u00e9\x7f", k=letters.randint(1, 4))) for _ in range(100)]
+    for name in [*names, "v1.0", "a.lock", "a.lock/b", "x.locks", "next/one", "refs/pr/1", "-a", ""]:
+        taken = name[:1] != "-" and not subprocess.run(["git", "check-ref-format", f"refs/tags/{name}"]).returncode
+        with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="--tag"):
+            hub.check_ref(name, "--tag")
+
+
+def test_a_folder_is_no_hub_id(pair, monkeypatch, capsys):
+    """Even where its name looks like one."""
+    monkeypatch.chdir(pair.parent)
+    name = f"{pair.name}/target"
+    expected = "expected the Hub id of the {0}, ORG/NAME, but this is a folder here. Push the {0} to the Hub first"
+    status, shown = push(pair / "drafter", "--repo", "acme/x", "--dry-run", "--target", name, capsys=capsys)
+    assert status == 2 and f"--target {name}: {expected.format('target')}" in shown.err
+    for arguments, start in (
+        ([f"{pair.name}/drafter"], f"the drafter {pair.name}/drafter: "),
+        (["acme/drafter", "--target", name], f"--target {name}: "),
+        (["acme/drafter", "--baseline", f"{pair.name}/drafter"], f"--baseline {pair.name}/drafter: "),
+    ):
+        status, shown = push(*arguments, "--space", "--repo", "acme/demo", "--dry-run", capsys=capsys)
+        what = start.split()[0].removeprefix("--").replace("the", "drafter")
+        assert status == 2 and start + expected.format(what) in shown.err
+
+
+def test_the_name_to_push_to_is_refused_in_the_words_of_its_option():
+    with pytest.raises(ValueError, match="--push-to-hub noslash: expected ORG/NAME"):
+        hub.BackgroundPush("noslash")
+
+
+def test_damaged_weights_are_named(pair, capsys):
+    weights = pair / "drafter" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    status, shown = push(pair / "drafter", "--repo", "acme/x", "--dry-run", capsys=capsys)
+    assert status == 2 and f"{weights} is damaged or truncated" in shown.err
 
 
 def test_weights_that_are_not_finite_are_not_pushed(pair, capsys):

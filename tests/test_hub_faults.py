@@ -211,6 +211,12 @@ def test_a_tag_stays(hub, pair, capsys):
     assert "has a tag v1 already" in capsys.readouterr().err and head() == before
 
 
+def test_a_tag_that_git_does_not_take(hub, pair, capsys):
+    assert push(pair, REPO, "--tag", "bad tag~") == 2
+    assert "--tag 'bad tag~': expected a name that git takes" in capsys.readouterr().err
+    assert not HfApi().repo_exists(REPO)
+
+
 def test_the_hub_restarts_in_the_middle_of_a_push(hub, pair):
     fault = strike(hub, UPLOAD, seconds=0.2)
 

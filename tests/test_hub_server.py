@@ -149,14 +149,18 @@ def test_another_branch(hub, pair):
 
 
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
-def test_a_second_push_uploads_what_has_changed(hub, pair, tmp_path, monkeypatch, xet):
+def test_a_second_push_uploads_what_has_changed(hub, pair, tmp_path, monkeypatch, capsys, xet):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "acceptance.png").write_bytes(b"\x89PNG a picture")
     assert push(pair, "alice/drafter", "--metrics", str(tmp_path)) == 0
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="examples/mine.py", repo_id="alice/drafter")
     hub.requests.clear()
-    assert push(pair, "alice/drafter", "--metrics", str(tmp_path)) == 0
+    capsys.readouterr()
+    for more in ([], ["--create-pr"]):
+        assert push(pair, "alice/drafter", "--metrics", str(tmp_path), *more) == 0
+        said = capsys.readouterr().out
+        assert "nothing to change: alice/drafter already holds this" in said and "pushed" not in said
     assert written(hub) == []
     assert push(pair, "alice/drafter", "--metrics", str(tmp_path), "--tag", "v1") == 0  # its card names the tag
     assert [line.split("/")[-2] for line in written(hub)] == ["commit", "tag"]
@@ -217,7 +221,11 @@ def test_the_space_of_a_pushed_drafter(hub, pair, target, capsys):
     path = hf_hub_download("acme/demo", "pair.json", repo_type="space")
     assert json.loads(Path(path).read_text()) == named
     assert vars(find_names({}, Path(path))) == named
-    assert cli.main([*space, "--baseline", "acme/nothing"]) == 2 and "acme/nothing" in capsys.readouterr().err
+    capsys.readouterr()
+    assert cli.main([*space, "--baseline", "acme/stage1", "--tag", "v1"]) == 0
+    assert "nothing to change: acme/demo already holds this; it is tagged v1 now" in capsys.readouterr().out
+    assert cli.main([*space, "--baseline", "acme/nothing"]) == 2
+    assert "--baseline acme/nothing: the Hub has no such repository" in capsys.readouterr().err
     assert cli.main(["push", "acme/drafter", "--repo", "acme/x", "--baseline", "acme/stage1"]) == 2
 
 
@@ -225,7 +233,15 @@ def test_the_space_of_a_pushed_drafter(hub, pair, target, capsys):
 def test_a_space_needs_a_pair_on_the_hub(hub, pair, capsys, drafter):
     assert push(pair, "acme/lonely") == 0  # does not record its target
     assert cli.main(["push", drafter, "--space", "--repo", "acme/demo"]) == 2
-    assert drafter in capsys.readouterr().err and not HfApi().repo_exists("acme/demo", repo_type="space")
+    error = capsys.readouterr().err
+    assert drafter in error and not HfApi().repo_exists("acme/demo", repo_type="space")
+    assert ("the drafter acme/nothing: the Hub has no such repository" in error) == (drafter == "acme/nothing")
+
+
+def test_a_space_when_the_hub_does_not_answer(hub, capsys):
+    hub.stop()
+    assert cli.main(["push", "acme/drafter", "--space", "--repo", "acme/demo"]) == 2
+    assert "the drafter acme/drafter: the Hub could not be asked for it" in capsys.readouterr().err
 
 
 # -- training against a hub --------------------------------------------------------------------------------------------

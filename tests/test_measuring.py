@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import demo, evaluate, regenerate
@@ -15,24 +16,12 @@ from ppow.training.config import DemoConfig, EvaluateConfig, RegenerateConfig
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_tokenizer):
+def pair(tmp_path_factory, tiny_tokenizer, tiny_config):
     folder = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        initializer_range=0.3,
-        max_position_embeddings=512,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "target")
+    LlamaForCausalLM(tiny_config).save_pretrained(folder / "target")
     tiny_tokenizer.save_pretrained(folder / "target")
-    PPOWDrafter(PPOWConfig.from_target(config, draft_vocab_size=100)).save_pretrained(folder / "drafter")
+    PPOWDrafter(PPOWConfig.from_target(tiny_config, draft_vocab_size=100)).save_pretrained(folder / "drafter")
     lines = [{"id": "a", "category": "x", "turns": ["Add one and two.", "And three?"]}]
     lines.append({"id": "b", "category": "x", "turns": ["def add(a, b):"], "raw_completion": True})
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -116,6 +105,44 @@ def test_a_baseline_is_measured_on_the_same_prompts(pair, tmp_path, capsys):
     assert ours["gain"] == {"acceptance_length": 0.0, "acceptance_length_95": [0.0, 0.0]}
     assert metrics["baseline_drafting"] == metrics["drafting"]
     assert "acceptance length +0.00" in capsys.readouterr().out
+
+
+def evaluation(pair, tmp_path, **changes) -> EvaluateConfig:
+    names = {"target": str(pair / "target"), "drafter": str(pair / "drafter"), "output_dir": str(tmp_path / "out")}
+    return EvaluateConfig(**{**names, "prompts": [str(pair / "questions.jsonl")], **changes})
+
+
+def test_what_cannot_be_written_or_told_apart_is_refused_before_measuring(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", None)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        evaluate.main(evaluation(pair, tmp_path, output_dir=str(tmp_path / "file")))
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"prompt": "Hello?"}))
+    two = [str(pair / "questions.jsonl"), str(tmp_path / "questions.jsonl")]
+    with pytest.raises(ValueError, match="Two sets of prompts are called 'questions'"):
+        evaluate.main(evaluation(pair, tmp_path, prompts=two))
+    with pytest.raises(ValueError, match="is a folder; name a .json file"):
+        demo.main(DemoConfig(output=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "message"),
+    [
+        ("target", "nowhere", "--target nowhere is no folder here, and as a Hub id: "),
+        ("baseline", "nowhere", "--baseline nowhere is no folder here, and as a Hub id: "),
+        ("target", "EMPTY", "--target .*: this folder holds no config.json"),
+        ("target", "DRAFTER", "--target .*: this is a drafter; name the target that it drafts for"),
+        ("drafter", "CUT", "--drafter .*: a weights file is damaged or truncated"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_named_with_its_option(pair, tmp_path, option, given, message):
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(pair / "drafter", tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:3000])
+    places = {"EMPTY": tmp_path / "empty", "DRAFTER": pair / "drafter", "CUT": tmp_path / "cut"}
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(evaluation(pair, tmp_path, **{option: str(places.get(given, given))}))
 
 
 def test_the_gain_is_a_paired_difference():
@@ -219,9 +246,70 @@ def test_an_interrupted_run_continues_after_the_last_whole_line(pair, chats, tmp
         regenerate.main(RegenerateConfig(**config))
     regenerate.main(RegenerateConfig(**config, resume=True))
     assert sorted(out.read_text().splitlines()) == whole
-    (tmp_path / "other.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(ValueError, match="was not written by"):
-        regenerate.main(RegenerateConfig(**(config | {"output": str(tmp_path / "other.jsonl")}), resume=True))
+    out.write_text('{"row": 1, "mess')  # killed in its first line
+    regenerate.main(RegenerateConfig(**config, resume=True))
+    assert sorted(out.read_text().splitlines()) == whole
+
+
+ANSWERED = [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "2"}]
+OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"text": "mine"}\n', 1),
+        ('{"text": "mine"}', 1),
+        ('{"text": "one"}\n{"text": "two"}', 1),
+        ('{"row": 1}\n', 1),
+        ("not UTF-8: é\n", 1),
+        (OURS + "my notes", 2),
+        (OURS + '\n{"row": 1, "mess', 2),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_untouched(chats, tmp_path, content, line):
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(content.encode("latin-1"))
+    config = dataclasses.replace(endpoint("http://127.0.0.1:9/v1", chats, out), resume=True)
+    with pytest.raises(ValueError, match=f"out.jsonl:{line} was not written by `ppow regenerate`"):
+        regenerate.main(config)
+    assert out.read_bytes() == content.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (0, {"content": "Subtract one."}, "answers 'user: Add one.' as row 0, but .* asks 'user: Subtract one.'"),
+        (0, {"role": "assistant"}, "answers 'user: Add one.' as row 0, but .* asks 'nothing'"),
+        (1, {"content": "Be long."}, "answers 'system: Be brief.' as row 1, but .* asks 'system: Be long.'"),
+    ],
+)
+def test_an_output_of_other_data_is_refused_untouched(server, chats, tmp_path, row, change, message):
+    out = tmp_path / "out.jsonl"
+    config = endpoint(server[0], chats, out)
+    regenerate.main(config)
+    out.write_text(out.read_text() + '{"row": 2, "mess')
+    before = out.read_bytes()
+    rows = read(chats)
+    rows[row]["messages"][0] |= change
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message + r"\. .*give another --output"):
+        regenerate.main(dataclasses.replace(config, resume=True))
+    assert out.read_bytes() == before
+
+
+def test_turns_after_an_answer_cut_short_are_not_missed(chats, tmp_path):
+    """Row 1 asks twice: without a second answer it is done if the first was cut short, and else of other data."""
+    out = tmp_path / "out.jsonl"
+    config = dataclasses.replace(endpoint("http://127.0.0.1:9/v1", chats, out), resume=True)
+    messages = [*read(chats)[1]["messages"][:2], {"role": "assistant", "content": "A fox is"}]
+    whole, short = (json.dumps({"row": 1, "messages": messages, "complete": c}) + "\n" for c in (True, False))
+    out.write_text(OURS + whole)
+    with pytest.raises(ValueError, match=r"jsonl:2 answers 'nothing' as row 1, but .* asks 'user: And a dog\?'"):
+        regenerate.main(config)
+    out.write_text(OURS + short)
+    regenerate.main(config)
+    assert out.read_text() == OURS + short
 
 
 @pytest.fixture
@@ -289,7 +377,11 @@ def test_an_endpoint_that_answers_nonsense(server, chats, tmp_path, faults, mess
         regenerate.main(endpoint(url, chats, tmp_path / "out.jsonl"))
 
 
-def test_an_endpoint_that_is_down(chats, tmp_path, monkeypatch):
+def test_an_endpoint_that_is_down_leaves_no_file(server, chats, tmp_path, monkeypatch):
     monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="Is the server up"):
-        regenerate.main(endpoint("http://127.0.0.1:9/v1", chats, tmp_path / "out.jsonl"))
+        regenerate.main(endpoint("http://127.0.0.1:9/v1", chats, out))
+    assert not out.exists()
+    regenerate.main(endpoint(server[0], chats, out))
+    assert len(read(out)) == 2

@@ -328,6 +328,21 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(config):
         pretrain.main(config(sequence_length=100_000))
 
 
+def test_data_that_is_not_there_stops_a_run_before_it_leaves_anything(config, data, tmp_path):
+    with pytest.raises(ValueError, match=r"--data \S*nosuch does not exist; give a folder of GROUP-NN"):
+        pretrain.main(config(data=str(tmp_path / "nosuch")))
+    with pytest.raises(ValueError, match="sums-00.jsonl.xz is not a folder"):
+        pretrain.main(config(data=str(data / "sums-00.jsonl.xz")))
+    with pytest.raises(ValueError, match="groups there: story, sums"):
+        pretrain.main(config(groups=["sums:2", "poems:1"]))
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_run_whose_corpus_is_made_goes_on_without_the_data(config, tmp_path):
+    pretrain.main(config(tokens=128))
+    assert pretrain.main(config(tokens=256, data=str(tmp_path / "nosuch")))["step"] == 2
+
+
 def test_a_diverged_run_stops(config):
     with pytest.raises(ValueError, match="lower the learning rates"):
         pretrain.main(config(optimizer="adamw", learning_rate=1e30, tokens=4 * 32 * 40))

@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ppow.training.prompts import BENCHMARKS, Prompt, from_hub, load_prompts
+from ppow.training.prompts import BENCHMARKS, Prompt, first_turn, from_hub, load_prompts, prompt_sets
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "prompts"  # present on some machines, never needed
 
@@ -128,3 +128,16 @@ def test_the_real_benchmarks(name, rows):
     prompts = load_prompts(name, str(SHARED))
     assert len(prompts) == rows and len({prompt.id for prompt in prompts}) == rows
     assert all(prompt.raw_completion == (name == "humaneval") for prompt in prompts)
+
+
+def test_sets_of_prompts_are_called_by_their_files(tmp_path):
+    path = write(tmp_path / "mine.v2.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    assert {name: len(found) for name, found in prompt_sets([path], limit=1).items()} == {"mine.v2": 1}
+
+
+def test_a_first_turn_is_put_through_the_template_unless_it_is_a_raw_completion(tiny_tokenizer):
+    chat = first_turn(tiny_tokenizer, Prompt("a", "", ["Add one.", "And two?"]))
+    text = "<|im_start|>user\nAdd one.<|im_end|>\n<|im_start|>assistant\n"
+    assert tiny_tokenizer.decode(chat) == text
+    raw = first_turn(tiny_tokenizer, Prompt("b", "", ["def add(a, b):"], raw_completion=True))
+    assert tiny_tokenizer.decode(raw) == "def add(a, b):"

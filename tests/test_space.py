@@ -2,10 +2,12 @@
 
 import dataclasses
 import html
+import importlib.util
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -30,7 +32,7 @@ from decoding_helpers import build_target, random_drafter
 from page import Page, show_window, step, windows_of
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DrafterState
-from ppow.training import evaluate, windows
+from ppow.training import evaluate, space, windows
 from ppow.training.cli import main as ppow
 from ppow.transcript_ppow import Acceptance
 from race import MAX_CHARACTERS, PLAIN, Run, Settings, StopFlag, prompt_ids, race
@@ -499,6 +501,16 @@ def test_the_front_matter_and_the_pins_agree():
 def test_a_bad_call_of_the_command_is_said(capsys):
     assert ppow(["space", "--target", "somewhere"]) == 2
     assert "give both or neither" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(space, "importlib", SimpleNamespace(util=importlib.util))  # it would import the page
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0"):
+            assert ppow(["space", "--port", str(port), "--host", host]) == 2
+            assert f"--port {port}: {host}:{port} cannot be listened on (Address" in (error := capsys.readouterr().err)
+            assert "name another --port" in error and "GRADIO" not in error
 
 
 def test_a_page_without_a_pair_says_so(tmp_path):

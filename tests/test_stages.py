@@ -24,24 +24,11 @@ STAGES = {"supervised": (supervised, SupervisedConfig), "reinforce": (reinforce,
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_tokenizer):
+def home(tmp_path_factory, tiny_tokenizer, tiny_config):
     """A tiny target, chats with answers, and a drafter of a few supervised steps."""
     folder = tmp_path_factory.mktemp("stages")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=256,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "target")
+    LlamaForCausalLM(tiny_config).save_pretrained(folder / "target")
     tiny_tokenizer.save_pretrained(folder / "target")
     with open(folder / "chats.jsonl", "w") as out:
         for i in range(12):
@@ -277,6 +264,21 @@ def test_a_drafter_of_other_width(home, tmp_path):
 def test_starting_over_a_run_needs_a_word(home, whole_runs):
     with pytest.raises(ValueError, match="already holds a run"):
         supervised.main(options(home, "supervised", whole_runs["supervised"]))
+
+
+@pytest.mark.parametrize("model", ["target", "stage1"])
+def test_a_folder_with_somebody_elses_model_is_left_alone(home, tmp_path, model):
+    folder = tmp_path / "model"
+    shutil.copytree(home / model, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a model that no run here has made"):
+        supervised.main(options(home, "supervised", folder, resume=True))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_the_other_stage_is_not_resumed(home, whole_runs):
+    with pytest.raises(ValueError, match="holds a run of `ppow supervised`"):
+        reinforce.main(options(home, "reinforce", whole_runs["supervised"], resume=True))
 
 
 @pytest.mark.parametrize("stage", STAGES)

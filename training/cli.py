@@ -10,6 +10,8 @@ import os
 import sys
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+
 
 class Command(NamedTuple):
     module: str  # has main(config)
@@ -59,13 +61,17 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, or 2 after a bad argument, bad input or a failed file operation."""
+    """Entry point; -> 0, 2 after a bad argument, bad input or a failed file operation, 130 when interrupted."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError, KeyboardInterrupt) as error:
         if os.environ.get("PPOW_DEBUG") == "1":
             raise
-        print(f"ppow: error: {error}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            print("\nppow: interrupted; regenerate, supervised and reinforce go on with --resume", file=sys.stderr)
+            return 130
+        told = f"a weights file is damaged or truncated ({error})" if isinstance(error, SafetensorError) else error
+        print(f"ppow: error: {told}", file=sys.stderr)
         return 2
     return 0
 

@@ -93,7 +93,8 @@ def build(config: PretrainConfig) -> tuple[list[dict], list[dict], dict]:
     train, heldout, record = [], [], {"groups": {}, "python": []}
     for group in config.groups:
         name, weight, max_chars = parse_group(group)
-        rows = [row for row in read_group(Path(config.data), name) if sum(map(len, texts(row))) <= max_chars]
+        rows = [row for path in group_files(Path(config.data), name) for row in load_rows(str(path))]
+        rows = [row for row in rows if sum(map(len, texts(row))) <= max_chars]
         record["groups"][name] = {"weight": weight, "rows": len(rows)}
         train += split(rows, weight, config, rng, heldout)
     if config.python_share:
@@ -109,15 +110,24 @@ def build(config: PretrainConfig) -> tuple[list[dict], list[dict], dict]:
     return train, heldout, record
 
 
-def read_group(folder: Path, name: str) -> list[dict]:
-    """The rows of ``name-NN.jsonl.xz``, in file order."""
+def check_groups(config: PretrainConfig) -> None:
+    """ValueError for a group without files."""
+    for group in config.groups:
+        group_files(Path(config.data), parse_group(group)[0])
+
+
+def group_files(folder: Path, name: str) -> list[Path]:
+    """The files ``name-NN.jsonl.xz``, in order. Raises ValueError where there are none."""
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"--data {folder} {problem}; give a folder of GROUP-NN.jsonl.xz files.")
     pattern = re.compile(r"(.+)-\d+\.jsonl\.xz")
     found = [(match[1], path) for path in sorted(folder.glob("*.jsonl.xz")) if (match := pattern.fullmatch(path.name))]
     files = [path for group, path in found if group == name]
     if not files:
         known = ", ".join(sorted({group for group, _ in found})) or "none"
         raise ValueError(f"No {name}-NN.jsonl.xz in {folder}; groups there: {known}. Correct --groups or --data.")
-    return [row for path in files for row in load_rows(str(path))]
+    return files
 
 
 def texts(row: dict) -> list[str]:

@@ -28,11 +28,21 @@ class Example(NamedTuple):
     loss_mask: list[int]  # 1 on tokens that the target would write: the answers and their end-of-turn tokens
 
 
+class Row(dict):
+    """A row that knows its ``place``, such as ``file:line``, for errors about it."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, content: dict, place: str):
+        super().__init__(content)
+        self.place = place
+
+
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(source: str, split: str = "train", limit: int | None = None) -> list[dict]:
-    """Read rows with ``messages`` or ``text``.
+def load_rows(source: str, split: str = "train", limit: int | None = None) -> list[Row]:
+    """Read rows with ``messages`` or ``text``, each with its place.
 
     Args:
         source: a .jsonl, .jsonl.gz or .jsonl.xz file, a folder of them (read in name order), or whatever
@@ -51,7 +61,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None) -> li
         if limit is not None and len(rows) == limit:
             break
         _check_row(row, place)
-        rows.append(row)
+        rows.append(Row(row, place))
     if not rows:
         raise ValueError(f"{source} holds no rows; expected lines with 'messages' or 'text'.")
     return rows
@@ -131,7 +141,7 @@ def encode(rows: Sequence[dict], tokenizer, max_length: int, drop_long: bool = F
     """Tokenize rows and mark the tokens to learn from.
 
     Args:
-        rows: as :func:`load_rows` gives them.
+        rows: as :func:`load_rows` gives them; errors call a row without ``place`` by its number.
         tokenizer: the target's; rows with ``messages`` need its chat template.
         max_length: tokens kept from the start of a row.
         drop_long: leave out rows whose first answer starts beyond ``max_length`` instead of raising.
@@ -144,23 +154,27 @@ def encode(rows: Sequence[dict], tokenizer, max_length: int, drop_long: bool = F
     """
     examples = []
     for index, row in enumerate(tqdm(rows, desc="tokenizing", unit="row", disable=None, leave=False)):
-        example = _encode_row(row, tokenizer, f"row {index}")
+        place = getattr(row, "place", f"row {index}")
+        example = _encode_row(row, tokenizer, place)
         if not any(example.loss_mask):
             raise ValueError(
-                f"row {index} has no answer token to learn from (its loss mask is all zero). A chat needs an "
+                f"{place} has no answer token to learn from (its loss mask is all zero). A chat needs an "
                 "'assistant' message with content; remove the row or use 'text'."
             )
         if not any(example.loss_mask[:max_length]):
             if drop_long:
                 continue
             raise ValueError(
-                f"row {index}: the answer starts at token {example.loss_mask.index(1)}, beyond "
+                f"{place}: the answer starts at token {example.loss_mask.index(1)}, beyond "
                 f"max_length={max_length}, so its loss mask would be all zero. Raise max_length or drop such rows "
                 "(--drop-long)."
             )
         examples.append(Example(example.input_ids[:max_length], example.loss_mask[:max_length]))
     if not examples:
-        raise ValueError(f"None of the {len(rows)} rows has an answer within max_length={max_length}; raise it.")
+        first = getattr(next(iter(rows), None), "place", "row 0")
+        raise ValueError(
+            f"None of the {len(rows)} rows from {first} on has an answer within max_length={max_length}; raise it."
+        )
     return examples
 
 

@@ -41,16 +41,21 @@ def main(config: DemoConfig) -> None:
     from . import provenance
     from .evaluate import drafting_options, generation_configs
     from .files import write_json
-    from .prompts import load_prompts
+    from .prompts import first_turn, load_prompts
+    from .target import named
 
+    if config.output and Path(config.output).is_dir():
+        raise ValueError(f"--output {config.output} is a folder; name a .json file in it.")
     if config.threads:
         torch.set_num_threads(config.threads)
     target_name = config.target or str(bundled("target"))
     drafter_name = config.drafter or str(bundled("drafter"))
-    questions = [p.turns[0] for p in load_prompts(config.prompts)] if config.prompts else PROMPTS
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
-    target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
-    drafter = PPOWDrafter.from_pretrained(drafter_name, dtype=torch.float32)
+    prompts = load_prompts(config.prompts) if config.prompts else bundled_prompts()
+    with named("target", target_name):
+        tokenizer = AutoTokenizer.from_pretrained(target_name)
+        target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
+    with named("drafter", drafter_name):
+        drafter = PPOWDrafter.from_pretrained(drafter_name, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target.to(device)
     drafter.to(device)
@@ -64,10 +69,8 @@ def main(config: DemoConfig) -> None:
     print(f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n")
     warm_up(target, drafter, tokenizer, plain, ours)
     answers = []
-    for question in questions[: config.limit]:
-        chat = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids = inputs["input_ids"].to(device)
+    for prompt in prompts[: config.limit]:
+        question, ids = prompt.turns[0], torch.tensor([first_turn(tokenizer, prompt)], device=device)
         print(f"> {question}")
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         torch.manual_seed(config.seed)
@@ -82,6 +85,13 @@ def main(config: DemoConfig) -> None:
     differing = sum(not answer["identical"] for answer in answers)
     if differing and config.temperature == 0:
         raise ValueError(f"{differing} answers differ from the plain target's; this must not happen at temperature 0.")
+
+
+def bundled_prompts() -> list:
+    """The prompts that are asked when none are named."""
+    from .prompts import Prompt
+
+    return [Prompt(str(index), "bundled", [text]) for index, text in enumerate(PROMPTS)]
 
 
 def warm_up(target, drafter, tokenizer, plain, ours) -> None:

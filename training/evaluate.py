@@ -28,7 +28,8 @@ from ppow.transcript_ppow import Acceptance
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
 from .files import write_json
-from .prompts import load_prompts
+from .prompts import first_turn, prompt_sets, sampling_options
+from .target import named
 
 
 @dataclass
@@ -58,19 +59,24 @@ class Sample:
 def main(config: EvaluateConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
-    prompts = {name: load_prompts(name, config.prompts_dir, config.limit) for name in config.prompts}
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    prompts = prompt_sets(config.prompts, config.prompts_dir, config.limit)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # what cannot be written is better known now
     dtype = getattr(torch, config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
-    names = [config.drafter] + ([config.baseline] if config.baseline else [])
-    drafters = [PPOWDrafter.from_pretrained(name, dtype=dtype).to(device) for name in names]
+    with named("target", config.target):
+        tokenizer = AutoTokenizer.from_pretrained(config.target)
+        target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
+    drafters = []
+    for option, name in (("drafter", config.drafter), ("baseline", config.baseline)):
+        if name:
+            with named(option, name):
+                drafters.append(PPOWDrafter.from_pretrained(name, dtype=dtype).to(device))
     drafting = drafting_options(config)
 
     results, baseline = {}, {}
     for name, chosen in prompts.items():
         for temperature in config.temperatures:
-            title = f"{Path(name).stem} T={temperature:g}"
+            title = f"{name} T={temperature:g}"
             measured = measure(target, tokenizer, drafters, chosen, config, temperature, drafting, title)
             figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
             results[title] = figures[0]
@@ -118,17 +124,15 @@ def drafting_options(config: DraftingConfig) -> dict:
 
 def generation_configs(target, temperature: float, max_new_tokens: int, drafting: dict):
     """Generation configs of the plain target and of the target with a drafter."""
-    sampling = {"do_sample": False}
-    if temperature > 0:  # the target's own distribution, without truncation by top-k or top-p
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    settings = target.generation_config.to_diff_dict() | sampling | {"max_new_tokens": max_new_tokens}
+    settings = target.generation_config.to_diff_dict() | sampling_options(temperature)
+    settings |= {"max_new_tokens": max_new_tokens}
     return GenerationConfig(**settings), GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
 
 
 def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
     """Prompt ids (1, P) of every turn; a later turn follows the plain target's greedy answers to the earlier ones."""
-    if prompt.raw_completion:
-        return [tokenizer(prompt.turns[0], return_tensors="pt")["input_ids"].to(target.device)]
+    if len(prompt.turns) == 1:
+        return [torch.tensor([first_turn(tokenizer, prompt)], device=target.device)]
     found, chat = [], []
     for number, turn in enumerate(prompt.turns):
         chat.append({"role": "user", "content": turn})

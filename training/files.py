@@ -11,7 +11,11 @@ def write_json(path: Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink()
+        raise
 
 
 def move_in(partial: Path, folder: Path) -> None:

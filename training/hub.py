@@ -42,6 +42,7 @@ from ppow.model_cards import render
 
 from . import provenance
 from .config import PushConfig
+from .convert import naming_damage
 from .data import OPENERS
 from .files import write_json
 
@@ -54,12 +55,17 @@ METRICS, PICTURE = "metrics.json", "acceptance.png"
 OWNED = re.compile(
     r"[^/]+\.(safetensors|safetensors\.index\.json|py)|custom_generate/.+|metrics\.json|acceptance\.png|provenance\.json"
 )
+# names that git takes for no tag or branch
+_NO_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|(^|/)\.|^[-/]|[./]$|\.lock(/|$)|^$")
 _PRIVATE = re.compile(r"hf_[A-Za-z0-9]{16,}|(?:/home/|/root/|/Users/|[A-Z]:\\Users\\)[^\s\"']*")
 
 
 def main(config: PushConfig) -> None:
     """Assemble the repository, show it, and upload it unless ``dry_run``."""
-    check_repo(config.repo)
+    check_repository_name(config.repo, "--repo")
+    check_ref(config.revision, "--revision")
+    if config.tag is not None:
+        check_ref(config.tag, "--tag")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if config.space:
@@ -74,7 +80,8 @@ def main(config: PushConfig) -> None:
             print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
             return
         url = upload(folder, config, kind="space", space_sdk="gradio") if config.space else upload(folder, config)
-    print(f"pushed to {url}")
+    tagged = f"; it is tagged {config.tag} now" if config.tag else ""
+    print(f"pushed to {url}" if url else f"nothing to change: {config.repo} already holds this{tagged}")
 
 
 # -- the repository ----------------------------------------------------------------------------------------------------
@@ -100,11 +107,14 @@ def assemble(
         target: Hub id of the target; none: the one that the drafter records.
 
     Raises:
-        ValueError: for something that is no drafter, weights that are not finite, missing metrics, or a file with an
-            access token or a path of this machine in it.
+        ValueError: for something that is no drafter, damaged weights or ones that are not finite, a target that is a
+            folder, missing metrics, or a file with an access token or a path of this machine in it.
     """
     source = Path(drafter)
-    model = PPOWDrafter.from_pretrained(drafter, dtype="auto")
+    if target is not None:
+        check_no_folder(target, "--target")
+    with naming_damage(drafter):
+        model = PPOWDrafter.from_pretrained(drafter, dtype="auto")
     if target is not None:
         model.config.target_name_or_path = target
     if model.config.target_name_or_path is not None:
@@ -251,17 +261,18 @@ def assemble_space(drafter: str, folder: Path, target: str | None = None, baseli
         raise ValueError(
             "The Space's files come with a checkout of the repository, not with the package; run this there."
         )
-    check_id(drafter, "the drafter")
-    revision = HfApi().model_info(drafter).sha
+    given = {"the drafter": drafter, "--target": target, "--baseline": baseline}
+    for option, name in given.items():
+        if name is not None:
+            check_no_folder(name, option)
+    revision = commit_of(drafter, "the drafter")
     target = target or PPOWConfig.from_pretrained(drafter, revision=revision).target_name_or_path
     if target is None:
         raise ValueError(f"{drafter} does not record its target; name its Hub id with --target.")
-    check_id(target, "--target")
-    names = {"target": target, "target_revision": HfApi().model_info(target).sha}
+    names = {"target": target, "target_revision": commit_of(target, "--target")}
     names |= {"drafter": drafter, "drafter_revision": revision}
     if baseline is not None:
-        check_id(baseline, "--baseline")
-        names |= {"baseline": baseline, "baseline_revision": HfApi().model_info(baseline).sha}
+        names |= {"baseline": baseline, "baseline_revision": commit_of(baseline, "--baseline")}
     shutil.copytree(SPACE, folder, ignore=shutil.ignore_patterns("__pycache__", ".*", "pair.json"), dirs_exist_ok=True)
     write_json(folder / "pair.json", names)
     front = RepoCard.load(folder / "README.md")
@@ -273,21 +284,54 @@ def assemble_space(drafter: str, folder: Path, target: str | None = None, baseli
 # -- the upload --------------------------------------------------------------------------------------------------------
 
 
-def check_id(name: str, flag: str) -> None:
+def check_id(name: str, option: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{flag} {name}: expected ORG/NAME, as the Hub writes it ({error}).") from None
+        raise ValueError(f"{option} {name}: expected ORG/NAME, as the Hub writes it ({error}).") from None
 
 
-def check_repo(repo: str) -> None:
-    check_id(repo, "--repo")
-    if "/" not in repo:
-        raise ValueError(f"--repo {repo}: expected ORG/NAME; say whose repository it is.")
+def check_repository_name(name: str, option: str) -> None:
+    """Raise a ValueError unless ``name``, given with ``option``, can be the name of a repository to push to."""
+    check_id(name, option)
+    if "/" not in name:
+        raise ValueError(f"{option} {name}: expected ORG/NAME; say whose repository it is.")
 
 
-def upload(folder: Path, config: PushConfig, message: str | None = None, kind: str = "model", **new) -> str:
-    """Upload an assembled folder in one commit: -> its address.
+def check_no_folder(name: str, option: str) -> None:
+    if Path(name).is_dir():
+        what = option.removeprefix("--").removeprefix("the ")
+        raise ValueError(
+            f"{option} {name}: expected the Hub id of the {what}, ORG/NAME, but this is a folder here. Push the {what} "
+            "to the Hub first, then name its repository."
+        )
+
+
+def check_ref(name: str, option: str) -> None:
+    if _NO_REF.search(name):
+        raise ValueError(
+            f"{option} {name!r}: expected a name that git takes, such as v1.0: letters, digits and single . _ - / "
+            "between them."
+        )
+
+
+def commit_of(name: str, option: str) -> str:
+    """The commit that a model repository is at now. Raises ValueError when it is not to be found."""
+    check_id(name, option)
+    try:
+        return HfApi().model_info(name).sha
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{option} {name}: the Hub has no such repository, or your token may not see it; correct the name, or push "
+            "it first."
+        ) from None
+    except (HTTPError, OSError) as error:
+        why = provenance.scrub(str(error))
+        raise ValueError(f"{option} {name}: the Hub could not be asked for it ({why}); try again.") from None
+
+
+def upload(folder: Path, config: PushConfig, message: str | None = None, kind: str = "model", **new) -> str | None:
+    """Upload an assembled folder in one commit: -> its address, or None when there was nothing to change.
 
     The commit names the one that it was made for, so that of two pushes at once one is refused and none is mixed in.
 
@@ -327,7 +371,9 @@ def upload(folder: Path, config: PushConfig, message: str | None = None, kind: s
         raise ValueError(refusal(error, config.repo)) from None
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: how huggingface_hub and hf_xet report an upload
         raise ValueError(broken_off(config.repo, error)) from error
-    if operations and commit.pr_url:
+    if not operations:
+        return None
+    if commit.pr_url:
         return commit.pr_url
     return f"{api.endpoint}/{'' if kind == 'model' else f'{kind}s/'}{config.repo}/commit/{head}"
 
@@ -400,7 +446,7 @@ class BackgroundPush:
     """
 
     def __init__(self, repo: str, private: bool = False):
-        check_repo(repo)
+        check_repository_name(repo, "--push-to-hub")
         self.repo, self.private = repo, private
         self.thread: threading.Thread | None = None
 

@@ -108,6 +108,8 @@ class Trainer:
         """Load the latest complete checkpoint when asked to; -> steps already done."""
         path = checkpoints.latest(self.folder / "checkpoints")
         if path is None:
+            if (self.folder / "config.json").exists():
+                raise ValueError(f"{self.folder} holds a model that no run here has made; choose another output_dir.")
             return 0
         if not self.config.resume:
             raise ValueError(
@@ -116,6 +118,8 @@ class Trainer:
             )
         state = checkpoints.load(path, self.drafter, self.optimizer)
         now = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
+        if (made_by := state.get("command", self.config.command())) != self.config.command():
+            raise ValueError(f"{self.folder} holds a run of `ppow {made_by}`; choose another output_dir.")
         changed = sorted(k for k in now if state["config"].get(k) != now[k])
         if changed or state["micro_steps"] != self.micro_steps:
             what = changed or [f"micro steps per step ({state['micro_steps']} -> {self.micro_steps})"]
@@ -152,7 +156,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
             config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
-            state = {"config": config, "micro_steps": self.micro_steps}
+            state = {"command": self.config.command(), "config": config, "micro_steps": self.micro_steps}
             saved = checkpoints.save(
                 self.folder / "checkpoints", step, self.drafter, self.optimizer, state, self.config.keep_last
             )
@@ -197,7 +201,7 @@ class Trainer:
         if not torch.isfinite(gradient):
             raise ValueError(
                 f"Step {step}: the gradient is not finite. Lower learning_rate, use dtype=float32, or check the "
-                f"target's weights; resume from the last checkpoint in {self.folder / 'checkpoints'}."
+                f"target's and the drafter's weights; checkpoints so far are in {self.folder / 'checkpoints'}."
             )
         scale = min(1.0, self.config.max_grad_norm / (float(gradient) + 1e-12))
         if scale < 1.0:

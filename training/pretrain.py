@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from . import checkpoints, provenance
 from .config import PretrainConfig
-from .corpus import END_OF_TEXT, IM_END, prepare
+from .corpus import END_OF_TEXT, IM_END, check_groups, prepare
 from .data import batch_indices
 from .files import move_in, write_json
 from .metrics import MetricsLog
@@ -45,6 +45,8 @@ def main(config: PretrainConfig) -> dict:
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu.")
     output = Path(config.output)
     work = output / "work"
+    if not (work / "corpus.json").exists():  # a made corpus needs its sources no more
+        check_groups(config)
     work.mkdir(parents=True, exist_ok=True)
     check_settings(config, work / "settings.json")
     provenance.write(output, "pretrain", config)

@@ -1,4 +1,4 @@
-"""Benchmark prompts by name, from a local folder or the Hub, and prompts from a user's JSONL file."""
+"""Benchmark prompts by name, from a folder or the Hub, prompts from a user's JSONL file, and how they are put."""
 
 import dataclasses
 from collections.abc import Callable
@@ -61,6 +61,21 @@ BENCHMARKS = {
 }
 
 
+def prompt_sets(names: list[str], prompts_dir: str | None = None, limit: int | None = None) -> dict[str, list[Prompt]]:
+    """The prompts of several benchmarks or files, by the name of each: a file's is its own, without folder and ending.
+
+    Raises:
+        ValueError: two of one name, and as :func:`load_prompts`.
+    """
+    found = {}
+    for name in names:
+        title = Path(name).name.partition(".jsonl")[0]
+        if title in found:
+            raise ValueError(f"Two sets of prompts are called {title!r}: {', '.join(names)}. Rename one of the files.")
+        found[title] = load_prompts(name, prompts_dir, limit)
+    return found
+
+
 def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int | None = None) -> list[Prompt]:
     """Read prompts.
 
@@ -88,6 +103,21 @@ def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int |
     else:
         prompts = from_hub(BENCHMARKS[name_or_path])
     return prompts[:limit]
+
+
+def first_turn(tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt's first turn: in the chat template, or as it stands when it is a raw completion."""
+    if prompt.raw_completion:
+        return tokenizer(prompt.turns[0])["input_ids"]
+    chat = [{"role": "user", "content": prompt.turns[0]}]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def sampling_options(temperature: float) -> dict:
+    """Options of ``generate`` for the target's own distribution: greedy at 0, else without top-k or top-p."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
 
 
 def from_hub(benchmark: Benchmark) -> list[Prompt]:

@@ -5,12 +5,14 @@
 
 Every assistant turn is written anew, in order, each after the turns before it. The output is a JSONL file of
 ``{"row", "messages", "complete"}``; ``complete`` is false where an answer reached ``max_new_tokens``. Lines are
-appended as they are made, so an interrupted run continues with ``--resume``.
+appended as they are made, so an interrupted run continues with ``--resume``, from the same data.
 """
 
 import functools
+import itertools
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -22,63 +24,90 @@ from tqdm import tqdm
 
 from .config import RegenerateConfig
 from .data import load_rows
+from .prompts import sampling_options
 
 Chat = list[dict]
 Answer = tuple[str, bool]  # text, whether it ended by itself
+HEAD = b'{"row": 0, "messages": [{"'  # how a line of the output starts, whatever its number
 
 
 def main(config: RegenerateConfig) -> None:
     rows = load_rows(config.data, config.split, config.limit)
-    chats = {i: row["messages"] for i, row in enumerate(rows) if _turns(row)}
+    chats = {i: row["messages"] for i, row in enumerate(rows) if prompt(row.get("messages", []))[1]}
     if not chats:
         raise ValueError(
             f"None of the {len(rows)} rows of {config.data} has a user turn to answer; 'text' has no answers."
         )
     output = Path(config.output)
-    done = finished_rows(output, config.resume)
+    done = finished_rows(output, chats, config.resume)
     todo = [index for index in chats if index not in done]
     size, answer = endpoint_writer(config) if config.endpoint else local_writer(config)
     todo.sort(key=lambda index: len(chats[index][0]["content"]))  # alike lengths waste little padding
     output.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        open(output, "a", encoding="utf-8") as out,
-        tqdm(total=len(chats), initial=len(done), desc="regenerate") as bar,
-    ):
+    with tqdm(total=len(chats), initial=len(done), desc="regenerate") as bar:
         for first in range(0, len(todo), size):
             part = todo[first : first + size]
             seeded = functools.partial(answer, seed=(config.seed * 1_000_003 + part[0]) & 0x7FFFFFFF)
-            for index, (messages, complete) in zip(part, write_chats([chats[i] for i in part], seeded)):
-                row = {"row": index, "messages": messages, "complete": complete}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+            answered = write_chats([chats[i] for i in part], seeded)
+            with open(output, "a", encoding="utf-8") as out:  # after the answers: a run without any leaves no file
+                for index, (messages, complete) in zip(part, answered):
+                    row = {"row": index, "messages": messages, "complete": complete}
+                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
             bar.update(len(part))
     in_row_order(output)
 
 
-def _turns(row: dict) -> list[int]:
-    """Positions of the user turns of a row."""
-    return [i for i, message in enumerate(row.get("messages", [])) if message["role"] == "user"]
+def prompt(chat: Chat) -> tuple[Chat, Chat]:
+    """What is kept of a chat: the system messages before its first user turn, and its user turns."""
+    opening = itertools.takewhile(lambda message: message["role"] != "user", chat)
+    return [m for m in opening if m["role"] == "system"], [m for m in chat if m["role"] == "user"]
 
 
-def finished_rows(output: Path, resume: bool) -> set[int]:
-    """Rows that the output holds already; cuts off a line that an interruption tore.
+def finished_rows(output: Path, chats: dict[int, Chat], resume: bool) -> set[int]:
+    """Rows that the output holds already; cuts off a last line that an interruption tore, once all else is in order.
 
     Raises:
-        ValueError: the file exists and the run is not to be resumed, or it holds something else.
+        ValueError: the file exists and the run is not to be resumed, or it holds something else or other prompts.
     """
     if not output.exists():
         return set()
     if not resume:
         raise ValueError(f"{output} exists already; pass --resume to continue it, or name another output.")
     content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        os.truncate(output, len(whole))
-    try:
-        return {json.loads(line)["row"] for line in whole.splitlines()}
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{output} was not written by `ppow regenerate`; name another output.") from None
+    *lines, torn = content.split(b"\n")
+    done = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            index, answered, complete = row["row"], _asked(row["messages"]), row["complete"]
+            asked = _asked(chats.get(index, []))
+        except (ValueError, KeyError, TypeError):
+            raise _not_ours(output, number) from None
+        if not complete:  # the turns after an answer that was cut short are left out
+            asked = asked[: len(answered)]
+        for ours, theirs in itertools.zip_longest(answered, asked, fillvalue="nothing"):
+            if ours != theirs:
+                raise ValueError(
+                    f"{output}:{number} answers {ours!r:.80} as row {index}, but row {index} of --data asks "
+                    f"{theirs!r:.80}. Resume with the data and --limit it was made from, or give another --output."
+                )
+        done.add(index)
+    if not HEAD.startswith(re.sub(rb"\d+", b"0", torn, count=1)[: len(HEAD)]):
+        raise _not_ours(output, len(lines) + 1)
+    if torn:
+        os.truncate(output, len(content) - len(torn))
+    return done
+
+
+def _asked(chat: Chat) -> list[str]:
+    """The prompt of a chat, one text per message, to compare and to show."""
+    return [f"{message['role']}: {message['content']}" for message in itertools.chain(*prompt(chat))]
+
+
+def _not_ours(output: Path, number: int) -> ValueError:
+    return ValueError(f"{output}:{number} was not written by `ppow regenerate`; give another --output.")
 
 
 def in_row_order(output: Path) -> None:
@@ -92,17 +121,14 @@ def in_row_order(output: Path) -> None:
 
 def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]]) -> Iterator[tuple[Chat, bool]]:
     """Answer every user turn of some chats, turn by turn: -> (messages, complete) in order."""
-    asked = [[(i, m) for i, m in enumerate(chat) if m["role"] == "user"] for chat in chats]
-    written: list[Chat] = [
-        [m for m in chat[: turns[0][0]] if m["role"] == "system"] for chat, turns in zip(chats, asked)
-    ]
+    written, asked = zip(*map(prompt, chats))
     complete = [True] * len(chats)
     for turn in range(max(map(len, asked))):
         active = [c for c in range(len(chats)) if turn < len(asked[c]) and complete[c]]
         if not active:
             break
         for c in active:
-            written[c].append({"role": "user", "content": asked[c][turn][1]["content"]})
+            written[c].append({"role": "user", "content": asked[c][turn]["content"]})
         for c, (text, ended) in zip(active, answer([written[c] for c in active])):
             written[c].append({"role": "assistant", "content": text})
             complete[c] = ended
@@ -117,16 +143,17 @@ def local_writer(config: RegenerateConfig):
 
     from ppow.generation_ppow import SDPA_BACKENDS
 
-    tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
+    from .target import named
+
+    with named("target", config.target):
+        tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    sampling = {"do_sample": False}
-    if config.temperature > 0:  # the model's own distribution: no truncation by top-k or top-p
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    sampling = sampling_options(config.temperature)
 
     @sdpa_kernel(SDPA_BACKENDS)  # every token meets another number of keys
     def answer(chats: list[Chat], seed: int) -> list[Answer]:

@@ -18,8 +18,7 @@ only (those up to the first rejection).
 import copy
 
 import torch
-from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.target_ppow import check_pair
@@ -29,8 +28,8 @@ from .config import ReinforceConfig
 from .loop import Batch, Trainer
 from .objectives import OBJECTIVES, Rollouts, objective_of
 from .rollout import Rollout, policy_logits, roll_out, window_reward
-from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, load_target, pad_token
-from .target import FrozenTarget
+from .supervised import EVAL_WINDOW, begin, evaluate, freeze_embedding, load_examples, load_target, pad_token
+from .target import FrozenTarget, named
 from .text_windows import read_windows
 
 
@@ -38,13 +37,12 @@ def main(config: ReinforceConfig) -> None:
     if config.plan is not None:
         plan.show(config, AutoConfig.from_pretrained(config.target), PPOWConfig.from_pretrained(config.drafter))
         return
-    torch.manual_seed(config.seed)
-    accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    accelerator, tokenizer = begin(config)
     examples = load_examples(config, config.data, tokenizer, config.window_size, answer=config.window_size)
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
-    drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32).to(accelerator.device).train()
+    with named("drafter", config.drafter):
+        drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32).to(accelerator.device).train()
     freeze_embedding(drafter)
     check_pair(target.model, drafter)
     target.taps = drafter.config.target_taps

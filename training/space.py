@@ -6,6 +6,7 @@ ppow space --target TARGET --drafter DRAFTER --baseline STAGE1
 
 import importlib.util
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -18,12 +19,13 @@ def main(config: SpaceConfig) -> None:
     """Serve until interrupted.
 
     Raises:
-        ValueError: outside of a checkout of the repository, or without Gradio.
+        ValueError: outside of a checkout of the repository, without Gradio, or for a port that is taken.
     """
     if not (FOLDER / "app.py").exists():
         raise ValueError(f"{FOLDER} is missing: run `ppow space` from a checkout of the repository.")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The page needs Gradio: pip install -e '.[space]'")
+    check_port(config.host, config.port)
     for part in ("target", "drafter", "baseline"):
         if getattr(config, part):
             os.environ[f"PPOW_{part.upper()}"] = getattr(config, part)
@@ -33,3 +35,13 @@ def main(config: SpaceConfig) -> None:
         torch.set_num_threads(config.threads)
     sys.path.insert(0, str(FOLDER))
     importlib.import_module("app").launch(server_name=config.host, server_port=config.port)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise a ValueError unless a server can listen there; Gradio wants the port of this machine's own address too."""
+    for address in (host.strip("[]"), "127.0.0.1"):
+        try:
+            socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+        except OSError as error:
+            what = f"--host {host}, --port {port}: {address}:{port} cannot be listened on ({error.strerror})"
+            raise ValueError(f"{what}; name another --port, or stop what uses this one.") from None

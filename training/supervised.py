@@ -13,7 +13,7 @@ embedding and from the rows of its head that belong to the draft vocabulary; the
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
@@ -24,7 +24,7 @@ from .config import SupervisedConfig
 from .data import draft_vocabulary, encode, load_rows
 from .loop import Batch, Trainer, make_batch
 from .objectives import supervised_step_loss
-from .target import FrozenTarget
+from .target import FrozenTarget, named
 from .unrolled import Unrolled
 from .windows import chosen_windows
 
@@ -37,9 +37,7 @@ def main(config: SupervisedConfig) -> None:
         given = config.drafter and PPOWConfig.from_pretrained(config.drafter)
         plan.show(config, target_config, given or fresh_config(config, target_config))
         return
-    torch.manual_seed(config.seed)
-    accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    accelerator, tokenizer = begin(config)
     examples = load_examples(config, config.data, tokenizer, config.ttt_steps)
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
@@ -125,11 +123,24 @@ def evaluate(target, drafter, examples, pad: int, trainer: Trainer, step_weight:
 # -- preparation -------------------------------------------------------------------------------------------------------
 
 
+def begin(config) -> tuple[Accelerator, PreTrainedTokenizerBase]:
+    """What either stage does first: -> this run's processes, the target's tokenizer."""
+    if config.push_to_hub:
+        from .hub import check_repository_name
+
+        check_repository_name(config.push_to_hub, "--push-to-hub")
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
+    with named("target", config.target):
+        return accelerator, AutoTokenizer.from_pretrained(config.target)
+
+
 def load_target(config, accelerator: Accelerator) -> FrozenTarget:
     """The target of either stage, whole on every process or spread over them."""
-    if config.shard_target:
-        return FrozenTarget.load_sharded(config.target, config.dtype, accelerator)
-    return FrozenTarget.load(config.target, config.dtype, accelerator.device)
+    with named("target", config.target):
+        if config.shard_target:
+            return FrozenTarget.load_sharded(config.target, config.dtype, accelerator)
+        return FrozenTarget.load(config.target, config.dtype, accelerator.device)
 
 
 def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -> list:
@@ -161,7 +172,8 @@ def pad_token(tokenizer) -> int:
 def prepare_drafter(config: SupervisedConfig, target, examples: list) -> PPOWDrafter:
     """The drafter to train, in float32: a given one, or a fresh one in the shape of the target."""
     if config.drafter is not None:
-        drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32)
+        with named("drafter", config.drafter):
+            drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32)
         check_pair(target, drafter)
         return freeze_embedding(drafter)
     drafter = PPOWDrafter(fresh_config(config, target.config))
