@@ -136,16 +136,13 @@ def figures(gradients: torch.Tensor, seconds: list[float], exact: torch.Tensor) 
     count, mean = len(gradients), gradients.mean(0, dtype=torch.float64)
     spread = sum(float((one - mean).square().sum()) for one in gradients) / (count - 1)  # E |g - E g|^2
     own, other, both = (products(*pair) for pair in ((gradients, gradients), (exact, exact), (gradients, exact)))
-    norm, cosine = own.sqrt(), both / own.sqrt() / other.sqrt()  # of all seeds, then without each
-    found = {"noise": float(spread / own[0])}
+    norm, cosine = own.sqrt(), both / own.sqrt() / other.sqrt()  # of all seeds, then without each; nan: no signal
+    found = {"noise": float(spread / norm[0] ** 2)}
     for name, values in (("gradient_norm", norm), ("cosine_with_exact", cosine)):
         error = ((count - 1) * values[1:].var(correction=0)).sqrt()
         found |= {name: float(values[0]), f"{name}_error": float(error)}
-    if not own[0] > 0:
-        found["noise"] = None
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()} | {
-        "seconds": statistics.median(seconds)
-    }
+    found = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    return found | {"seconds": statistics.median(seconds)}
 
 
 def products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -133,8 +133,12 @@ def train_drafters(work: Path, options: list[str], gpus: int) -> None:
 def pair_facts(work: Path) -> dict:
     """What the target became, how many texts there are, and how each stage 1 went, from the files of their own runs."""
     near = work / "near"
-    counts = {name: len((near / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "stage2", "heldout")}
-    facts = {"versions": versions(), "hardware": hardware(), "texts": counts}
+    facts = {"versions": versions(), "hardware": hardware(), "texts": {}}
+    for name in ("train", "stage2", "heldout"):
+        with open(
+            near / f"{name}.jsonl", "rb"
+        ) as lines:  # a text may hold what str.splitlines takes for an end of line
+            facts["texts"][name] = sum(1 for _ in lines)
     facts["target"] = json.loads((near / "target" / "training.json").read_text())["result"]
     return facts | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in DRAFTERS}}
 

@@ -20,9 +20,10 @@ def made(benchmark, monkeypatch):
         if until == "regenerate":
             shutil.copytree(ROOT / "bundled" / "target", folder / "target", dirs_exist_ok=True)
             question = {"role": "user", "content": "What is 12 plus 30?"}
-            answer = {"role": "assistant", "content": "Let us see. It is more than nobody would think, my friend."}
+            answer = {"role": "assistant", "content": "Let us see.\u2028It is more than nobody would think, my friend."}
             for name, rows in (("train", 4), ("stage2", 4), ("heldout", 2)):
-                (folder / f"{name}.jsonl").write_text((json.dumps({"messages": [question, answer]}) + "\n") * rows)
+                row = json.dumps({"messages": [question, answer]}, ensure_ascii=False) + "\n"
+                (folder / f"{name}.jsonl").write_text(row * rows, encoding="utf-8")
         else:
             assert (folder / "target" / "config.json").exists() and (folder / "train.jsonl").exists()
             shutil.copytree(ROOT / "bundled" / "stage1", folder / "supervised", dirs_exist_ok=True)
