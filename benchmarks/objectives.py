@@ -83,7 +83,7 @@ ARMS = {
     "exact greedy 5e-5": ({**_GREEDY, "learning_rate": 5e-5}, 1),
     "exact greedy 5e-4": ({**_GREEDY, "learning_rate": 5e-4}, 1),
     "exact tree": ({**_ALONE, "verification": "tree"}, 1),
-    "lk mixed": ({"objective": "lk_mixed"}, 1),
+    "lk mixed": ({"objective": "lk_mixed"}, 3),
     "d-pace": ({"objective": "d_pace"}, 1),
     "vat": ({"objective": "vat"}, 1),
     "draft-opd": ({"objective": "draft_opd", "learning_rate": 1e-4, "proximity_bonus": 0.0}, 1),
@@ -93,14 +93,23 @@ ARMS = {
     "ppow without both": ({**_ROLLOUT, "adaptive_switch": 1.0, "proximity_bonus": 0.0}, 1),
     "ppow without KL": ({**_ROLLOUT, "kl_coef": 0.0}, 1),
     "ppow credit by token": ({**_ROLLOUT, "credit": "token"}, 1),
-    "ppow groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 1),
-    "ppow wide R_dist": ({**_ROLLOUT, "proximity_margin": 25.0}, 1),  # rewards half of the windows rejected at once
+    "ppow groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 3),
+    "ppow wide R_dist": ({**_ROLLOUT, "proximity_margin": 25.0}, 3),  # rewards half of the windows rejected at once
+    "ppow running R_dist": ({**_ROLLOUT, "proximity_share": 0.25}, 3),  # a quarter of them, whatever Delta is
     "ppow 2e-4": ({**_ROLLOUT, "learning_rate": 2e-4}, 1),
     "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
     "ppow sampling": ({**_ROLLOUT, "verification": "sampling", "rollout_temperature": 1.0}, 1),
-    "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 1),
-    "exact text-rule alternated": ({"supervised_coef": 0.0, "alternated": True}, 1),
-    "exact text-rule + supervised averaged": ({**_SUPERVISED, "averaged": True}, 1),
+    "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 3),
+    "ppow + supervised 3e-4": ({**_ROLLOUT, "supervised_coef": 1.0, "kl_coef": 0.0, "learning_rate": 3e-4}, 3),
+    "exact text-rule alternated": ({"supervised_coef": 0.0, "alternated": True}, 3),
+    "exact text-rule + supervised averaged": ({**_SUPERVISED, "averaged": True}, 3),
+    "exact text-rule + 3 lk averaged": ({**_LK, "averaged": True}, 3),
+    "exact text-rule + 3 lk 1e-3 averaged": ({**_LK, "learning_rate": 1e-3, "averaged": True}, 3),
+    "cst averaged": ({"objective": "cst", "averaged": True}, 3),
+    "cst 1e-3 averaged": ({"objective": "cst", "learning_rate": 1e-3, "averaged": True}, 3),
+    "lk averaged": ({"objective": "lk", "averaged": True}, 3),
+    "lk 1e-3 averaged": ({"objective": "lk", "learning_rate": 1e-3, "averaged": True}, 3),
+    "exact text-rule + 3 lk 1e-4": ({**_LK, "learning_rate": 1e-4}, 1),
     "exact throughput reward + 3 lk": ({**_LK, "reward": "throughput", "proximity_bonus": 0.25}, 1),
 }
 

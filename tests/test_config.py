@@ -200,6 +200,7 @@ def test_whole_numbers_serve_where_floats_are_meant(tmp_path):
         (ReinforceConfig, [*STAGE2, "--adaptive-switch", "1.1"], "adaptive_switch must be a number >= 0 and <= 1"),
         (ReinforceConfig, [*STAGE2, "--max-forest-nodes", "79"], "raise it to 80 or more"),
         (ReinforceConfig, [*STAGE2, "--proximity-bonus", "0.9"], "must stay below 0.893"),
+        (ReinforceConfig, [*STAGE2, "--proximity-share", "0.5"], "needs rollouts"),
         (ReinforceConfig, [*STAGE2, "--reward", "throughput"], "must stay below 0.455"),
         (SupervisedConfig, [*STAGE1, "--drafter", "d", "--taps", "1,2,3"], "taps shape a fresh drafter"),
         (EvaluateConfig, [*EVALUATE, "--draft-threshold", "1"], "draft_threshold must be a number >= 0 and < 1"),

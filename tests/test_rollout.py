@@ -202,6 +202,22 @@ def test_rollout_is_consistent(verification):
     assert int(rollout.starts.min()) >= 2  # pair s predicts x_{s+2}, the first answer token being x_4
 
 
+def test_the_proximity_reward_goes_to_a_share_of_the_rejected_rollouts():
+    """The nearest of them, whatever Delta is in nats: a quantile of the batch is the margin."""
+    target, drafter = make_pair()
+    drafted = {}
+    for share in (0.25, 0.5, None):
+        config = make_config(proximity_share=share, group_size=8, windows_per_sequence=6, proximity_margin=7.0)
+        _, drafted[share] = stage2.roll_out(config, target, drafter, make_batch(), step=1)
+    rejected = float(drafted[None]["rejected_at_once"]) * 6 * 8 * 2
+    assert rejected > 40
+    for share in (0.25, 0.5):
+        paid = float(drafted[share]["proximity_reward"]) / 0.5 * 6 * 8 * 2
+        assert abs(paid - share * rejected) <= 1.5, (share, paid, rejected)
+    assert drafted[0.25]["proximity_margin"] < drafted[0.5]["proximity_margin"]
+    assert drafted[None]["proximity_margin"] == 7
+
+
 def test_rollout_repeats_with_its_seed_and_changes_with_it():
     target, drafter = make_pair()
     config = make_config()

@@ -191,6 +191,12 @@ class ReinforceConfig(TrainingConfig):
     )
     proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
     proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
+    proximity_share: float | None = option(
+        "instead, the share of a batch's rejected rollouts that gets it: epsilon is that quantile of their Delta (ours)",
+        None,
+        above=0,
+        below=1,
+    )
     credit: Literal["window", "token"] = option(
         "which rollouts a token is compared with: its window's group (paper), or those of it that got as far (ours)",
         "window",
@@ -229,6 +235,11 @@ class ReinforceConfig(TrainingConfig):
             raise ValueError(
                 f"credit={self.credit!r} says how PPOW's rollouts share their reward: it needs objective=ppow with "
                 f"estimator=rollout, got objective={self.objective} with estimator={self.estimator}."
+            )
+        if self.proximity_share is not None and (self.proximity_bonus == 0 or not rolls):
+            raise ValueError(
+                f"proximity_share={self.proximity_share} says which rollouts earn the proximity reward: it needs "
+                f"rollouts, as with estimator=rollout, and a proximity_bonus above 0, got {self.proximity_bonus}."
             )
         throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
         first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput

@@ -85,21 +85,34 @@ def throughput_reward(accepted: torch.Tensor, window_size: int, cost_ratio: floa
     return (accepted.float() + 1) / (window_size * cost_ratio + verify_cost)
 
 
+def proximity_gap(argmax_logprobs: torch.Tensor, draft_logprobs: torch.Tensor) -> torch.Tensor:
+    """Delta = sum over the window of log p(y_t | y_<t) - log p(yhat_t | yhat_<t) (paper, as summarised).
+
+    How much likelier the target finds its own argmax window y than the drafted one yhat, each after its own prefix.
+
+    Args:
+        argmax_logprobs, draft_logprobs: (.., K) target log-probabilities of y and yhat.
+
+    Returns:
+        (..) nats.
+
+    Raises:
+        ValueError: for differing shapes.
+    """
+    _same_shape(argmax_logprobs=argmax_logprobs, draft_logprobs=draft_logprobs)
+    return (argmax_logprobs - draft_logprobs).sum(-1)
+
+
 def proximity_reward(
-    accepted: torch.Tensor,
-    argmax_logprobs: torch.Tensor,
-    draft_logprobs: torch.Tensor,
-    bonus: float,
-    margin: float,
+    accepted: torch.Tensor, gap: torch.Tensor, bonus: float, margin: float | torch.Tensor
 ) -> torch.Tensor:
     """Distribution-Based Proximity Reward, R = eta * 1[Delta < eps] where nothing was accepted (paper, as summarised).
 
-    Delta = sum over the window of log p(y_t | y_<t) - log p(yhat_t | yhat_<t): how much likelier the target finds its
-    own argmax window y than the drafted one yhat, each after its own prefix. The sizes of eta and eps are ours.
+    The sizes of eta and eps are ours.
 
     Args:
         accepted: (..) k.
-        argmax_logprobs, draft_logprobs: (.., K) target log-probabilities of y and yhat.
+        gap: (..) Delta of :func:`proximity_gap`.
         bonus: eta.
         margin: eps, in nats.
 
@@ -107,16 +120,10 @@ def proximity_reward(
         (..) reward, 0 wherever k > 0.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for differing shapes.
     """
-    _same_shape(argmax_logprobs=argmax_logprobs, draft_logprobs=draft_logprobs)
-    if accepted.shape != draft_logprobs.shape[:-1]:
-        raise ValueError(
-            f"Expected accepted (..) and draft_logprobs (.., K), got {tuple(accepted.shape)} and "
-            f"{tuple(draft_logprobs.shape)}."
-        )
-    delta = (argmax_logprobs - draft_logprobs).sum(-1)
-    return bonus * ((accepted == 0) & (delta < margin)).float()
+    _same_shape(accepted=accepted, gap=gap)
+    return bonus * ((accepted == 0) & (gap < margin)).float()
 
 
 def group_advantages(rewards: torch.Tensor, normalize: bool = True) -> torch.Tensor:

@@ -84,17 +84,16 @@ def roll_out(
     grouped = (config.windows_per_sequence, config.group_size)
     accepted = accepted.unflatten(1, grouped)  # (B, W, G)
     speedup = window_reward(config, accepted)
-    nearness = torch.zeros_like(speedup)
-    needed = mask & (accepted == 0).any(-1)  # (B, W)
+    nearness, margin = torch.zeros_like(speedup), torch.tensor(config.proximity_margin, device=device)
+    rejected = mask[..., None] & (accepted == 0)  # (B, W, G)
+    needed = rejected.any(-1)
     if config.proximity_bonus > 0 and target.agree(int(needed.any())):
         best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
-        nearness = rewards.proximity_reward(
-            accepted,
-            best[:, :, None].expand(-1, -1, config.group_size, -1),
-            target_logprobs.unflatten(1, grouped),
-            config.proximity_bonus,
-            config.proximity_margin,
-        )
+        drafted = target_logprobs.unflatten(1, grouped)
+        gap = rewards.proximity_gap(best[:, :, None].expand_as(drafted), drafted)
+        if config.proximity_share is not None and rejected.any():
+            margin = gap[rejected].quantile(config.proximity_share)
+        nearness = rewards.proximity_reward(accepted, gap, config.proximity_bonus, margin)
     reward = speedup + nearness
     tokens_of = (*reward.shape, config.window_size)  # (B, W, G, K)
     if reference is None and config.credit == "token":
@@ -127,6 +126,7 @@ def roll_out(
     metrics = {
         "reward": _mean(reward, mask),
         "proximity_reward": _mean(nearness, mask),
+        "proximity_margin": margin,
         "acceptance_length": 1 + _mean(accepted.float(), mask),
         "rejected_at_once": _mean((accepted == 0).float(), mask),
         "flat_groups": _mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
