@@ -3,12 +3,11 @@
     python benchmarks/bundle.py --text DATA/text --prompts DATA/prompts --work runs/bundle
 
 Every stage is a plain `ppow` command, printed before it runs; a stage whose result exists is skipped, one that was cut
-off resumes. `--scale gpu` takes the settings of the bundled pair: one H200 for about twelve minutes, five of them for
-the target; its last stage also runs on two CPU cores, in an hour (`--set reinforce.dtype=float32`). Without it the
-settings are those of a smaller pair that two CPU cores make in two and a half hours. `--set supervised.steps=50`
-changes a single one. With `--gpus N` the texts are written on N GPUs side by side, and the drafter is trained on all of
-them with the same texts in a step. DATA is a folder of permissively licensed chats and prompts, one JSON object per
-line.
+off resumes. `--scale gpu` takes the settings of the bundled pair: one H200 for about fifteen minutes, five of them for
+the target. Without it the settings are those of a smaller pair that two CPU cores make in two and a half hours.
+`--set supervised.steps=50` changes a single one. With `--gpus N` the texts are written on N GPUs side by side, and the
+drafter is trained on all of them with the same texts in a step. DATA is a folder of permissively licensed chats and
+prompts, one JSON object per line.
 """
 
 import argparse
@@ -96,8 +95,15 @@ GPU_SETTINGS = {
         "save_every": 450,
         "eval_every": 150,
     },
-    # between two that were compared, 32 texts at 3e-4 and 128 at 1e-3
-    "reinforce": {"steps": 140, "batch_size": 8, "accumulation": 8, "learning_rate": 7e-4, **STAGE2},
+    "reinforce": {
+        **STAGE2,
+        "steps": 900,
+        "batch_size": 128,
+        "learning_rate": 1e-3,  # the best rate in 150 s of such steps, see README.md
+        "warmup_steps": 27,
+        "save_every": 150,
+        "eval_every": 150,
+    },
     "evaluate": SETTINGS["evaluate"],
 }
 LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmarks/objectives.py
@@ -129,7 +135,7 @@ LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmark
         "draft_vocab_size": 8192,
         "taps": "3,8,12",
     },
-    "reinforce": GPU_SETTINGS["reinforce"],
+    "reinforce": {**GPU_SETTINGS["reinforce"], "learning_rate": 3e-4},
     "evaluate": SETTINGS["evaluate"],
 }
 SCALES = {"cpu": SETTINGS, "gpu": GPU_SETTINGS, "large": LARGE_SETTINGS}

@@ -196,6 +196,33 @@ def overview(found: dict[str, dict], arms: list[str], path: Path) -> None:
     pyplot.close(figure)
 
 
+def over(report: dict, control: str | None, wanted: list[str], resamples: int) -> dict:
+    """ "T=0" and "T=1" -> the control (none given: the best CST there), its acceptance length, the wanted arms' gains.
+
+    Empty for a report that has none of these arms or not the control.
+    """
+    found = {}
+    for part in ("T=0", "T=1"):
+        tokens, counts = pooled(report, part)
+        chosen = control or best_cst(counts)
+        shown = [arm for arm in wanted if arm in counts]
+        if not shown or chosen not in counts:
+            return {}
+        gains = differences(tokens, counts, chosen, resamples)
+        length = tokens.sum() / counts[chosen].sum()
+        found[part] = {"control": chosen, "length": length, "gains": {arm: gains[arm] for arm in shown}}
+    return found
+
+
+def show(name: str, parts: dict) -> None:
+    print(f"| {name} | " + " | ".join(f"{part}, over {found['control']}" for part, found in parts.items()) + " |")
+    print("|---" * 3 + "|")
+    for arm in parts["T=0"]["gains"]:
+        cells = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*found["gains"][arm]) for found in parts.values())
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+    print()
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reports", type=Path, nargs="+", help="what benchmarks/objectives.py wrote")
@@ -204,35 +231,27 @@ def main(argv=None) -> None:
     parser.add_argument("--plot", type=Path, help="draw the gains of all reports into this file")
     parser.add_argument("--bootstrap", type=int, default=2000)
     arguments = parser.parse_args(argv)
-    reports = {path: json.loads(path.read_text()) for path in arguments.reports}
-    if len({path.stem for path in reports}) < len(arguments.reports):
+    reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
+    if len(reports) < len(arguments.reports):
         parser.error("two reports have one name; a name stands for a report in the picture")
     known = {key.rpartition("/")[0]: None for report in reports.values() for key in report["arms"]}
     wanted = arguments.arms.split(",") if arguments.arms else list(known)
     unknown = {*wanted, *([arguments.control] if arguments.control else [])} - set(known)
     if unknown:
         parser.error(f"no report has an arm {sorted(unknown)[0]!r}; they have {', '.join(known)}")
-    found = {}
-    for path, report in reports.items():
-        parts = {f"T={temperature}": pooled(report, f"T={temperature}") for temperature in (0, 1)}
-        shown = [arm for arm in wanted if arm in parts["T=0"][1]]
-        controls = {part: arguments.control or best_cst(counts) for part, (_, counts) in parts.items()}
-        if not shown or controls["T=0"] not in parts["T=0"][1]:
-            print(f"{path.stem}: left out, it has none of these arms or not the control\n")
+    drawn = {}
+    for name, report in reports.items():
+        parts = over(report, arguments.control, wanted, arguments.bootstrap)
+        if not parts:
+            print(f"{name}: left out, it has none of these arms or not the control\n")
             continue
-        print(f"| {path.stem} | " + " | ".join(f"{part}, over {control}" for part, control in controls.items()) + " |")
-        print("|---" * 3 + "|")
-        rows = {part: differences(*parts[part], controls[part], arguments.bootstrap) for part in parts}
-        for arm in shown:
-            cells = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*rows[part][arm]) for part in parts)
-            print(f"| {arm} | " + " | ".join(cells) + " |")
-        print()
-        gains = found[path.stem.removeprefix("objectives-")] = {}
-        for part, (tokens, counts) in parts.items():
-            share = 100 * counts[controls[part]].sum() / tokens.sum()
-            gains[part] = {arm: [share * figure for figure in rows[part][arm]] for arm in shown}
+        show(name, parts)
+        drawn[name.removeprefix("objectives-")] = {
+            part: {arm: [100 * gain / found["length"] for gain in gains] for arm, gains in found["gains"].items()}
+            for part, found in parts.items()
+        }
     if arguments.plot:
-        overview(found, wanted, arguments.plot)
+        overview(drawn, wanted, arguments.plot)
 
 
 if __name__ == "__main__":

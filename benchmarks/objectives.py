@@ -56,14 +56,14 @@ _ALONE |= {"learning_rate": 2e-4}
 _LK = {"supervised_loss": "lk", "supervised_coef": 3.0}  # the supervised term: LK's loss or
 _SUPERVISED = {"supervised_loss": "cst", "supervised_coef": 1.0}  # stage 1's
 _GREEDY = {**_ALONE, "verification": "greedy"}
-# ways to train that are no option of `ppow reinforce`: steps of the objective and of CST take turns; the drafter is the
-# mean of its weights over the second half, in which the learning rate stays at its peak
-WAYS = ("alternated", "averaged")
-# name -> (changes to the defaults of ReinforceConfig and WAYS, seeds); the most important first
+# name -> (changes to the defaults of ReinforceConfig, seeds); the most important first. An arm has its last weights, at
+# a rate that falls, unless it says average_from. "alternated" is no option of `ppow reinforce`: steps of the objective
+# and of CST take turns
 ARMS = {
     "stage1": (None, 1),
     "cst 3e-4": ({"objective": "cst"}, 3),
-    "exact text-rule + 3 lk": (_LK, 3),  # what `ppow reinforce` does without options
+    "exact text-rule + 3 lk": (_LK, 3),
+    "exact text-rule + 3 lk averaged": ({**_LK, "average_from": 0.5}, 3),  # what `ppow reinforce` does without options
     "exact text-rule + supervised": (_SUPERVISED, 3),
     "ppow": (_ROLLOUT, 3),
     "lk": ({"objective": "lk"}, 3),
@@ -102,13 +102,12 @@ ARMS = {
     "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 3),
     "ppow + supervised 3e-4": ({**_ROLLOUT, "supervised_coef": 1.0, "kl_coef": 0.0, "learning_rate": 3e-4}, 3),
     "exact text-rule alternated": ({"supervised_coef": 0.0, "alternated": True}, 3),
-    "exact text-rule + supervised averaged": ({**_SUPERVISED, "averaged": True}, 3),
-    "exact text-rule + 3 lk averaged": ({**_LK, "averaged": True}, 3),
-    "exact text-rule + 3 lk 1e-3 averaged": ({**_LK, "learning_rate": 1e-3, "averaged": True}, 3),
-    "cst averaged": ({"objective": "cst", "averaged": True}, 3),
-    "cst 1e-3 averaged": ({"objective": "cst", "learning_rate": 1e-3, "averaged": True}, 3),
-    "lk averaged": ({"objective": "lk", "averaged": True}, 3),
-    "lk 1e-3 averaged": ({"objective": "lk", "learning_rate": 1e-3, "averaged": True}, 3),
+    "exact text-rule + supervised averaged": ({**_SUPERVISED, "average_from": 0.5}, 3),
+    "exact text-rule + 3 lk 1e-3 averaged": ({**_LK, "learning_rate": 1e-3, "average_from": 0.5}, 3),
+    "cst averaged": ({"objective": "cst", "average_from": 0.5}, 3),
+    "cst 1e-3 averaged": ({"objective": "cst", "learning_rate": 1e-3, "average_from": 0.5}, 3),
+    "lk averaged": ({"objective": "lk", "average_from": 0.5}, 3),
+    "lk 1e-3 averaged": ({"objective": "lk", "learning_rate": 1e-3, "average_from": 0.5}, 3),
     "exact text-rule + 3 lk 1e-4": ({**_LK, "learning_rate": 1e-4}, 1),
     "exact throughput reward + 3 lk": ({**_LK, "reward": "throughput", "proximity_bonus": 0.25}, 1),
 }
@@ -159,10 +158,9 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         began = time.perf_counter()
         trained, row = copy.deepcopy(drafter), {"seed": seed, "changes": changes}
         if changes is not None:
-            ways = {way: changes.get(way, False) for way in WAYS}
             config = make_config(arguments, changes, seed)
             row["config"] = recipe(config)
-            row |= train(config, arguments, target, trained, examples, pad, **ways)
+            row |= train(config, arguments, target, trained, examples, pad, changes.get("alternated", False))
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -284,7 +282,7 @@ def answers(arguments, device: str) -> dict:
 
 
 def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
-    """The defaults of `ppow reinforce` with an arm's changes."""
+    """The defaults of `ppow reinforce`, but for last weights and a rate that falls, with an arm's changes."""
     shared = {
         "target": arguments.target,
         "drafter": arguments.drafter,
@@ -298,9 +296,10 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
         "dtype": arguments.dtype,
         "window_size": arguments.window_size,
         "max_forest_nodes": arguments.batch_size * 8 * 8 * arguments.window_size,  # every rollout in one forward
+        "average_from": 1.0,
         "seed": seed,
     }
-    return ReinforceConfig(**shared | {name: value for name, value in changes.items() if name not in WAYS})
+    return ReinforceConfig(**shared | {name: value for name, value in changes.items() if name != "alternated"})
 
 
 def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
@@ -328,9 +327,8 @@ def train(
     examples: list,
     pad: int,
     alternated: bool = False,
-    averaged: bool = False,
 ) -> dict:
-    """Train ``drafter`` in place for the arm's time or steps: -> what was spent, and the curves. See WAYS."""
+    """Train ``drafter`` in place for the arm's time or steps: -> what was spent, and the curves."""
     device, cuda = drafter.device, drafter.device.type == "cuda"
     torch.manual_seed(config.seed)
     if cuda:
@@ -345,7 +343,7 @@ def train(
     if alternated:
         plain = {"all_windows": True, "supervised_coef": 0.0, "verification": "greedy"}
         turns.append(dataclasses.replace(config, objective="cst", **plain))
-    mean = AveragedModel(drafter) if averaged else None
+    mean = AveragedModel(drafter) if config.average_from < 1 else None
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
     curve, step, tokens = [], 0, 0
     began = time.perf_counter()
@@ -354,7 +352,7 @@ def train(
         progress = step / arguments.steps if arguments.steps else spent / arguments.seconds
         if progress >= 1:
             break
-        falling = 1 if averaged else 0.5 * (1 + math.cos(math.pi * progress))
+        falling = 1 if mean is not None else 0.5 * (1 + math.cos(math.pi * progress))
         rate = config.learning_rate * min(1, progress / WARMUP, falling)
         turn = turns[step % len(turns)]
         virtual = 1 + int(progress * STEPS)  # for the switch of ADAW
@@ -374,7 +372,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-12)
         optimizer.step()
-        if averaged and progress >= 0.5:
+        if mean is not None and progress >= config.average_from:
             mean.update_parameters(drafter)
         if step <= 3 or step % 20 == 0:  # reading numbers waits for the device, so not at every step
             if not torch.isfinite(norm):
@@ -382,7 +380,9 @@ def train(
             numbers = {"loss": value.detach(), "gradient_norm": norm, **metrics, **found}
             curve.append({"step": step, "seconds": round(time.perf_counter() - began, 3)})
             curve[-1] |= {k: round(float(v), 5) for k, v in numbers.items() if v.numel() == 1}
-    if averaged:
+    if mean is not None:
+        if not mean.n_averaged:
+            raise ValueError(f"No step fell into the time in which weights are averaged, of {step}; give more time.")
         drafter.load_state_dict(mean.module.state_dict())
     if cuda:
         torch.cuda.synchronize()

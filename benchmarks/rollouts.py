@@ -124,7 +124,8 @@ def make_config(arguments, estimator: str) -> ReinforceConfig:
 
 def common(arguments) -> dict:
     length = arguments.prompt + arguments.answer
-    return {"target": "-", "data": "-", "output_dir": "-", "max_length": length, "dtype": arguments.dtype}
+    names = {"target": "-", "data": "-", "output_dir": "-"}
+    return names | {"max_length": length, "dtype": arguments.dtype, "average_from": 1.0}  # a step here takes no mean
 
 
 def planned(configs: dict, arguments, target_config, drafter_config) -> dict:

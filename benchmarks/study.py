@@ -33,14 +33,14 @@ DRAFTERS = {  # name -> settings of its stage 1 beside those of the scale
     "thin": {"intermediate_size": 128},
     "blind": {"intermediate_size": 128, "taps": 0},
 }
-LEADERS = "stage1,cst 3e-4,exact text-rule + 3 lk,lk,ppow"
-FEW = "stage1,cst 3e-4,exact text-rule + 3 lk,lk"
+FEW = "stage1,cst averaged,exact text-rule + 3 lk averaged,lk averaged"
+LEADERS = f"{FEW},cst 3e-4,exact text-rule + 3 lk,lk,ppow"
 COMPARISONS = [  # drafter, texts, seconds of an arm, arms (None: all), seeds; in this order
     ("near", "stage2", 45, LEADERS, 3),
     ("near", "train", 45, FEW, 1),
     ("thin", "stage2", 45, FEW, 1),
     ("blind", "stage2", 45, FEW, 1),
-    ("near", "stage2", 180, "cst 3e-4,exact text-rule + 3 lk,lk,ppow", 1),
+    ("near", "stage2", 180, FEW, 1),
     ("near", "stage2", 45, None, 1),
 ]
 MEASURE = ["--batch-size=128", "--train-limit=32000", "--tree-prompts=40", "--tree-nodes=60", "--eval-batch=1200"]

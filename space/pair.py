@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 HERE = Path(__file__).resolve().parent
@@ -109,7 +110,7 @@ def load_pair(names: Names, device: str | None = None) -> Pair:
 def _load(what: str, name: str, load, *arguments, **options):
     try:
         return load(name, *arguments, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"The {what} {name} could not be loaded: {reason}") from error
 

@@ -255,8 +255,8 @@ def test_averaged_weights_are_the_mean_of_the_second_half(benchmark, monkeypatch
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     examples = [Example([3, 9, 4, 7, 1, 8, 5, 11, 2, 6], [0, 0, 0] + [1] * 7)]
-    changes = {"averaged": True, "learning_rate": 0.01}
-    benchmark.train(benchmark.make_config(given, changes, 0), given, target, drafter, examples, 0, averaged=True)
+    changes = {"average_from": 0.5, "learning_rate": 0.01}
+    benchmark.train(benchmark.make_config(given, changes, 0), given, target, drafter, examples, 0)
     assert len(seen) == 4 and not torch.equal(seen[2], seen[3])
     torch.testing.assert_close(drafter.fc.weight.detach(), (seen[2] + seen[3]) / 2)
 

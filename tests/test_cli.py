@@ -85,10 +85,10 @@ def test_errors_of_a_command_are_reported_without_traceback(toy_command, error, 
     assert capsys.readouterr().err == f"ppow: error: {error}\n"
 
 
-def test_damaged_weights_and_interruptions_say_so_in_a_line(toy_command, capsys):
-    toy_command.error = SafetensorError("incomplete metadata")
+def test_weights_that_cannot_be_written_and_interruptions_say_so_in_a_line(toy_command, capsys):
+    toy_command.error = SafetensorError("No space left on device")  # its word for a full disk
     assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err == "ppow: error: a weights file is damaged or truncated (incomplete metadata)\n"
+    assert capsys.readouterr().err == "ppow: error: safetensors could not read or write: No space left on device\n"
     toy_command.error = KeyboardInterrupt()
     assert cli.main(["demo"]) == 130
     assert "go on with --resume" in capsys.readouterr().err

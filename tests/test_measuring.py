@@ -132,7 +132,7 @@ def test_what_cannot_be_written_or_told_apart_is_refused_before_measuring(pair, 
         ("baseline", "nowhere", "--baseline nowhere is no folder here, and as a Hub id: "),
         ("target", "EMPTY", "--target .*: this folder holds no config.json"),
         ("target", "DRAFTER", "--target .*: this is a drafter; name the target that it drafts for"),
-        ("drafter", "CUT", "--drafter .*: a weights file is damaged or truncated"),
+        ("drafter", "CUT", "--drafter .*: .*model.safetensors is damaged or truncated"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_named_with_its_option(pair, tmp_path, option, given, message):
@@ -252,7 +252,8 @@ def test_an_interrupted_run_continues_after_the_last_whole_line(pair, chats, tmp
 
 
 ANSWERED = [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "2"}]
-OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True}) + "\n"
+BY = {"model": "m", "temperature": 0.0, "max_new_tokens": 512}
+OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True, "by": BY}) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -298,12 +299,26 @@ def test_an_output_of_other_data_is_refused_untouched(server, chats, tmp_path, r
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"max_new_tokens": 6}, {"model": "other"}])
+def test_answers_of_another_writer_are_not_mixed_in(server, chats, tmp_path, change):
+    out = tmp_path / "out.jsonl"
+    config = endpoint(server[0], chats, out)
+    regenerate.main(config)
+    by = {"model": config.model, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    assert [row["by"] for row in read(out)] == [by, by]
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="out.jsonl:1 was written by .*, not by .*give another --output"):
+        regenerate.main(dataclasses.replace(config, resume=True, **change))
+    assert out.read_bytes() == before
+    regenerate.main(dataclasses.replace(config, resume=True))
+
+
 def test_turns_after_an_answer_cut_short_are_not_missed(chats, tmp_path):
     """Row 1 asks twice: without a second answer it is done if the first was cut short, and else of other data."""
     out = tmp_path / "out.jsonl"
     config = dataclasses.replace(endpoint("http://127.0.0.1:9/v1", chats, out), resume=True)
     messages = [*read(chats)[1]["messages"][:2], {"role": "assistant", "content": "A fox is"}]
-    whole, short = (json.dumps({"row": 1, "messages": messages, "complete": c}) + "\n" for c in (True, False))
+    whole, short = (json.dumps({"row": 1, "messages": messages, "complete": c, "by": BY}) + "\n" for c in (True, False))
     out.write_text(OURS + whole)
     with pytest.raises(ValueError, match=r"jsonl:2 answers 'nothing' as row 1, but .* asks 'user: And a dog\?'"):
         regenerate.main(config)

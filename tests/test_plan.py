@@ -91,7 +91,8 @@ def test_the_standing_memory_is_the_pairs_own_size(pair):
     assert memory["target"] == sum(p.numel() for p in target.model.parameters()) * 2 / 2**30
     trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     frozen = drafter.embed_tokens.weight.numel()
-    assert memory["drafter, gradient, optimizer"] == (16 * trained + 4 * frozen + 2 * trained) / 2**30
+    mean = 4 * trained  # of its weights
+    assert memory["drafter, gradient, optimizer"] == (16 * trained + 4 * frozen + 2 * trained + mean) / 2**30
     parts = [value for name, value in memory.items() if name not in ("total", "available")]
     assert memory["total"] == pytest.approx(sum(parts)) and memory["available"] == 141e9 / 2**30
 
@@ -142,5 +143,7 @@ def test_the_command_prints_and_leaves_nothing(command, pair, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"`ppow {command[0]}`" in printed and "together" in printed and "TFLOP" in printed
     assert not out.exists()
+    assert cli.main([*argv, "--plan", "here", "--target", str(tmp_path / "nowhere")]) == 2
+    assert f"--target {tmp_path / 'nowhere'} is no folder here" in capsys.readouterr().err
     assert cli.main([*argv, "--plan", "tpu"]) == 2
     assert "here, a100, h100, h200" in capsys.readouterr().err

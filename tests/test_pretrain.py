@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -336,6 +337,15 @@ def test_data_that_is_not_there_stops_a_run_before_it_leaves_anything(config, da
     with pytest.raises(ValueError, match="groups there: story, sums"):
         pretrain.main(config(groups=["sums:2", "poems:1"]))
     assert not (tmp_path / "target").exists()
+
+
+def test_a_damaged_row_is_named_and_leaves_no_record_of_a_run(config, data, tmp_path):
+    shutil.copytree(data, tmp_path / "damaged")
+    with lzma.open(tmp_path / "damaged" / "sums-02.jsonl.xz", "wt") as file:
+        file.write('{"messages": [{"role": "user"\n')
+    with pytest.raises(ValueError, match="sums-02.jsonl.xz:1"):
+        pretrain.main(config(data=str(tmp_path / "damaged")))
+    assert not (tmp_path / "target" / "provenance.json").exists()
 
 
 def test_a_run_whose_corpus_is_made_goes_on_without_the_data(config, tmp_path):

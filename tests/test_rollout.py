@@ -215,7 +215,7 @@ def test_the_proximity_reward_goes_to_a_share_of_the_rejected_rollouts():
         paid = float(drafted[share]["proximity_reward"]) / 0.5 * 6 * 8 * 2
         assert abs(paid - share * rejected) <= 1.5, (share, paid, rejected)
     assert drafted[0.25]["proximity_margin"] < drafted[0.5]["proximity_margin"]
-    assert drafted[None]["proximity_margin"] == 7
+    assert "proximity_margin" not in drafted[None]
 
 
 def test_rollout_repeats_with_its_seed_and_changes_with_it():

@@ -196,6 +196,11 @@ def test_what_cannot_be_loaded_is_said(tmp_path, pair):
         pairs.load_pair(pairs.Names(target, "no-such-org/no-such-model"))
     with pytest.raises(ValueError, match="not a PPOW drafter"):
         pairs.load_pair(pairs.Names(target, target))
+    shutil.copytree(drafter, tmp_path / "cut")
+    (weights,) = (tmp_path / "cut").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="The drafter .*cut could not be loaded"):
+        pairs.load_pair(pairs.Names(target, str(tmp_path / "cut")))
     other = build_target(vocab_size=64)
     random_drafter(other).save_pretrained(tmp_path / "drafter")
     with pytest.raises(ValueError, match="drafter"):

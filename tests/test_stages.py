@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ppow import PPOWDrafter
 from ppow.training import checkpoints, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.data import Example
+from ppow.training.target import FrozenTarget
 
 STAGES = {"supervised": (supervised, SupervisedConfig), "reinforce": (reinforce, ReinforceConfig)}
 
@@ -130,7 +131,7 @@ def test_a_run_that_broke_off_resumes_bit_exactly(home, whole_runs, stage, fails
 def test_the_closed_form_learns_and_resumes_bit_exactly(home, tmp_path):
     """Stage 2 without rollouts: from its second checkpoint it goes on as if it had never stopped."""
     changes = {"estimator": "exact", "verification": "text", "supervised_coef": 0.5, "learning_rate": 1e-2}
-    changes["supervised_loss"] = "cst"
+    changes |= {"supervised_loss": "cst", "average_from": 0.5}
     reinforce.main(options(home, "reinforce", tmp_path / "whole", **changes))
     rewards = [line["reward"] for line in metrics_of(tmp_path / "whole")]
     assert max(rewards[3:]) > rewards[0]
@@ -140,6 +141,35 @@ def test_the_closed_form_learns_and_resumes_bit_exactly(home, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     reinforce.main(options(home, "reinforce", tmp_path / "again", resume=True, **changes))
     assert_same_run(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_drafter_is_the_mean_of_its_weights(home, tmp_path, stage):
+    """Of those after the steps from which on they are averaged, at a rate that stays; evaluation sees the mean too."""
+    held_out = {"eval_data": str(home / "chats.jsonl"), "eval_every": 6}
+    config = options(home, stage, tmp_path, average_from=0.5, save_every=1, warmup_steps=1, **held_out)
+    STAGES[stage][0].main(config)
+    checkpoint, found = tmp_path / "checkpoints" / "step-000006", weights_of(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights_of(checkpoint).items())
+    # the weights themselves, of which the optimizer's state has the twins
+    steps = [load_file(tmp_path / "checkpoints" / f"step-00000{step}" / "optimizer.safetensors") for step in (4, 5, 6)]
+    drafter = PPOWDrafter.from_pretrained(tmp_path)
+    trained = [name for name, p in supervised.freeze_embedding(drafter).named_parameters() if p.requires_grad]
+    for i, name in enumerate(trained):
+        twins = [step[f"{i}.twin"] for step in steps]
+        torch.testing.assert_close(found[name], torch.stack(twins).mean(0))
+        assert name.endswith("norm.weight") or not torch.equal(found[name], twins[-1])
+    lines = metrics_of(tmp_path)
+    assert [line["learning_rate"] for line in lines] == [config.learning_rate] * 6
+    target = FrozenTarget.load(config.target, "float32", "cpu")
+    target.taps = drafter.config.target_taps
+    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    examples = supervised.load_examples(config, config.eval_data, tokenizer, supervised.EVAL_WINDOW)
+    still = SimpleNamespace(config=config, accelerator=SimpleNamespace(device="cpu"))
+    still.autocast = still.mean_weights = contextlib.nullcontext
+    weight = {} if stage == "reinforce" else {"step_weight": config.step_weight}
+    seen = supervised.evaluate(target, drafter, examples, supervised.pad_token(tokenizer), still, **weight)
+    assert float(seen["eval_loss"]) == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -164,7 +194,11 @@ def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [("supervised", {}), ("reinforce", {}), ("reinforce", {"estimator": "exact", "supervised_coef": 0.5})],
+    [
+        ("supervised", {}),
+        ("reinforce", {}),
+        ("reinforce", {"estimator": "exact", "supervised_coef": 0.5, "average_from": 0.0}),
+    ],
 )
 @pytest.mark.parametrize("shard_target", [False, True])
 def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, changes, shard_target, tmp_path):
@@ -250,6 +284,7 @@ def test_warm_start_and_held_out_figures(home, tmp_path):
     lines = metrics_of(tmp_path)
     assert all(len(line["eval_agreement"]) == 10 and 1 <= line["eval_acceptance_length"] <= 11 for line in lines)
     assert weights_of(tmp_path)["fc.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_drafter_of_other_width(home, tmp_path):
@@ -366,6 +401,7 @@ def test_held_out_figures_rest_on_the_same_texts_whatever_the_batch(size, monkey
         config=SimpleNamespace(batch_size=size),
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         autocast=contextlib.nullcontext,
+        mean_weights=contextlib.nullcontext,
     )
     texts = [Example([number, 1, 2], [0, 1, 1]) for number in range(200)]
     found = supervised.evaluate(None, torch.nn.Linear(1, 1), texts, 0, trainer)

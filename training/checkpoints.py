@@ -2,7 +2,8 @@
 
     folder/step-000123/
         config.json, model.safetensors, ...   the drafter, as save_pretrained writes it
-        optimizer.safetensors                 every tensor of the optimizer's state
+        optimizer.safetensors                 every tensor of the optimizer's state; the weights to go on from are among
+                                              them where the drafter is their mean
         state.json                            step, the caller's state, size and sha256 of every other file
 
 A kill at any moment leaves the earlier checkpoints as they were and at most a hidden folder that nothing reads and the

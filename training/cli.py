@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             print("\nppow: interrupted; regenerate, supervised and reinforce go on with --resume", file=sys.stderr)
             return 130
-        told = f"a weights file is damaged or truncated ({error})" if isinstance(error, SafetensorError) else error
+        told = f"safetensors could not read or write: {error}" if isinstance(error, SafetensorError) else error
         print(f"ppow: error: {told}", file=sys.stderr)
         return 2
     return 0

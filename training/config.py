@@ -30,6 +30,13 @@ class TrainingConfig(Config):
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1)
     learning_rate: float = option("peak learning rate of AdamW", 1e-4, above=0)
     warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
+    average_from: float = option(
+        "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
+        "fall then; 1: the last weights, with a rate that falls to 0 (ours)",
+        1.0,
+        at_least=0,
+        at_most=1,
+    )
     max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
     weight_decay: float = option("decoupled weight decay", 0.0, at_least=0)
     betas: list[float] = option("AdamW's two averaging factors", [0.9, 0.95], at_least=0, below=1)
@@ -97,6 +104,7 @@ RECIPES = {
         "kl_coef": 0.0,
         "rollout_temperature": 1.0,
         "learning_rate": 3e-4,
+        "average_from": 0.5,
     },
     "rollout": {  # PPOW as published, and the controls that roll out
         "verification": "greedy",
@@ -106,6 +114,7 @@ RECIPES = {
         "kl_coef": 0.1,
         "rollout_temperature": 0.5,
         "learning_rate": 5e-5,
+        "average_from": 1.0,
     },
     "text": {  # the controls that learn from texts
         "verification": "greedy",
@@ -115,6 +124,7 @@ RECIPES = {
         "kl_coef": 0.0,
         "rollout_temperature": 1.0,
         "learning_rate": 3e-4,
+        "average_from": 0.5,
     },
 }
 
@@ -131,6 +141,13 @@ class ReinforceConfig(TrainingConfig):
     steps: int = option("optimizer steps (ours)", 500, at_least=1)
     learning_rate: float | None = option(
         "peak learning rate of AdamW; none: 3e-4 along texts, 5e-5 on rollouts (ours)", None, above=0
+    )
+    average_from: float | None = option(
+        "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
+        "fall then; 1: the last weights, with a rate that falls to 0; none: 0.5 along texts, 1 on rollouts (ours)",
+        None,
+        at_least=0,
+        at_most=1,
     )
 
     objective: Literal["ppow", "cst", "lk", "lk_mixed", "eal", "d_pace", "vat", "gto", "draft_opd"] = option(
@@ -192,7 +209,7 @@ class ReinforceConfig(TrainingConfig):
     proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
     proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
     proximity_share: float | None = option(
-        "instead, the share of a batch's rejected rollouts that gets it: epsilon is that quantile of their Delta (ours)",
+        "instead of a margin: the share of a micro step's rejected rollouts that get it, those of least Delta (ours)",
         None,
         above=0,
         below=1,
@@ -236,10 +253,11 @@ class ReinforceConfig(TrainingConfig):
                 f"credit={self.credit!r} says how PPOW's rollouts share their reward: it needs objective=ppow with "
                 f"estimator=rollout, got objective={self.objective} with estimator={self.estimator}."
             )
-        if self.proximity_share is not None and (self.proximity_bonus == 0 or not rolls):
+        if self.proximity_share is not None and (self.objective != "ppow" or not rolls or self.proximity_bonus == 0):
             raise ValueError(
-                f"proximity_share={self.proximity_share} says which rollouts earn the proximity reward: it needs "
-                f"rollouts, as with estimator=rollout, and a proximity_bonus above 0, got {self.proximity_bonus}."
+                f"proximity_share={self.proximity_share} says which of PPOW's rollouts earn the proximity reward: it "
+                f"needs objective=ppow with estimator=rollout and a proximity_bonus above 0, got {self.objective} with "
+                f"{self.estimator} and {self.proximity_bonus}."
             )
         throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
         first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput

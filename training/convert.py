@@ -6,28 +6,27 @@
 Both print what they mapped, dropped and assumed. The output folder appears whole or not at all. No pickle is written.
 """
 
-import contextlib
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
 from ppow.formats_ppow import Row, import_checkpoint
 from ppow.target_ppow import check_pair
-from ppow.weights_ppow import read_tensors
 
 from .config import ExportConfig, ImportConfig
 from .formats import Exported, from_ppow
+from .loading import named
 
 
 def main(config: ImportConfig | ExportConfig) -> None:
@@ -48,18 +47,24 @@ def import_drafter(config: ImportConfig) -> None:
 
 
 def export_drafter(config: ExportConfig) -> None:
-    with naming_damage(config.drafter):
+    target_config = None
+    if config.target:
+        with named("target", config.target):
+            target_config = AutoConfig.from_pretrained(config.target)
+    with named("drafter", config.drafter):
         drafter = PPOWDrafter.from_pretrained(config.drafter, target=config.target, dtype="auto")
     if config.target:
-        check_pair(_without_weights(config.target), drafter)
+        check_pair(_without_weights(target_config), drafter)
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
     exported = from_ppow(
         drafter.config,
         drafter.state_dict(),
         config.format,
-        target_config=AutoConfig.from_pretrained(config.target) if config.target else None,
-        target_embeddings=_embeddings(config.target) if config.target and config.format == "sglang" else None,
+        target_config=target_config,
+        target_embeddings=_embeddings(config.target, target_config)
+        if config.target and config.format == "sglang"
+        else None,
         speculative_tokens=tokens,
         target_name=target,
     )
@@ -142,25 +147,15 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
     return f"train on from {drafter} with SpecForge; to serve it, export with --format vllm or sglang"
 
 
-@contextlib.contextmanager
-def naming_damage(source: str | Path) -> Iterator[None]:
-    """While ``source``, a folder or Hub id, is loaded: of a damaged file say which one it is, as the import does."""
-    try:
-        yield
-    except SafetensorError:
-        read_tensors(str(source))  # raises the ValueError
-        raise
-
-
-def _without_weights(target: str) -> PreTrainedModel:
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     """A target's model on no device: the whole of it may not fit into memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
+        return AutoModelForCausalLM.from_config(config)
 
 
-def _embeddings(target: str) -> torch.Tensor:
+def _embeddings(target: str, config: PreTrainedConfig) -> torch.Tensor:
     """(V, Ht) embeddings of a target, read alone."""
-    model = _without_weights(target)
+    model = _without_weights(config)
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     file = _file(target, "model.safetensors")
@@ -168,7 +163,7 @@ def _embeddings(target: str) -> torch.Tensor:
         file = _file(target, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(name, ""))
     if file is None:
         raise ValueError(f"{target} has no safetensors with {name}, which SGLang export compares with the drafter's.")
-    with naming_damage(target), safe_open(file, "pt") as tensors:
+    with named("target", target), safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
 
 

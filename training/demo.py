@@ -41,8 +41,8 @@ def main(config: DemoConfig) -> None:
     from . import provenance
     from .evaluate import drafting_options, generation_configs
     from .files import write_json
+    from .loading import named
     from .prompts import first_turn, load_prompts
-    from .target import named
 
     if config.output and Path(config.output).is_dir():
         raise ValueError(f"--output {config.output} is a folder; name a .json file in it.")

@@ -28,8 +28,8 @@ from ppow.transcript_ppow import Acceptance
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
 from .files import write_json
+from .loading import named
 from .prompts import first_turn, prompt_sets, sampling_options
-from .target import named
 
 
 @dataclass

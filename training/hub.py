@@ -42,9 +42,9 @@ from ppow.model_cards import render
 
 from . import provenance
 from .config import PushConfig
-from .convert import naming_damage
 from .data import OPENERS
 from .files import write_json
+from .loading import named
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def assemble(
     source = Path(drafter)
     if target is not None:
         check_no_folder(target, "--target")
-    with naming_damage(drafter):
+    with named("drafter", drafter):
         model = PPOWDrafter.from_pretrained(drafter, dtype="auto")
     if target is not None:
         model.config.target_name_or_path = target

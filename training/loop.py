@@ -13,6 +13,7 @@ resumed takes exactly the steps of one that was not.
 """
 
 import contextlib
+import json
 import math
 import shutil
 import time
@@ -124,6 +125,7 @@ class Trainer:
         if changed or state["micro_steps"] != self.micro_steps:
             what = changed or [f"micro steps per step ({state['micro_steps']} -> {self.micro_steps})"]
             raise ValueError(f"Cannot resume {path}: {', '.join(what)} changed since. Restore it, or start a new run.")
+        self._exchange()
         return state["step"]
 
     def steps(self) -> Iterator[int]:
@@ -144,7 +146,8 @@ class Trainer:
         self.bar.close()
         finished_before = self.first_step == config.steps and (self.folder / "config.json").exists()
         if self.accelerator.is_main_process and not finished_before:
-            save_drafter(self.drafter, self.folder, config.dtype)
+            with self.mean_weights():
+                save_drafter(self.drafter, self.folder, config.dtype)
             self.log.close()
         if self.hub is not None:
             self.hub.wait()
@@ -157,9 +160,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
             state = {"command": self.config.command(), "config": config, "micro_steps": self.micro_steps}
-            saved = checkpoints.save(
-                self.folder / "checkpoints", step, self.drafter, self.optimizer, state, self.config.keep_last
-            )
+            with self.mean_weights():  # so that a checkpoint's drafter is the one to use
+                saved = checkpoints.save(
+                    self.folder / "checkpoints", step, self.drafter, self.optimizer, state, self.config.keep_last
+                )
             if self.hub is not None:
                 self.hub.push(saved, step)
         self.accelerator.wait_for_everyone()
@@ -182,14 +186,23 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=getattr(torch, self.config.dtype))
 
-    def update(self, step: int, losses: list[Callable[[], tuple[torch.Tensor, dict]]]) -> dict:
-        """One optimizer step over the mean of ``losses`` (each -> loss, metrics), averaged over processes.
+    def update(self, step: int, losses: list[Callable[[], tuple[torch.Tensor, dict]]], times: int = 1) -> dict:
+        """``times`` optimizer steps over the mean of ``losses`` (each -> loss, metrics), averaged over processes.
 
         The gradient's norm is clipped to ``max_grad_norm``.
 
+        Returns:
+            metrics of the last of them.
+
         Raises:
-            ValueError: when the loss or the gradient is not finite; the drafter is left as it was.
+            ValueError: when the loss or the gradient is not finite; the drafter is as the last good step left it.
         """
+        for _ in range(times):
+            metrics = self._update_once(step, losses)
+        self._average_weights(step)
+        return metrics
+
+    def _update_once(self, step: int, losses: list) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
         collected = []
         for compute in losses:
@@ -211,6 +224,41 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         return {**self.average(collected), "gradient_norm": gradient, "learning_rate": rate}
+
+    def _average_weights(self, step: int) -> None:
+        """Take this step's weights into their mean.
+
+        The optimizer's state holds it, and so every checkpoint: of weights and mean, ``twin`` is the one that the
+        drafter does not have.
+        """
+        count = step - int(self.config.average_from * self.config.steps + 1e-9)  # of weights, these included
+        if count < 1:
+            return
+        states, weights = [self.optimizer.state[p] for p in self.parameters], [p.detach() for p in self.parameters]
+        if count == 1:
+            for state, weight in zip(states, weights):
+                state["twin"] = weight.clone()
+        else:
+            torch._foreach_lerp_([state["twin"] for state in states], weights, 1 / count)
+
+    @contextlib.contextmanager
+    def mean_weights(self) -> Iterator[None]:
+        """Inside, the drafter has the mean of its weights, once there is one: what the run would save now."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Swap the drafter's weights and their mean, if there is one."""
+        for p in self.parameters:
+            state = self.optimizer.state.get(p, {})
+            if "twin" in state:
+                own = p.clone()
+                p.copy_(state["twin"])
+                state["twin"] = own
 
     def average(self, metrics: list[dict]) -> dict:
         """Mean of every metric over micro steps and processes."""
@@ -255,9 +303,11 @@ def make_batch(examples: list, pad_id: int, device, seed: int) -> Batch:
 
 
 def learning_rate(config, step: int) -> float:
-    """Linear warm-up to the peak, then a cosine to zero after the last step (ours)."""
+    """Linear warm-up to the peak, then a cosine to zero after the last step; no fall where weights are averaged."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
+    if config.average_from < 1:
+        return config.learning_rate
     progress = (step - config.warmup_steps - 1) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -265,11 +315,11 @@ def learning_rate(config, step: int) -> float:
 def save_drafter(drafter, folder: Path, dtype: str) -> None:
     """Write the drafter in ``dtype``, in shards below 16 MB, leaving the one in memory as it is."""
     weights = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in drafter.state_dict().items()}
-    own_dtype, drafter.config.dtype = drafter.config.dtype, getattr(torch, dtype)
     partial = folder / ".unfinished-drafter"
     shutil.rmtree(partial, ignore_errors=True)
     drafter.save_pretrained(partial, state_dict=weights, max_shard_size="15MB")
-    drafter.config.dtype = own_dtype
+    config = json.loads((partial / "config.json").read_text())  # which names the dtype of the one in memory
+    (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
     move_in(partial, folder)
 
 

@@ -207,9 +207,11 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * batch * (length + forest) * e if rolls else 0
     reference = shape.drafter_parameters * 4 if reinforce and config.objective == "gto" else 0
     frozen = (shape.drafter_parameters - shape.trained) * 4
+    mean = 4 * shape.trained if config.average_from < 1 else 0
+    drafter = 16 * shape.trained + frozen + reference + mean + (e * shape.trained if half else 0)
     standing = {
         "target": shape.target_parameters * e,
-        "drafter, gradient, optimizer": 16 * shape.trained + frozen + reference + (e * shape.trained if half else 0),
+        "drafter, gradient, optimizer": drafter,
         "target's word on the text": reading + cache,
     }
     passing = {"target reads": batch * length * (3 * shape.inner + 4 * shape.hidden) * e}

@@ -49,9 +49,8 @@ def main(config: PretrainConfig) -> dict:
         check_groups(config)
     work.mkdir(parents=True, exist_ok=True)
     check_settings(config, work / "settings.json")
-    provenance.write(output, "pretrain", config)
-
     tokenizer, tokens, heldout, record = prepare(config, work)
+    provenance.write(output, "pretrain", config)  # once the data has proved sound
     model = build_model(config, tokenizer).to(config.device).train()
     if config.compile_layers:
         for layer in model.model.layers:  # they share one compilation

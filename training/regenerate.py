@@ -4,8 +4,9 @@
     ppow regenerate --endpoint http://localhost:8000/v1 --model NAME --data CHATS --output answers.jsonl
 
 Every assistant turn is written anew, in order, each after the turns before it. The output is a JSONL file of
-``{"row", "messages", "complete"}``; ``complete`` is false where an answer reached ``max_new_tokens``. Lines are
-appended as they are made, so an interrupted run continues with ``--resume``, from the same data.
+``{"row", "messages", "complete", "by"}``; ``complete`` is false where an answer reached ``max_new_tokens``, ``by`` says
+who wrote it: ``{"model", "temperature", "max_new_tokens"}``. Lines are appended as they are made, so an interrupted run
+continues with ``--resume``, from the same data and with the same writer.
 """
 
 import functools
@@ -39,7 +40,10 @@ def main(config: RegenerateConfig) -> None:
             f"None of the {len(rows)} rows of {config.data} has a user turn to answer; 'text' has no answers."
         )
     output = Path(config.output)
-    done = finished_rows(output, chats, config.resume)
+    model = config.model if config.endpoint else config.target
+    name = Path(model).resolve().name if Path(model).is_dir() else model  # no paths of this machine
+    by = {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    done = finished_rows(output, chats, by, config.resume)
     todo = [index for index in chats if index not in done]
     size, answer = endpoint_writer(config) if config.endpoint else local_writer(config)
     todo.sort(key=lambda index: len(chats[index][0]["content"]))  # alike lengths waste little padding
@@ -51,7 +55,7 @@ def main(config: RegenerateConfig) -> None:
             answered = write_chats([chats[i] for i in part], seeded)
             with open(output, "a", encoding="utf-8") as out:  # after the answers: a run without any leaves no file
                 for index, (messages, complete) in zip(part, answered):
-                    row = {"row": index, "messages": messages, "complete": complete}
+                    row = {"row": index, "messages": messages, "complete": complete, "by": by}
                     out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
@@ -65,11 +69,12 @@ def prompt(chat: Chat) -> tuple[Chat, Chat]:
     return [m for m in opening if m["role"] == "system"], [m for m in chat if m["role"] == "user"]
 
 
-def finished_rows(output: Path, chats: dict[int, Chat], resume: bool) -> set[int]:
+def finished_rows(output: Path, chats: dict[int, Chat], by: dict, resume: bool) -> set[int]:
     """Rows that the output holds already; cuts off a last line that an interruption tore, once all else is in order.
 
     Raises:
-        ValueError: the file exists and the run is not to be resumed, or it holds something else or other prompts.
+        ValueError: the file exists and the run is not to be resumed, or it holds something else, other prompts or
+            another writer's answers.
     """
     if not output.exists():
         return set()
@@ -82,7 +87,7 @@ def finished_rows(output: Path, chats: dict[int, Chat], resume: bool) -> set[int
         try:
             row = json.loads(line)
             index, answered, complete = row["row"], _asked(row["messages"]), row["complete"]
-            asked = _asked(chats.get(index, []))
+            asked, writer = _asked(chats.get(index, [])), row["by"]
         except (ValueError, KeyError, TypeError):
             raise _not_ours(output, number) from None
         if not complete:  # the turns after an answer that was cut short are left out
@@ -93,6 +98,11 @@ def finished_rows(output: Path, chats: dict[int, Chat], resume: bool) -> set[int
                     f"{output}:{number} answers {ours!r:.80} as row {index}, but row {index} of --data asks "
                     f"{theirs!r:.80}. Resume with the data and --limit it was made from, or give another --output."
                 )
+        if writer != by:
+            raise ValueError(
+                f"{output}:{number} was written by {writer}, not by {by}. Resume with the options it was made with, or "
+                "give another --output."
+            )
         done.add(index)
     if not HEAD.startswith(re.sub(rb"\d+", b"0", torn, count=1)[: len(HEAD)]):
         raise _not_ours(output, len(lines) + 1)
@@ -143,7 +153,7 @@ def local_writer(config: RegenerateConfig):
 
     from ppow.generation_ppow import SDPA_BACKENDS
 
-    from .target import named
+    from .loading import named
 
     with named("target", config.target):
         tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")

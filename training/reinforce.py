@@ -18,24 +18,24 @@ only (those up to the first rejection).
 import copy
 
 import torch
-from transformers import AutoConfig
 
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWDrafter
 from ppow.target_ppow import check_pair
 
 from . import plan, supervised
 from .config import ReinforceConfig
+from .loading import named
 from .loop import Batch, Trainer
 from .objectives import OBJECTIVES, Rollouts, objective_of
 from .rollout import Rollout, policy_logits, roll_out, window_reward
 from .supervised import EVAL_WINDOW, begin, evaluate, freeze_embedding, load_examples, load_target, pad_token
-from .target import FrozenTarget, named
+from .target import FrozenTarget
 from .text_windows import read_windows
 
 
 def main(config: ReinforceConfig) -> None:
     if config.plan is not None:
-        plan.show(config, AutoConfig.from_pretrained(config.target), PPOWConfig.from_pretrained(config.drafter))
+        plan.show(config, *supervised.configs(config))
         return
     accelerator, tokenizer = begin(config)
     examples = load_examples(config, config.data, tokenizer, config.window_size, answer=config.window_size)
@@ -58,8 +58,8 @@ def main(config: ReinforceConfig) -> None:
                 rollouts = [roll_out(config, target, drafter, batch, step, reference) for batch in batches]
         given = [(step, batch, rollout) for batch, (rollout, _) in zip(batches, rollouts)]
         given = given or [(step, batch) for batch in batches]
-        for _ in range(config.updates_per_rollout if rolls else 1):
-            metrics = trainer.update(step, [lambda g=g: loss(config, target, drafter, *g) for g in given])
+        losses = [lambda g=g: loss(config, target, drafter, *g) for g in given]
+        metrics = trainer.update(step, losses, times=config.updates_per_rollout if rolls else 1)
         if rolls:
             metrics |= trainer.average([found for _, found in rollouts])
         if held_out and (step % config.eval_every == 0 or step == config.steps):

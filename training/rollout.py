@@ -84,14 +84,14 @@ def roll_out(
     grouped = (config.windows_per_sequence, config.group_size)
     accepted = accepted.unflatten(1, grouped)  # (B, W, G)
     speedup = window_reward(config, accepted)
-    nearness, margin = torch.zeros_like(speedup), torch.tensor(config.proximity_margin, device=device)
+    nearness, margin = torch.zeros_like(speedup), speedup.new_tensor(config.proximity_margin)
     rejected = mask[..., None] & (accepted == 0)  # (B, W, G)
     needed = rejected.any(-1)
     if config.proximity_bonus > 0 and target.agree(int(needed.any())):
         best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
         drafted = target_logprobs.unflatten(1, grouped)
         gap = rewards.proximity_gap(best[:, :, None].expand_as(drafted), drafted)
-        if config.proximity_share is not None and rejected.any():
+        if config.proximity_share is not None and rejected.any():  # without any, no margin matters
             margin = gap[rejected].quantile(config.proximity_share)
         nearness = rewards.proximity_reward(accepted, gap, config.proximity_bonus, margin)
     reward = speedup + nearness
@@ -126,7 +126,6 @@ def roll_out(
     metrics = {
         "reward": _mean(reward, mask),
         "proximity_reward": _mean(nearness, mask),
-        "proximity_margin": margin,
         "acceptance_length": 1 + _mean(accepted.float(), mask),
         "rejected_at_once": _mean((accepted == 0).float(), mask),
         "flat_groups": _mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
@@ -135,6 +134,8 @@ def roll_out(
         "adaptive": torch.tensor(float(adaptive), device=device),
         "windows": mask.sum().float(),
     }
+    if config.proximity_share is not None:
+        metrics["proximity_margin"] = margin
     return rollout, metrics
 
 

@@ -13,7 +13,7 @@ embedding and from the rows of its head that belong to the draft vocabulary; the
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
@@ -22,9 +22,10 @@ from ppow.target_ppow import check_pair
 from . import plan
 from .config import SupervisedConfig
 from .data import draft_vocabulary, encode, load_rows
+from .loading import named
 from .loop import Batch, Trainer, make_batch
 from .objectives import supervised_step_loss
-from .target import FrozenTarget, named
+from .target import FrozenTarget
 from .unrolled import Unrolled
 from .windows import chosen_windows
 
@@ -33,9 +34,7 @@ EVAL_WINDOW = DEFAULT_WINDOW_SIZE  # the same in both stages, so that their curv
 
 def main(config: SupervisedConfig) -> None:
     if config.plan is not None:
-        target_config = AutoConfig.from_pretrained(config.target)
-        given = config.drafter and PPOWConfig.from_pretrained(config.drafter)
-        plan.show(config, target_config, given or fresh_config(config, target_config))
+        plan.show(config, *configs(config))
         return
     accelerator, tokenizer = begin(config)
     examples = load_examples(config, config.data, tokenizer, config.ttt_steps)
@@ -111,11 +110,11 @@ def evaluate(target, drafter, examples, pad: int, trainer: Trainer, step_weight:
     size, examples = trainer.config.batch_size, examples[:64]  # the same ones whatever the batch
     drafter.eval()
     collected = []
-    for first in range(0, len(examples), size):
-        batch = make_batch(examples[first : first + size], pad, trainer.accelerator.device, seed=0)
-        with trainer.autocast():
+    with trainer.mean_weights(), trainer.autocast():
+        for first in range(0, len(examples), size):
+            batch = make_batch(examples[first : first + size], pad, trainer.accelerator.device, seed=0)
             value, metrics = loss(target, drafter, batch, EVAL_WINDOW, step_weight)
-        collected.append({"loss": value, **metrics})
+            collected.append({"loss": value, **metrics})
     drafter.train()
     return {f"eval_{key}": torch.stack([m[key].float() for m in collected]).mean(0) for key in collected[0]}
 
@@ -167,6 +166,16 @@ def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -
 def pad_token(tokenizer) -> int:
     """Something to pad with; masked everywhere, so any token does."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def configs(config) -> tuple[PreTrainedConfig, PPOWConfig]:
+    """Of the target and of the drafter that a stage would train, without their weights."""
+    with named("target", config.target):
+        target = AutoConfig.from_pretrained(config.target)
+    if config.drafter is None:
+        return target, fresh_config(config, target)
+    with named("drafter", config.drafter):
+        return target, PPOWConfig.from_pretrained(config.drafter)
 
 
 def prepare_drafter(config: SupervisedConfig, target, examples: list) -> PPOWDrafter:

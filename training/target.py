@@ -1,13 +1,9 @@
 """The frozen target as training needs it: read a text once, then verify every rollout of it in one forward."""
 
-import contextlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import sdpa_kernel
@@ -16,29 +12,6 @@ from transformers import AutoModelForCausalLM
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.generation_ppow import SDPA_BACKENDS
 from ppow.target_ppow import WindowMasks, read_taps
-
-
-@contextlib.contextmanager
-def named(option: str, name: str):
-    """Load a model inside: what goes wrong then says which option named what.
-
-    Raises:
-        ValueError: a folder without a model, a drafter given as target, and whatever loading raises.
-    """
-    config = Path(name) / "config.json"
-    if Path(name).is_dir() and not config.exists():
-        raise ValueError(f"--{option} {name}: this folder holds no config.json, so no model.")
-    try:
-        if option == "target" and config.exists() and json.loads(config.read_text()).get("model_type") == "ppow":
-            raise ValueError("this is a drafter; name the target that it drafts for")
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"--{option} {name}: a weights file is damaged or truncated ({error}); get it again."
-        ) from error
-    except (ValueError, OSError) as error:
-        place = "" if Path(name).exists() else " is no folder here, and as a Hub id"
-        raise ValueError(f"--{option} {name}{place}: {error}") from error
 
 
 @dataclass
