@@ -135,9 +135,8 @@ def pair_facts(work: Path) -> dict:
     near = work / "near"
     facts = {"versions": versions(), "hardware": hardware(), "texts": {}}
     for name in ("train", "stage2", "heldout"):
-        with open(
-            near / f"{name}.jsonl", "rb"
-        ) as lines:  # a text may hold what str.splitlines takes for an end of line
+        # as bytes: a text may hold what str.splitlines takes for an end of line
+        with open(near / f"{name}.jsonl", "rb") as lines:
             facts["texts"][name] = sum(1 for _ in lines)
     facts["target"] = json.loads((near / "target" / "training.json").read_text())["result"]
     return facts | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in DRAFTERS}}

@@ -47,7 +47,7 @@ def import_drafter(config: ImportConfig) -> None:
 
 
 def export_drafter(config: ExportConfig) -> None:
-    target_config = None
+    target_config = embeddings = None
     if config.target:
         with named("target", config.target):
             target_config = AutoConfig.from_pretrained(config.target)
@@ -55,6 +55,7 @@ def export_drafter(config: ExportConfig) -> None:
         drafter = PPOWDrafter.from_pretrained(config.drafter, target=config.target, dtype="auto")
     if config.target:
         check_pair(_without_weights(target_config), drafter)
+        embeddings = _embeddings(config.target, target_config) if config.format == "sglang" else None
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
     exported = from_ppow(
@@ -62,9 +63,7 @@ def export_drafter(config: ExportConfig) -> None:
         drafter.state_dict(),
         config.format,
         target_config=target_config,
-        target_embeddings=_embeddings(config.target, target_config)
-        if config.target and config.format == "sglang"
-        else None,
+        target_embeddings=embeddings,
         speculative_tokens=tokens,
         target_name=target,
     )
