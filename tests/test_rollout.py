@@ -207,10 +207,11 @@ def test_the_proximity_reward_goes_to_a_share_of_the_rejected_rollouts():
     target, drafter = make_pair()
     drafted = {}
     for share in (0.25, 0.5, None):
-        config = make_config(proximity_share=share, group_size=8, windows_per_sequence=6, proximity_margin=7.0)
+        options = {"group_size": 8, "windows_per_sequence": 6, "verification": "sampling", "proximity_margin": 7.0}
+        config = make_config(proximity_share=share, **options)
         _, drafted[share] = stage2.roll_out(config, target, drafter, make_batch(), step=1)
     rejected = float(drafted[None]["rejected_at_once"]) * 6 * 8 * 2
-    assert rejected > 40
+    assert 40 < rejected < 70  # of 96: the others have a Delta too, which must not count
     for share in (0.25, 0.5):
         paid = float(drafted[share]["proximity_reward"]) / 0.5 * 6 * 8 * 2
         assert abs(paid - share * rejected) <= 1.5, (share, paid, rejected)

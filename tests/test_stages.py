@@ -131,7 +131,7 @@ def test_a_run_that_broke_off_resumes_bit_exactly(home, whole_runs, stage, fails
 def test_the_closed_form_learns_and_resumes_bit_exactly(home, tmp_path):
     """Stage 2 without rollouts: from its second checkpoint it goes on as if it had never stopped."""
     changes = {"estimator": "exact", "verification": "text", "supervised_coef": 0.5, "learning_rate": 1e-2}
-    changes |= {"supervised_loss": "cst", "average_from": 0.5}
+    changes |= {"supervised_loss": "cst", "average_from": 0.2}
     reinforce.main(options(home, "reinforce", tmp_path / "whole", **changes))
     rewards = [line["reward"] for line in metrics_of(tmp_path / "whole")]
     assert max(rewards[3:]) > rewards[0]
