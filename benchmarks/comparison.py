@@ -197,7 +197,7 @@ def overview(found: dict[str, dict], arms: list[str], path: Path) -> None:
 
 
 def over(report: dict, control: str | None, wanted: list[str], resamples: int) -> dict:
-    """ "T=0" and "T=1" -> the control (none given: the best CST there), its acceptance length, the wanted arms' gains.
+    """Gains over an arm, by default the best CST: {"T=0": {control, length, gains by arm}, "T=1": ..}.
 
     Empty for a report that has none of these arms or not the control.
     """

@@ -57,7 +57,7 @@ def test_greedy_answers_are_the_targets_own(pair, drafting, together):
     assert gained / verifications > 1.5  # it does draft
 
 
-@pytest.mark.parametrize("draws", [500, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [1000, pytest.param(20000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("drafting", [DRAFTING[0], DRAFTING[2]])
 def test_sampled_answers_have_the_targets_distribution(pair, drafting, draws):
     """Answers of three tokens, each among the target's three best: chi-square against exact probabilities."""

@@ -84,7 +84,7 @@ def roll_out(
     grouped = (config.windows_per_sequence, config.group_size)
     accepted = accepted.unflatten(1, grouped)  # (B, W, G)
     speedup = window_reward(config, accepted)
-    nearness, margin = torch.zeros_like(speedup), speedup.new_tensor(config.proximity_margin)
+    nearness, margin = torch.zeros_like(speedup), config.proximity_margin
     rejected = mask[..., None] & (accepted == 0)  # (B, W, G)
     needed = rejected.any(-1)
     if config.proximity_bonus > 0 and target.agree(int(needed.any())):
@@ -135,7 +135,7 @@ def roll_out(
         "windows": mask.sum().float(),
     }
     if config.proximity_share is not None:
-        metrics["proximity_margin"] = margin
+        metrics["proximity_margin"] = torch.as_tensor(margin, device=device)
     return rollout, metrics
 
 
