@@ -108,6 +108,9 @@ ARMS = {
     "cst 1e-3 averaged": ({"objective": "cst", "learning_rate": 1e-3, "average_from": 0.5}, 3),
     "lk averaged": ({"objective": "lk", "average_from": 0.5}, 3),
     "lk 1e-3 averaged": ({"objective": "lk", "learning_rate": 1e-3, "average_from": 0.5}, 3),
+    "exact text-rule + 3 lk 3e-3 averaged": ({**_LK, "learning_rate": 3e-3, "average_from": 0.5}, 1),
+    "cst 3e-3 averaged": ({"objective": "cst", "learning_rate": 3e-3, "average_from": 0.5}, 1),
+    "lk 3e-3 averaged": ({"objective": "lk", "learning_rate": 3e-3, "average_from": 0.5}, 1),
     "exact text-rule + 3 lk 1e-4": ({**_LK, "learning_rate": 1e-4}, 1),
     "exact throughput reward + 3 lk": ({**_LK, "reward": "throughput", "proximity_bonus": 0.25}, 1),
 }

@@ -3,12 +3,12 @@
     python -m benchmarks.study --text DATA/text --prompts DATA/prompts --work runs/study --gpus 4
 
 Target, texts and stage 1 come from bundle.py (``--scale large``), figures from objectives.py: the leading arms with
-three seeds on texts that stage 1 has not seen; a few arms on those it has, and on drafters further from their target,
-one with less room (an MLP of 128) and one that sees nothing of the target but its embeddings; some for longer; then
-every other arm. What exists is not made again, so a call that was cut off goes on; ``--budget-seconds`` starts no arm
-that would end later. ``--set`` goes to bundle.py, and options that are not listed here to objectives.py. Writes
-WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each comparison, WORK/study.json, and of the pair itself
-WORK/pair.json.
+three seeds on texts that stage 1 has not seen; a few of them for longer, on texts that it has seen, and on drafters
+further from their target, one with less room (an MLP of 128) and one that sees nothing of the target but its
+embeddings; then every other arm. ``--drafters near`` leaves these two out. What exists is not made again, so a call
+that was cut off goes on; ``--budget-seconds`` starts no arm that would end later. ``--set`` goes to bundle.py, and
+options that are not listed here to objectives.py. Writes WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each
+comparison, WORK/study.json, and of the pair itself WORK/pair.json.
 """
 
 import argparse
@@ -34,13 +34,14 @@ DRAFTERS = {  # name -> settings of its stage 1 beside those of the scale
     "blind": {"intermediate_size": 128, "taps": 0},
 }
 FEW = "stage1,cst averaged,exact text-rule + 3 lk averaged,lk averaged"
-LEADERS = f"{FEW},cst 3e-4,exact text-rule + 3 lk,lk,ppow"
+HIGH_RATE = "cst 1e-3 averaged,exact text-rule + 3 lk 1e-3 averaged,lk 1e-3 averaged"
+LEADERS = f"{FEW},cst 3e-4,exact text-rule + 3 lk,lk,{HIGH_RATE},ppow"
 COMPARISONS = [  # drafter, texts, seconds of an arm, arms (None: all), seeds; in this order
     ("near", "stage2", 45, LEADERS, 3),
+    ("near", "stage2", 180, FEW, 1),
     ("near", "train", 45, FEW, 1),
     ("thin", "stage2", 45, FEW, 1),
     ("blind", "stage2", 45, FEW, 1),
-    ("near", "stage2", 180, FEW, 1),
     ("near", "stage2", 45, None, 1),
 ]
 MEASURE = ["--batch-size=128", "--train-limit=32000", "--tree-prompts=40", "--tree-nodes=60", "--eval-batch=1200"]
@@ -53,16 +54,19 @@ def main(argv=None) -> dict:
     options = ["--prompts", str(arguments.prompts), "--text", str(arguments.text), "--scale", "large"]
     options += [f"--rows={arguments.rows}", *(f"--set={change}" for change in arguments.set)]
     bundle(work / "near", options, "regenerate", range(arguments.gpus))
-    for name in DRAFTERS:
+    for name in arguments.drafters:
         folder = work / name
         folder.mkdir(exist_ok=True)
         for shared in ("target", "train.jsonl", "stage2.jsonl", "heldout.jsonl"):
             if name != "near" and not (folder / shared).exists():
                 (folder / shared).symlink_to(Path("..") / "near" / shared)
-    train_drafters(work, options, arguments.gpus)
-    write_json(work / "pair.json", {"settings": {k: str(v) for k, v in vars(arguments).items()}, **pair_facts(work)})
+    train_drafters(work, arguments.drafters, options, arguments.gpus)
+    facts = pair_facts(work, arguments.drafters)
+    write_json(work / "pair.json", {"settings": {k: str(v) for k, v in vars(arguments).items()}, **facts})
     report, failed = {}, []
     for name, texts, seconds, arms, seeds in COMPARISONS:
+        if name not in arguments.drafters:
+            continue
         output = work / f"objectives-{name}-{texts}-{seconds}s.json"
         left = arguments.budget_seconds - (time.perf_counter() - began)
         chosen = [f"--arms={arms}"] if arms else []
@@ -87,12 +91,17 @@ def parse(argv) -> tuple:
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change one of them")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="near, and which of the others")
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--domains", default="gsm8k,mbpp,humaneval,mt_bench", help="beside held-out chats")
     parser.add_argument("--gpus", type=int, default=1, help="the same in every call for one --work")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start no arm that would end later")
     arguments, rest = parser.parse_known_args(argv)
     check_gpus(parser, arguments.gpus)
+    chosen = arguments.drafters.split(",")
+    if "near" not in chosen or not DRAFTERS.keys() >= set(chosen):
+        parser.error(f"--drafters {arguments.drafters}: expected near, and any other of {', '.join(DRAFTERS)}")
+    arguments.drafters = [name for name in DRAFTERS if name in chosen]
     own = ("target", "drafter", "data", "arms", "seconds", "seeds", "output", "texts", "part", "prompts-dir")
     for option in rest:
         if option.partition("=")[0].removeprefix("--") in own:
@@ -117,9 +126,9 @@ def shares(gpus: int, drafters: int) -> list[list[int]]:
     return [list(range(first)), *([first + i] for i in range(at_once - 1))]
 
 
-def train_drafters(work: Path, options: list[str], gpus: int) -> None:
-    """Stage 1 of every drafter, as many side by side as there are GPUs; each always on the same ones."""
-    groups, names = shares(gpus, len(DRAFTERS)), list(DRAFTERS)
+def train_drafters(work: Path, names: list[str], options: list[str], gpus: int) -> None:
+    """Stage 1 of these drafters, as many side by side as there are GPUs; each always on the same ones."""
+    groups = shares(gpus, len(names))
 
     def train(name: str, group: list[int]) -> None:
         shape = [f"--set=supervised.{option}={value}" for option, value in DRAFTERS[name].items()]
@@ -130,7 +139,7 @@ def train_drafters(work: Path, options: list[str], gpus: int) -> None:
             list(pool.map(train, names[first : first + len(groups)], groups))
 
 
-def pair_facts(work: Path) -> dict:
+def pair_facts(work: Path, drafters: list[str]) -> dict:
     """What the target became, how many texts there are, and how each stage 1 went, from the files of their own runs."""
     near = work / "near"
     facts = {"versions": versions(), "hardware": hardware(), "texts": {}}
@@ -139,7 +148,7 @@ def pair_facts(work: Path) -> dict:
         with open(near / f"{name}.jsonl", "rb") as lines:
             facts["texts"][name] = sum(1 for _ in lines)
     facts["target"] = json.loads((near / "target" / "training.json").read_text())["result"]
-    return facts | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in DRAFTERS}}
+    return facts | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in drafters}}
 
 
 def course(metrics: Path) -> list[dict]:

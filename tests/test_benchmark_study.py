@@ -75,9 +75,21 @@ def test_every_drafter_is_trained_and_compared_once(benchmark, made, tmp_path, m
     assert benchmark.main(options(tmp_path, "--set=supervised.steps=7")) == report
 
 
+def test_some_drafters_alone(benchmark, made, tmp_path, capsys):
+    report = benchmark.main(options(tmp_path, "--drafters=near"))
+    assert [name for name, until, _, _ in made if until == "supervised"] == ["near"]
+    assert list(report) == ["near, stage2, 45 s", "near, train, 45 s"]
+    pair = json.loads((tmp_path / "work" / "pair.json").read_text())
+    assert list(pair["stage 1"]) == ["near"] and pair["settings"]["drafters"] == "['near']"
+    for unfit in ("thin", "near,thick"):  # what is shared lies with near
+        with pytest.raises(SystemExit):
+            benchmark.main(options(tmp_path, f"--drafters={unfit}"))
+        assert f"--drafters {unfit}: expected near" in capsys.readouterr().err
+
+
 def test_a_drafter_takes_one_gpu_and_the_first_what_is_left(benchmark):
     assert [benchmark.shares(gpus, 3) for gpus in (1, 2, 3)] == [[[0]], [[0], [1]], [[0], [1], [2]]]
-    assert benchmark.shares(4, 3) == [[0, 1], [2], [3]]
+    assert benchmark.shares(4, 3) == [[0, 1], [2], [3]] and benchmark.shares(4, 1) == [[0, 1, 2, 3]]
     assert benchmark.shares(8, 3) == [[0, 1, 2, 3], [4], [5]]
 
 
