@@ -185,7 +185,8 @@ def overview(found: dict[str, dict], arms: list[str], path: Path) -> None:
             heights = [y + 0.7 * ((i + 0.5) / len(arms) - 0.5) for y, _ in rows]
             gains = [gain for _, (gain, _, _) in rows]
             spread = [[gain - low for _, (gain, low, _) in rows], [high - gain for _, (gain, _, high) in rows]]
-            axis.errorbar(gains, heights, xerr=spread, fmt="o", markersize=4, label=arm)
+            mark = "os^D"[i // 10 % 4]  # there are ten colours
+            axis.errorbar(gains, heights, xerr=spread, fmt=mark, markersize=4, label=arm)
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set(title=f"chain, {part}", xlabel="acceptance length over the control, %")
         axis.set_yticks(range(len(found)), list(found))
