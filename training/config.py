@@ -10,6 +10,11 @@ from typing import Literal
 
 from .options import Config, option
 
+_AVERAGING = (
+    "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
+    "fall then; 1: the last weights, with a rate that falls to 0"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
@@ -31,8 +36,7 @@ class TrainingConfig(Config):
     learning_rate: float = option("peak learning rate of AdamW", 1e-4, above=0)
     warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
     average_from: float = option(
-        "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
-        "fall then; 1: the last weights, with a rate that falls to 0 (ours)",
+        f"{_AVERAGING} (ours)",
         1.0,
         at_least=0,
         at_most=1,
@@ -143,8 +147,7 @@ class ReinforceConfig(TrainingConfig):
         "peak learning rate of AdamW; none: 3e-4 along texts, 5e-5 on rollouts (ours)", None, above=0
     )
     average_from: float | None = option(
-        "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
-        "fall then; 1: the last weights, with a rate that falls to 0; none: 0.5 along texts, 1 on rollouts (ours)",
+        f"{_AVERAGING}; none: 0.5 along texts, 1 on rollouts (ours)",
         None,
         at_least=0,
         at_most=1,
