@@ -29,25 +29,17 @@ def prompts(tmp_path_factory):
     return path
 
 
-def arguments(prompts, *more) -> list[str]:
+def arguments(prompts, *more, kept: bool = True) -> list[str]:
+    """``kept``: the target answers once for all tests that say so."""
     options = {**PAIR, "data": str(prompts.parent / "train.jsonl"), "prompts": str(prompts), "dtype": "float32"}
     with open(options["data"], "w") as out:
         for question in QUESTIONS * 2:
             reply = {"role": "assistant", "content": f"Let us see: {question} It is more than nobody would think."}
             out.write(json.dumps({"messages": [{"role": "user", "content": question}, reply]}) + "\n")
-    small = [
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--max-new-tokens",
-        "24",
-        "--bootstrap",
-        "100",
-        "--eval-batch",
-        "2",
-    ] + ["--tree-nodes", "60,4"]
-    return [f"--{key}={value}" for key, value in options.items()] + small + list(more)
+    if kept:
+        options["texts"] = prompts.parent / "texts.json"
+    small = {"steps": 2, "batch-size": 2, "max-new-tokens": 24, "bootstrap": 100, "eval-batch": 2, "tree-nodes": "60,4"}
+    return [*(f"--{key}={value}" for key, value in (options | small).items()), *more]
 
 
 def test_acceptance_read_along_greedy_texts_is_that_of_evaluate(benchmark, prompts, tmp_path):
@@ -123,7 +115,7 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
         benchmark.comparison.main([str(output), "--control", "nobody"])
     assert "no report has an arm 'nobody'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="other settings"):
-        benchmark.main([*given, "stage1", "--seed", "5"])
+        benchmark.main([*given, "stage1", "--batch-size", "3"])
     monkeypatch.setitem(benchmark.ARMS, "cst 3e-4", ({"objective": "cst", "learning_rate": 1e-3}, 3))
     with pytest.raises(ValueError, match="cst 3e-4/0 was trained with another recipe"):
         benchmark.main([*given, "cst 3e-4"])
@@ -197,9 +189,11 @@ def test_processes_share_the_arms_and_a_later_call_goes_on(benchmark, prompts, t
     """Shared or alone, in one call or two, also after a call that was cut off: the same arms, the same figures."""
     given = arguments(prompts, "--seeds", "1", "--tree-prompts", "0")
     output, part = tmp_path / "objectives.json", tmp_path / ".objectives-1.json"
-    shared = [*given, "--gpus", "2", "--output", str(output), "--arms"]
+    sharing = ["--gpus", "2", "--output", str(output), "--arms"]
+    shared = [*given, *sharing]
     benchmark.main([*given, "--part", "stage1/0", "--output", str(part)])  # as a call that was cut off leaves it
-    report = benchmark.main([*shared, "stage1,cst 3e-4,exact text-rule 2e-4"])
+    anew = arguments(prompts, "--seeds", "1", "--tree-prompts", "0", kept=False)
+    report = benchmark.main([*anew, *sharing, "stage1,cst 3e-4,exact text-rule 2e-4"])
     assert list(report["arms"]) == ["stage1/0", "cst 3e-4/0", "exact text-rule 2e-4/0"]
     alone = benchmark.main([*given, "--arms", "exact text-rule 2e-4"])["arms"]
     assert report["arms"]["exact text-rule 2e-4/0"]["results"] == alone["exact text-rule 2e-4/0"]["results"]
