@@ -83,34 +83,24 @@ def roll_out(
         accepted = rewards.accepted_sampling(old_logprobs, target_logprobs, coins)
     grouped = (config.windows_per_sequence, config.group_size)
     accepted = accepted.unflatten(1, grouped)  # (B, W, G)
-    speedup = window_reward(config, accepted)
-    nearness, margin = torch.zeros_like(speedup), config.proximity_margin
-    rejected = mask[..., None] & (accepted == 0)  # (B, W, G)
-    needed = rejected.any(-1)
-    if config.proximity_bonus > 0 and target.agree(int(needed.any())):
-        best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
-        drafted = target_logprobs.unflatten(1, grouped)
-        gap = rewards.proximity_gap(best[:, :, None].expand_as(drafted), drafted)
-        if config.proximity_share is not None and rejected.any():  # without any, no margin matters
-            margin = gap[rejected].quantile(config.proximity_share)
-        nearness = rewards.proximity_reward(accepted, gap, config.proximity_bonus, margin)
-    reward = speedup + nearness
-    tokens_of = (*reward.shape, config.window_size)  # (B, W, G, K)
-    if reference is None and config.credit == "token":
-        stopping = window_reward(config, torch.arange(config.window_size + 1, device=device))
-        advantages = rewards.token_advantages(reward, accepted, stopping, config.normalize_advantages)
-    elif reference is None:
-        advantages = rewards.group_advantages(reward, config.normalize_advantages)[..., None].expand(tokens_of)
-    else:  # GTO: one advantage per tree, over those of a text
+    target_logprobs = target_logprobs.unflatten(1, grouped)  # (B, W, G, K)
+    nearness, margin = proximity(config, target, reading, batch, starts, mask, accepted, target_logprobs)
+    reward = window_reward(config, accepted) + nearness
+    if reference is not None:  # GTO: one advantage per tree
         # the reference has chances of its own: with the same ones it would draw the drafter's own trees at the start,
         # every advantage would be zero, and training would never leave that point
         own = torch.rand(draft_uniforms.shape, generator=generator).to(device)
         unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, reading.taps)
         others, _ = draft(config, reference, unrolled, rows, own)
         _, other_logprobs, _ = verify(config, target, reading, starts, reference.to_target_ids(others), columns)
-        trees = gto_reward(target_logprobs.unflatten(1, grouped)) - gto_reward(other_logprobs.unflatten(1, grouped))
+        trees = gto_reward(target_logprobs) - gto_reward(other_logprobs.unflatten(1, grouped))
         trees = rewards.group_advantages(trees, normalize=config.normalize_advantages)  # (B, W)
-        advantages = trees[:, :, None, None].expand(tokens_of)
+        advantages = trees[:, :, None, None].expand_as(target_logprobs)
+    elif config.credit == "token":
+        stopping = window_reward(config, torch.arange(config.window_size + 1, device=device))
+        advantages = rewards.token_advantages(reward, accepted, stopping, config.normalize_advantages)
+    else:
+        advantages = rewards.group_advantages(reward, config.normalize_advantages)[..., None].expand_as(target_logprobs)
     rollout = Rollout(
         batch.input_ids,
         reading.taps,
@@ -122,14 +112,13 @@ def roll_out(
         accepted,
         advantages,
     )
-    chosen = critical.gather(1, starts)[mask].mean() if mask.any() else critical.new_zeros(())
     metrics = {
         "reward": _mean(reward, mask),
         "proximity_reward": _mean(nearness, mask),
         "acceptance_length": 1 + _mean(accepted.float(), mask),
         "rejected_at_once": _mean((accepted == 0).float(), mask),
         "flat_groups": _mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
-        "window_criticality": chosen,
+        "window_criticality": _mean(critical.gather(1, starts), mask),
         "text_criticality": critical[valid].mean(),
         "adaptive": torch.tensor(float(adaptive), device=device),
         "windows": mask.sum().float(),
@@ -142,6 +131,24 @@ def roll_out(
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of (B, W, ..) over the windows that exist."""
     return values[mask].mean() if mask.any() else values.new_zeros(())
+
+
+def proximity(config, target: FrozenTarget, reading: Reading, batch: Batch, starts, mask, accepted, target_logprobs):
+    """Proximity reward (B, W, G) of windows whose first draft was rejected, and the margin below which it was paid.
+
+    Args:
+        starts, mask: (B, W); accepted: (B, W, G); target_logprobs: (B, W, G, K) of the drafted tokens.
+    """
+    margin = config.proximity_margin
+    rejected = mask[..., None] & (accepted == 0)  # (B, W, G)
+    needed = rejected.any(-1)
+    if config.proximity_bonus == 0 or not target.agree(int(needed.any())):
+        return torch.zeros(accepted.shape, device=accepted.device), margin
+    best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
+    gap = rewards.proximity_gap(best[:, :, None].expand_as(target_logprobs), target_logprobs)
+    if config.proximity_share is not None and rejected.any():  # without any, no margin matters
+        margin = gap[rejected].quantile(config.proximity_share)
+    return rewards.proximity_reward(accepted, gap, config.proximity_bonus, margin), margin
 
 
 def text_criticality(drafter, unrolled: Unrolled, reading: Reading, batch: Batch, columns):
