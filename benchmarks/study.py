@@ -5,7 +5,7 @@
 Target, texts and stage 1 come from bundle.py (``--scale large``), figures from objectives.py: the leading arms with
 three seeds on texts that stage 1 has not seen; a few of them for longer, on texts that it has seen, and on drafters
 further from their target, one with less room (an MLP of 128) and one that sees nothing of the target but its
-embeddings; then every other arm. ``--drafters near`` leaves these two out. What exists is not made again, so a call
+embeddings; then every other arm. ``--drafters near`` leaves those two out. What exists is not made again, so a call
 that was cut off goes on; ``--budget-seconds`` starts no arm that would end later. ``--set`` goes to bundle.py, and
 options that are not listed here to objectives.py. Writes WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each
 comparison, WORK/study.json, and of the pair itself WORK/pair.json.
@@ -91,7 +91,9 @@ def parse(argv) -> tuple:
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change one of them")
-    parser.add_argument("--drafters", default=",".join(DRAFTERS), help="near, and which of the others")
+    parser.add_argument(
+        "--drafters", default=",".join(DRAFTERS), help="near, and which of the others; the same until they are trained"
+    )
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--domains", default="gsm8k,mbpp,humaneval,mt_bench", help="beside held-out chats")
     parser.add_argument("--gpus", type=int, default=1, help="the same in every call for one --work")

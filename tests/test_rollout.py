@@ -200,6 +200,12 @@ def test_rollout_is_consistent(verification):
     assert not by_token.advantages[~reachable(rollout.accepted, 4)].any()
     assert metrics["acceptance_length"] == pytest.approx(1 + rollout.accepted.float().mean().item())
     assert int(rollout.starts.min()) >= 2  # pair s predicts x_{s+2}, the first answer token being x_4
+    reading = target.read(batch.input_ids)
+    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch.input_ids, reading.taps)
+    with torch.no_grad():
+        critical, _ = stage2.text_criticality(drafter, unrolled, reading, batch, drafter.draft_columns())
+    chosen = [critical[text, start] for text in range(2) for start in rollout.starts[text]]
+    assert metrics["window_criticality"] == pytest.approx(float(sum(chosen)) / len(chosen), rel=1e-4)
 
 
 def test_the_proximity_reward_goes_to_a_share_of_the_rejected_rollouts():
