@@ -35,12 +35,7 @@ class TrainingConfig(Config):
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1)
     learning_rate: float = option("peak learning rate of AdamW", 1e-4, above=0)
     warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
-    average_from: float = option(
-        f"{_AVERAGING} (ours)",
-        1.0,
-        at_least=0,
-        at_most=1,
-    )
+    average_from: float = option(f"{_AVERAGING} (ours)", 0.5, at_least=0, at_most=1)
     max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
     weight_decay: float = option("decoupled weight decay", 0.0, at_least=0)
     betas: list[float] = option("AdamW's two averaging factors", [0.9, 0.95], at_least=0, below=1)
@@ -147,10 +142,7 @@ class ReinforceConfig(TrainingConfig):
         "peak learning rate of AdamW; none: 3e-4 along texts, 5e-5 on rollouts (ours)", None, above=0
     )
     average_from: float | None = option(
-        f"{_AVERAGING}; none: 0.5 along texts, 1 on rollouts (ours)",
-        None,
-        at_least=0,
-        at_most=1,
+        f"{_AVERAGING}; none: 0.5 along texts, 1 on rollouts (ours)", None, at_least=0, at_most=1
     )
 
     objective: Literal["ppow", "cst", "lk", "lk_mixed", "eal", "d_pace", "vat", "gto", "draft_opd"] = option(
