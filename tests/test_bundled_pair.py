@@ -117,6 +117,14 @@ def test_every_figure_on_a_card_comes_from_the_record():
         render("target", {"training": facts["training"]})
 
 
+def test_the_card_measures_the_drafting_that_ships():
+    metrics = json.loads((BUNDLED / "drafter" / "metrics.json").read_text())
+    for name, measured in (("drafter", "drafting"), ("stage1", "baseline_drafting")):
+        shipped = GenerationConfig.from_pretrained(BUNDLED / name).to_diff_dict()
+        for option in ("window_size", "draft_threshold"):
+            assert metrics[measured][option] == shipped[option]
+
+
 def test_unknown_card():
     with pytest.raises(ValueError, match="there are drafter, target"):
         render("space", {})

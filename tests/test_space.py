@@ -437,7 +437,7 @@ def test_twenty_visitors_at_once_each_get_their_own(server):
         assert one["systems"]["PPOW"]["tokens"] == answer["systems"]["PPOW"]["tokens"]
 
 
-@pytest.mark.parametrize("runs", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [24, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1200)
 def test_memory_stays_flat(client, server, runs):
     if not Path("/proc/self/status").exists():
