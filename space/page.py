@@ -239,11 +239,14 @@ class Page:
                 1, 2, 1, step=1, label="Verification", interactive=True, buttons=[], elem_id="verification"
             )
             after = gr.Button("Next ▶", size="sm", min_width=90, elem_id="next")
-        shown = [stepper, number, gr.HTML(render.window([], 1, {}), padding=False, elem_id="window")]
+        window = gr.HTML(render.window([], 1, {}), padding=False, elem_id="window")
+        shown = [stepper, number, window]
+        # number and window come in one answer: a change of the number that had to ask for its window could be late
         for button, way in ((before, -1), (after, 1)):
-            button.click(lambda n, last, name, way=way: step(n, last, name, way), [number, last, which], number,
-                         queue=False, **QUIET)  # fmt: skip
-        number.change(show_window, [last, number, which], shown[-1], queue=False, **QUIET)
+            button.click(lambda last, n, name, way=way: step(last, n, name, way), [last, number, which],
+                         [number, window], queue=False, **QUIET)  # fmt: skip
+        drag = {"trigger_mode": "always_last", **QUIET}
+        number.input(show_window, [last, number, which], window, queue=False, **drag)
         which.change(windows_of, [last, which], shown, queue=False, **QUIET)
         return which, shown
 
@@ -328,8 +331,10 @@ def show_window(last: dict | None, number: int, name: str) -> str:
     return render.window(last["windows"][name], int(number), last["words"]) if last else render.window([], 1, {})
 
 
-def step(number: int, last: dict | None, name: str, way: int) -> int:
-    return min(max(int(number) + way, 1), len(last["windows"][name]) if last else 1)
+def step(last: dict | None, number: int, name: str, way: int) -> tuple[int, str]:
+    """The verification one before or after, and its window."""
+    number = min(max(int(number) + way, 1), len(last["windows"][name]) if last else 1)
+    return number, show_window(last, number, name)
 
 
 def report(pair, settings: Settings, runs: list) -> dict:

@@ -303,7 +303,8 @@ def test_stage_1_races_against_ppow_when_both_are_given(pair):
     for name, count in lengths.items():
         _, number, view = windows_of(last, name)
         assert number["maximum"] == count and view == show_window(last, 1, name)
-        assert step(count, last, name, 1) == count and step(1, last, name, -1) == 1
+        assert step(last, count, name, 1) == (count, show_window(last, count, name))
+        assert step(last, 1, name, 1) == (2, show_window(last, 2, name)) and step(last, 1, name, -1) == (1, view)
     assert show_window(last, 1, "stage 1") != show_window(last, 1, "PPOW")
     charts = page.charts(races)
     assert charts.count("<td>stage 1</td>") == charts.count("<td>PPOW</td>") == 1
