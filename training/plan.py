@@ -153,101 +153,143 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     token a forward, where the text is not that continuation: counted in time, as if every step had such a window, but
     not in operations, which are few.
     """
-    shape = Shape(target_config, drafter_config)
-    half = config.dtype == "bfloat16"
-    e, batch, length = (2 if half else 4), config.batch_size, config.max_length
-    pairs = length - 1
-    reinforce = isinstance(config, ReinforceConfig)
-    rolls = reinforce and objective_of(config).batch == "rollouts"
-    size = config.window_size if reinforce else config.ttt_steps
-    d, h = shape.drafter.draft_vocab_size, shape.drafter.hidden_size
-    if rolls:
-        rows = config.windows_per_sequence * config.group_size
-    else:
-        rows = pairs if not reinforce or config.all_windows else config.windows_per_sequence
-    nodes = rows * (size - 1)  # behind the first, of each text
-    forest = min(nodes, max(1, config.max_forest_nodes // (size * batch)) * (size - 1)) if rolls else 0
-    states = batch * rows * size  # at which the drafter is compared with the target
-    taught = batch * pairs * size if rolls and config.supervised_coef else 0  # the supervised term beside rollouts
-
-    # -- operations of matrix products: two per weight and token, attention over everything that is there
-    wide, narrow = shape.heads * shape.head_dim, shape.drafter.num_attention_heads * shape.drafter.head_dim
-    inside = shape.drafter.num_hidden_layers
-
-    def read(tokens: int, seen: int) -> float:
-        attention = 4 * shape.layers * wide * seen
-        return batch * tokens * (2 * (shape.target_used + shape.vocabulary * shape.hidden) + attention)
-
-    def unroll(rows: int, steps: int) -> float:  # a text's pairs, then windows over them
-        own = 2 * shape.step + 4 * inside * narrow * pairs
-        return batch * (pairs * (2 * shape.fuse + own) + rows * (steps - 1) * own)
-
-    operations = {"target reads": read(length, length) * (2 if taught else 1)}
-    draws = 2 if reinforce and config.objective == "gto" else 1  # the reference draws and is verified as well
-    if rolls:
-        operations["target verifies"] = read(nodes, length + forest)
-        operations["target verifies"] *= draws
-        operations["drafter draws"] = draws * (unroll(rows, size) + 2 * shape.head * states)
-        operations["drafter draws"] += 2 * shape.head * batch * pairs  # criticality of the whole text
-        operations["drafter learns"] = 3 * (unroll(rows, size) + 2 * shape.head * states)  # 1 forward, 2 backward
-        operations["drafter learns"] += 3 * (unroll(pairs, size) + 2 * shape.head * taught) if taught else 0
-    else:
-        again = 4 if reinforce else 3  # stage 2 computes its logits a second time on the way back
-        operations["drafter learns"] = 3 * unroll(rows, size) + again * 2 * shape.head * states
-        if reinforce and not config.all_windows:
-            operations["drafter learns"] += 2 * shape.head * batch * pairs  # criticality
-
-    # -- memory
-    layer = (
-        12 * h + 4 * narrow + 4 * shape.drafter.intermediate_size
-    ) * e + 12 * h  # kept of a drafter's layer and row
-    seen = shape.drafter.num_attention_heads * pairs * (e + 4)  # attention weights, kept twice
-    kept = batch * pairs * inside * layer + batch * rows * (size - 1) * inside * (layer + seen)
-    reading = batch * length * (shape.vocabulary * e + len(shape.drafter.target_taps) * shape.hidden * e)
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * batch * (length + forest) * e if rolls else 0
-    reference = shape.drafter_parameters * 4 if reinforce and config.objective == "gto" else 0
-    frozen = (shape.drafter_parameters - shape.trained) * 4
-    mean = 4 * shape.trained if config.average_from < 1 else 0
-    drafter = 16 * shape.trained + frozen + reference + mean + (e * shape.trained if half else 0)
-    standing = {
-        "target": shape.target_parameters * e,
-        "drafter, gradient, optimizer": drafter,
-        "target's word on the text": reading + cache,
-    }
-    passing = {"target reads": batch * length * (3 * shape.inner + 4 * shape.hidden) * e}
-    if rolls:
-        judged = batch * min(rows * (size - 1), forest)
-        passing["target verifies"] = judged * (shape.vocabulary * 2 * e + 3 * shape.inner * e) + states * d * e
-        passing["learning"] = kept + states * d * (3 * e + 6 * 4)
-    else:
-        one = batch * rows * d
-        saved = 0 if reinforce else states * d * (e + 4)
-        passing["learning"] = kept + batch * length * d * e + saved + one * (2 * e + (8 if reinforce else 3) * 4)
-    if taught:
-        beside = batch * pairs * (inside * layer + (size - 1) * inside * (layer + seen)) + taught * d * (e + 4)
-        passing["learning"] += beside
+    step = _Step(config, Shape(target_config, drafter_config))
+    standing, passing = step.standing(), step.passing()
     phase = max(passing, key=passing.get)
     memory = {**standing, f"the step's largest phase ({phase})": passing[phase]}
     memory = {name: value / GIB for name, value in memory.items()}
     memory |= {"total": sum(memory.values()), "available": device.memory / GIB}
-
-    # -- time
-    moved = shape.target_parameters * e * (1 + rolls * draws) + 40 * shape.trained + 4 * reading
-    moved += batch * nodes * shape.vocabulary * (2 * e + 12) if rolls else 0  # the forest's logits and their norms
-    # float32 numbers read or written per logit: counted in objectives.compare, run twice, and its way back
-    numbers = 115 if reinforce and not rolls else 24
-    moved += (states + taught) * d * (4 * e + numbers * 4) + 3 * batch * rows * (size - 1) * inside * 3 * seen
-    forwards = 1 + rolls * draws  # of the target
-    if rolls and config.proximity_bonus:
-        forwards += size - 1
-        moved += (size - 1) * shape.target_parameters * e
-    kernels = shape.layers * KERNELS_PER_BLOCK * forwards + size * inside * 80 * 3 + size * 60 * (1 + rolls) + 300
-    total = sum(operations.values()) * config.accumulation
+    operations = {name: value * config.accumulation for name, value in step.operations().items()}
     seconds = {
-        "matmul": total / device.rate[config.dtype] / EFFICIENCY["matmul"],
-        "memory": moved * config.accumulation / device.bandwidth / EFFICIENCY["memory"],
-        "launch": kernels * config.accumulation * device.launch,
+        "matmul": sum(operations.values()) / device.rate[config.dtype] / EFFICIENCY["matmul"],
+        "memory": step.moved() * config.accumulation / device.bandwidth / EFFICIENCY["memory"],
+        "launch": step.kernels() * config.accumulation * device.launch,
     }
     seconds["total"] = max(seconds["matmul"] + seconds["memory"], seconds["launch"])
-    operations = {name: value * config.accumulation for name, value in operations.items()}
     return {"device": device.name, "memory_gib": memory, "operations": operations, "seconds": seconds}
+
+
+class _Step:
+    """What one micro step of a stage computes, keeps and moves: counts of states, then sums over them."""
+
+    def __init__(self, config: SupervisedConfig | ReinforceConfig, shape: Shape):
+        self.config, self.shape = config, shape
+        self.half = config.dtype == "bfloat16"
+        self.bytes = 2 if self.half else 4  # of a number
+        self.batch, self.length, self.pairs = config.batch_size, config.max_length, config.max_length - 1
+        self.reinforce = isinstance(config, ReinforceConfig)
+        self.rolls = self.reinforce and objective_of(config).batch == "rollouts"
+        self.gto = self.reinforce and config.objective == "gto"
+        self.draws = 1 + self.gto  # its reference draws and is verified as well
+        self.size = config.window_size if self.reinforce else config.ttt_steps
+        if self.rolls:
+            self.rows = config.windows_per_sequence * config.group_size
+        else:
+            self.rows = self.pairs if not self.reinforce or config.all_windows else config.windows_per_sequence
+        self.nodes = self.rows * (self.size - 1)  # behind the first, of each text
+        self.forest = 0  # of them, verified in one forward
+        if self.rolls:
+            at_once = max(1, config.max_forest_nodes // (self.size * self.batch))
+            self.forest = min(self.nodes, at_once * (self.size - 1))
+        self.states = self.batch * self.rows * self.size  # at which the drafter is compared with the target
+        beside = self.rolls and config.supervised_coef  # a supervised term beside rollouts
+        self.taught = self.batch * self.pairs * self.size if beside else 0  # its states
+        self.inside = shape.drafter.num_hidden_layers
+        self.narrow = shape.drafter.num_attention_heads * shape.drafter.head_dim
+        self.seen = shape.drafter.num_attention_heads * self.pairs * (self.bytes + 4)  # attention weights, kept twice
+
+    # -- operations of matrix products: two per weight and token, attention over everything that is there
+
+    def _read(self, tokens: int, seen: int) -> float:
+        shape = self.shape
+        attention = 4 * shape.layers * shape.heads * shape.head_dim * seen
+        return self.batch * tokens * (2 * (shape.target_used + shape.vocabulary * shape.hidden) + attention)
+
+    def _unroll(self, rows: int) -> float:  # a text's pairs, then windows over them
+        own = 2 * self.shape.step + 4 * self.inside * self.narrow * self.pairs
+        return self.batch * (self.pairs * (2 * self.shape.fuse + own) + rows * (self.size - 1) * own)
+
+    def operations(self) -> dict[str, float]:
+        head, states, taught = 2 * self.shape.head, self.states, self.taught
+        criticality = head * self.batch * self.pairs  # of the whole text
+        found = {"target reads": self._read(self.length, self.length) * (2 if taught else 1)}
+        if self.rolls:
+            drawn = self._unroll(self.rows) + head * states
+            found["target verifies"] = self.draws * self._read(self.nodes, self.length + self.forest)
+            found["drafter draws"] = self.draws * drawn + criticality
+            found["drafter learns"] = 3 * drawn  # 1 forward, 2 backward
+            found["drafter learns"] += 3 * (self._unroll(self.pairs) + head * taught) if taught else 0
+            return found
+        again = 4 if self.reinforce else 3  # stage 2 computes its logits a second time on the way back
+        found["drafter learns"] = 3 * self._unroll(self.rows) + again * head * states
+        if self.reinforce and not self.config.all_windows:
+            found["drafter learns"] += criticality
+        return found
+
+    # -- bytes
+
+    def _reading(self) -> float:
+        """The target's logits and taps along the texts."""
+        shape = self.shape
+        numbers = shape.vocabulary + len(shape.drafter.target_taps) * shape.hidden
+        return self.batch * self.length * numbers * self.bytes
+
+    def standing(self) -> dict[str, float]:
+        """Bytes that are there all the time."""
+        shape, e = self.shape, self.bytes
+        reference = shape.drafter_parameters * 4 if self.gto else 0
+        frozen = (shape.drafter_parameters - shape.trained) * 4
+        mean = 4 * shape.trained if self.config.average_from < 1 else 0
+        cached = self.batch * (self.length + self.forest) if self.rolls else 0
+        return {
+            "target": shape.target_parameters * e,
+            "drafter, gradient, optimizer": (16 + e * self.half) * shape.trained + frozen + reference + mean,
+            "target's word on the text": self._reading()
+            + 2 * shape.layers * shape.kv_heads * shape.head_dim * cached * e,
+        }
+
+    def passing(self) -> dict[str, float]:
+        """Bytes of each phase of the step, gone before the next."""
+        shape, e, batch, states = self.shape, self.bytes, self.batch, self.states
+        h, d = shape.drafter.hidden_size, shape.drafter.draft_vocab_size
+        # kept of a drafter's layer and row, for the way back
+        layer = (12 * h + 4 * self.narrow + 4 * shape.drafter.intermediate_size) * e + 12 * h
+
+        def kept(rows: int) -> float:
+            windows = batch * rows * (self.size - 1) * self.inside * (layer + self.seen)
+            return batch * self.pairs * self.inside * layer + windows
+
+        found = {"target reads": batch * self.length * (3 * shape.inner + 4 * shape.hidden) * e}
+        if self.rolls:
+            judged = batch * min(self.nodes, self.forest)
+            found["target verifies"] = judged * (shape.vocabulary * 2 + 3 * shape.inner) * e + states * d * e
+            found["learning"] = kept(self.rows) + states * d * (3 * e + 6 * 4)
+        else:
+            one = batch * self.rows * d
+            saved = 0 if self.reinforce else states * d * (e + 4)
+            numbers = 2 * e + (8 if self.reinforce else 3) * 4
+            found["learning"] = kept(self.rows) + batch * self.length * d * e + saved + one * numbers
+        if self.taught:
+            found["learning"] += kept(self.pairs) + self.taught * d * (e + 4)
+        return found
+
+    def moved(self) -> float:
+        """Bytes read and written."""
+        shape, e, d = self.shape, self.bytes, self.shape.drafter.draft_vocab_size
+        weights = shape.target_parameters * e * self._forwards()
+        logits = self.batch * self.nodes * shape.vocabulary * (2 * e + 12) if self.rolls else 0  # and their norms
+        # float32 numbers read or written per logit: counted in objectives.compare, run twice, and its way back
+        numbers = 115 if self.reinforce and not self.rolls else 24
+        compared = (self.states + self.taught) * d * (4 * e + numbers * 4)
+        attention = 3 * self.batch * self.rows * (self.size - 1) * self.inside * 3 * self.seen
+        return weights + 40 * shape.trained + 4 * self._reading() + logits + compared + attention
+
+    def _forwards(self) -> int:
+        """Of the target."""
+        continued = self.size - 1 if self.rolls and self.config.proximity_bonus else 0
+        return 1 + self.rolls * self.draws + continued
+
+    def kernels(self) -> int:
+        """Kernels launched."""
+        drafter = self.size * (self.inside * 80 * 3 + 60 * (1 + self.rolls))
+        return self.shape.layers * KERNELS_PER_BLOCK * self._forwards() + drafter + 300

@@ -45,10 +45,12 @@ def main(config: PretrainConfig) -> dict:
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu.")
     output = Path(config.output)
     work = output / "work"
-    if not (work / "corpus.json").exists():  # a made corpus needs its sources no more
+    if (work / "corpus.json").exists():  # a made corpus needs its sources no more, and their options again
+        check_settings(config, work / "settings.json")
+    else:
         check_groups(config)
-    work.mkdir(parents=True, exist_ok=True)
-    check_settings(config, work / "settings.json")
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / "settings.json", fixed_settings(config))
     tokenizer, tokens, heldout, record = prepare(config, work)
     provenance.write(output, "pretrain", config)  # once the data has proved sound
     model = build_model(config, tokenizer).to(config.device).train()
@@ -69,14 +71,15 @@ def main(config: PretrainConfig) -> dict:
     return result
 
 
+def fixed_settings(config: PretrainConfig) -> dict:
+    """The options from which tokens, weights and order follow."""
+    return {key: value for key, value in config.to_dict().items() if key not in FREE_TO_CHANGE}
+
+
 def check_settings(config: PretrainConfig, path: Path) -> None:
-    """Refuse to continue a run whose tokens or weights came from other options. ``path`` remembers them."""
-    settings = {key: value for key, value in config.to_dict().items() if key not in FREE_TO_CHANGE}
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
+    """Refuse to continue a run whose tokens or weights came from other options, which ``path`` remembers."""
+    before, now = json.loads(path.read_text(encoding="utf-8")), fixed_settings(config)
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise ValueError(
             f"{config.output} holds a run with other options ({'; '.join(changed)}). Continue it with those, or give "

@@ -66,10 +66,7 @@ def roll_out(
     columns = drafter.draft_columns()
 
     critical, valid = text_criticality(drafter, unrolled, reading, batch, columns)
-    priority, starts_exist = window_priority(critical, valid, config.window_size)
-    adaptive = adaptive_on(step, config.steps, config.adaptive_switch)
-    starts, mask = sample_windows(priority, starts_exist, config.windows_per_sequence, generator, adaptive)
-
+    starts, mask, metrics = draw_windows(config, step, critical, valid, generator)
     rows = starts.repeat_interleave(config.group_size, dim=1)  # (B, R): the G rollouts of a window side by side
     uniforms = torch.rand(*rows.shape, 2 * config.window_size, generator=generator).to(device)
     draft_uniforms, coins = uniforms.chunk(2, dim=-1)
@@ -87,13 +84,8 @@ def roll_out(
     nearness, margin = proximity(config, target, reading, batch, starts, mask, accepted, target_logprobs)
     reward = window_reward(config, accepted) + nearness
     if reference is not None:  # GTO: one advantage per tree
-        # the reference has chances of its own: with the same ones it would draw the drafter's own trees at the start,
-        # every advantage would be zero, and training would never leave that point
-        own = torch.rand(draft_uniforms.shape, generator=generator).to(device)
-        unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, reading.taps)
-        others, _ = draft(config, reference, unrolled, rows, own)
-        _, other_logprobs, _ = verify(config, target, reading, starts, reference.to_target_ids(others), columns)
-        trees = gto_reward(target_logprobs) - gto_reward(other_logprobs.unflatten(1, grouped))
+        other = reference_reward(config, target, reference, batch, reading, starts, rows, generator)
+        trees = gto_reward(target_logprobs) - other
         trees = rewards.group_advantages(trees, normalize=config.normalize_advantages)  # (B, W)
         advantages = trees[:, :, None, None].expand_as(target_logprobs)
     elif config.credit == "token":
@@ -112,20 +104,31 @@ def roll_out(
         accepted,
         advantages,
     )
-    metrics = {
+    metrics |= {
         "reward": _mean(reward, mask),
         "proximity_reward": _mean(nearness, mask),
         "acceptance_length": 1 + _mean(accepted.float(), mask),
         "rejected_at_once": _mean((accepted == 0).float(), mask),
         "flat_groups": _mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
-        "window_criticality": _mean(critical.gather(1, starts), mask),
-        "text_criticality": critical[valid].mean(),
-        "adaptive": torch.tensor(float(adaptive), device=device),
         "windows": mask.sum().float(),
     }
     if config.proximity_share is not None:
         metrics["proximity_margin"] = torch.as_tensor(margin, device=device)
     return rollout, metrics
+
+
+def reference_reward(config, target: FrozenTarget, reference, batch: Batch, reading: Reading, starts, rows, generator):
+    """GTO's reward (B, W) of the trees that the ``reference`` drafter draws from the same windows.
+
+    It has chances of its own: with the drafter's it would draw the drafter's own trees at the start, every advantage
+    would be zero, and training would never leave that point.
+    """
+    uniforms = torch.rand(*rows.shape, config.window_size, generator=generator).to(rows.device)
+    unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, reading.taps)
+    draft_ids, _ = draft(config, reference, unrolled, rows, uniforms)
+    tokens = reference.to_target_ids(draft_ids)
+    _, logprobs, _ = verify(config, target, reading, starts, tokens, reference.draft_columns())
+    return gto_reward(logprobs.unflatten(1, (-1, config.group_size)))
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -163,6 +166,23 @@ def text_criticality(drafter, unrolled: Unrolled, reading: Reading, batch: Batch
     valid = torch.zeros(unrolled.features.shape[:2], dtype=torch.bool, device=columns.device)
     valid[:, :-1] = batch.loss_mask[:, 2:]
     return torch.cat(critical), valid
+
+
+def draw_windows(config: ReinforceConfig, step: int, critical, valid, generator: torch.Generator):
+    """Draw this step's windows of texts with criticality (B, T - 1), by it once ADAW is on.
+
+    Returns:
+        window starts (B, W), which of them exist (B, W), and the metrics that tell how they were drawn.
+    """
+    priority, starts_exist = window_priority(critical, valid, config.window_size)
+    adaptive = adaptive_on(step, config.steps, config.adaptive_switch)
+    starts, mask = sample_windows(priority, starts_exist, config.windows_per_sequence, generator, adaptive)
+    metrics = {
+        "window_criticality": _mean(critical.gather(1, starts), mask),
+        "text_criticality": critical[valid].mean(),
+        "adaptive": torch.tensor(float(adaptive), device=critical.device),
+    }
+    return starts, mask, metrics
 
 
 def draft(config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms):

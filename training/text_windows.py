@@ -13,10 +13,10 @@ from ppow import PPOWDrafter
 from .config import ReinforceConfig
 from .loop import Batch
 from .objectives import TextWindows, compare
-from .rollout import text_criticality
+from .rollout import draw_windows, text_criticality
 from .target import FrozenTarget, log_norm
 from .unrolled import Unrolled
-from .windows import adaptive_on, chosen_windows, sample_windows, window_priority
+from .windows import chosen_windows
 
 GREEDY_SHARE = 0.99  # of a text's answer tokens that are the target's argmax, from which on it counts as greedy (ours)
 
@@ -45,14 +45,7 @@ def read_windows(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDra
             starts, exists = chosen_windows(batch.loss_mask[:, 2:])  # pair s predicts x_{s+2}
         else:
             critical, valid = text_criticality(drafter, unrolled, reading, batch, columns)
-            priority, found = window_priority(critical, valid, size)
-            adaptive = adaptive_on(step, config.steps, config.adaptive_switch)
-            starts, exists = sample_windows(priority, found, config.windows_per_sequence, batch.generator(), adaptive)
-            metrics = {
-                "window_criticality": critical.gather(1, starts)[exists].sum() / exists.sum().clamp(min=1),
-                "text_criticality": critical[valid].mean(),
-                "adaptive": torch.tensor(float(adaptive), device=ids.device),
-            }
+            starts, exists, metrics = draw_windows(config, step, critical, valid, batch.generator())
         place = starts[:, :, None] + 1 + torch.arange(size, device=ids.device)  # (B, R, K): the target's position t
         inside = place + 1 < ids.shape[1]
         place = place.clamp(max=ids.shape[1] - 2)
@@ -67,41 +60,10 @@ def read_windows(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDra
         chosen = along(argmax_next).long().cumprod(-1).bool()
         greedy = torch.cat((torch.ones_like(chosen[..., :1]), chosen[..., :-1]), -1)
         best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
-        rows = torch.arange(len(ids), device=ids.device)[:, None].expand(starts.shape)  # text of each window
-
-        # states that count, as places in (B * R); found before the drafter runs, since that waits for the device
-        states = [mask[:, :, i].flatten().nonzero()[:, 0] for i in range(size)]
-
-    def reduce(hidden, i: int):  # one step's states -> figures; nothing of size D survives
-        here = states[i]
-
-        def pick(values):
-            return values[:, :, i].flatten().index_select(0, here)
-
-        return checkpoint(
-            lambda features, *given: compare(
-                drafter.logits(features), *given, config.rollout_temperature, config.tree_branches
-            ),
-            hidden.flatten(0, 1).index_select(0, here),
-            labels[rows.flatten().index_select(0, here), pick(place)],
-            pick(norm),
-            pick(best),
-            pick(text),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-
-    columns_of_steps, kept = [], exists.flatten().nonzero()[:, 0]
-    hidden = unrolled.begin(starts)
-    for i in range(size):
-        if i:
-            hidden = unrolled.advance(tokens[:, :, i - 1])
-        figures = []
-        for values in reduce(hidden, i):
-            full = values.new_zeros(exists.numel()).index_copy(0, states[i], values)
-            figures.append(full.index_select(0, kept))  # (W,)
-        columns_of_steps.append(figures)
-    kl, overlap, best_prob, accept, text_prob, tree, hit = (torch.stack(steps, -1) for steps in zip(*columns_of_steps))
+        row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
+    facts = (row, place, norm, best, text)
+    figures = _compare_states(config, drafter, unrolled, starts, exists, tokens, mask, labels, facts)
+    kl, overlap, best_prob, accept, text_prob, tree, hit = figures
     windows = TextWindows(
         mask[exists],
         kl,
@@ -122,3 +84,35 @@ def read_windows(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDra
         "windows": exists.sum().float(),
     }
     return windows, metrics
+
+
+def _compare_states(config: ReinforceConfig, drafter, unrolled: Unrolled, starts, exists, tokens, mask, labels, facts):
+    """Unroll the drafter over the windows and reduce every state; nothing of size D survives.
+
+    Args:
+        starts, exists: (B, R) windows; tokens: (B, R, K) of the text; mask: (B, R, K) states that count.
+        labels: (B, T, D) the target's logits over the draft vocabulary.
+        facts: text, place in it, and the further arguments of :func:`compare`, each (B, R, K).
+
+    Returns:
+        the figures of :func:`compare`, each (W, K) for the W windows that exist.
+    """
+    # found before the drafter runs, since that waits for the device
+    states = [mask[:, :, i].flatten().nonzero()[:, 0] for i in range(config.window_size)]  # places in (B * R)
+    kept = exists.flatten().nonzero()[:, 0]
+
+    def reduced(features, *given):
+        return compare(drafter.logits(features), *given, config.rollout_temperature, config.tree_branches)
+
+    steps, hidden = [], unrolled.begin(starts)
+    for i, here in enumerate(states):
+        if i:
+            hidden = unrolled.advance(tokens[:, :, i - 1])
+        row, place, *given = (values[:, :, i].flatten().index_select(0, here) for values in facts)
+        features = hidden.flatten(0, 1).index_select(0, here)
+        figures = checkpoint(
+            reduced, features, labels[row, place], *given, use_reentrant=False, preserve_rng_state=False
+        )
+        full = [values.new_zeros(exists.numel()).index_copy(0, here, values) for values in figures]
+        steps.append([values.index_select(0, kept) for values in full])
+    return [torch.stack(values, -1) for values in zip(*steps)]
