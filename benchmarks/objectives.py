@@ -418,7 +418,7 @@ def opened(arguments, texts: dict) -> dict:
 
 def recipe(config: ReinforceConfig) -> dict:
     """What an arm's config says of the training itself."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("target", "drafter", "data")}
+    return config.to_dict(without={"target", "drafter", "data"})
 
 
 def check_arms(report: dict, arguments) -> None:

@@ -1,5 +1,6 @@
 """The page: controls, the race, the windows, the figures, and the API. All that a visitor leaves is in ``gr.State``."""
 
+import functools
 import time
 from pathlib import Path
 
@@ -243,10 +244,9 @@ class Page:
         shown = [stepper, number, window]
         # number and window come in one answer: a change of the number that had to ask for its window could be late
         for button, way in ((before, -1), (after, 1)):
-            button.click(lambda last, n, name, way=way: step(last, n, name, way), [last, number, which],
-                         [number, window], queue=False, **QUIET)  # fmt: skip
-        drag = {"trigger_mode": "always_last", **QUIET}
-        number.input(show_window, [last, number, which], window, queue=False, **drag)
+            go = functools.partial(step, way=way)
+            button.click(go, [last, number, which], [number, window], queue=False, **QUIET)
+        number.input(show_window, [last, number, which], window, queue=False, trigger_mode="always_last", **QUIET)
         which.change(windows_of, [last, which], shown, queue=False, **QUIET)
         return which, shown
 

@@ -120,6 +120,23 @@ def test_the_proximity_reward_costs_time(pair):
     assert bonus["seconds"]["memory"] - plain["seconds"]["memory"] == pytest.approx(moved)
 
 
+def test_the_forest_bounds_the_memory_of_verification(pair):
+    """By hand, where a large vocabulary makes verification the largest phase."""
+    target = LlamaConfig(**{**pair[0].model.config.to_dict(), "vocab_size": 100_000})
+    drafter, found = PPOWConfig.from_target(target, draft_vocab_size=50), {}
+    for nodes in (96, 10_000):
+        config = dataclasses.replace(CONFIGS["rollouts"], max_forest_nodes=nodes)
+        found[nodes] = plan.plan(config, target, drafter, plan.DEVICES["h200"])["memory_gib"]
+    group, size, texts = config.group_size, config.window_size, config.batch_size
+    rows = config.windows_per_sequence * group
+    for nodes, at_once in ((96, 96 // (size * texts)), (10_000, rows)):
+        assert 0 < at_once <= rows
+        logits = texts * at_once * (size - 1) * (2 * 100_000 + 3 * target.intermediate_size) * 4
+        kept = texts * rows * size * 50 * 4  # over the draft vocabulary
+        assert found[nodes]["the step's largest phase (target verifies)"] == pytest.approx((logits + kept) / 2**30)
+    assert found[96]["total"] < found[10_000]["total"]
+
+
 def test_a_large_target_does_not_fit_and_says_what_to_do(capsys):
     target = LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8

@@ -353,6 +353,8 @@ def test_a_damaged_row_is_named_and_leaves_no_record_of_a_run(config, data, tmp_
 def test_a_run_whose_corpus_is_made_goes_on_without_the_data(config, tmp_path):
     pretrain.main(config(tokens=128))
     assert pretrain.main(config(tokens=256, data=str(tmp_path / "nosuch")))["step"] == 2
+    (tmp_path / "target" / "work" / "settings.json").unlink()  # as where the corpus alone was brought
+    assert pretrain.main(config(tokens=384, data=str(tmp_path / "nosuch")))["step"] == 3
 
 
 def test_a_diverged_run_stops(config):

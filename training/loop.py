@@ -118,7 +118,7 @@ class Trainer:
                 "another output_dir."
             )
         state = checkpoints.load(path, self.drafter, self.optimizer)
-        now = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
+        now = self.config.to_dict(without=_FREE_TO_CHANGE)
         if (made_by := state.get("command", self.config.command())) != self.config.command():
             raise ValueError(f"{self.folder} holds a run of `ppow {made_by}`; choose another output_dir.")
         changed = sorted(k for k in now if state["config"].get(k) != now[k])
@@ -158,7 +158,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         if self.accelerator.is_main_process:
-            config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE_TO_CHANGE}
+            config = self.config.to_dict(without=_FREE_TO_CHANGE)
             state = {"command": self.config.command(), "config": config, "micro_steps": self.micro_steps}
             with self.mean_weights():  # so that a checkpoint's drafter is the one to use
                 saved = checkpoints.save(

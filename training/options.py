@@ -11,6 +11,7 @@ import math
 import textwrap
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 
 _SCALARS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
@@ -99,9 +100,9 @@ class Config:
                 raise ValueError(f"{cls.command()} needs --{_dashes(name)}: {fields[name].metadata['help']}.")
         return cls(**values)
 
-    def to_dict(self) -> dict:
-        """Plain values, ready for JSON; ``from_dict`` gives the same configuration back."""
-        return dataclasses.asdict(self)
+    def to_dict(self, without: Collection[str] = ()) -> dict:
+        """Plain values, ready for JSON; of all options ``from_dict`` gives the same configuration back."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
 
     @classmethod
     def help(cls) -> str:

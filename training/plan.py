@@ -261,7 +261,7 @@ class _Step:
 
         found = {"target reads": batch * self.length * (3 * shape.inner + 4 * shape.hidden) * e}
         if self.rolls:
-            judged = batch * min(self.nodes, self.forest)
+            judged = batch * self.forest
             found["target verifies"] = judged * (shape.vocabulary * 2 + 3 * shape.inner) * e + states * d * e
             found["learning"] = kept(self.rows) + states * d * (3 * e + 6 * 4)
         else:

@@ -45,12 +45,12 @@ def main(config: PretrainConfig) -> dict:
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu.")
     output = Path(config.output)
     work = output / "work"
-    if (work / "corpus.json").exists():  # a made corpus needs its sources no more, and their options again
-        check_settings(config, work / "settings.json")
-    else:
+    settings = work / "settings.json"
+    if not (work / "corpus.json").exists():  # a made corpus needs its sources no more
         check_groups(config)
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(work / "settings.json", fixed_settings(config))
+        settings.unlink(missing_ok=True)  # of a try that made nothing
+    work.mkdir(parents=True, exist_ok=True)
+    check_settings(config, settings)
     tokenizer, tokens, heldout, record = prepare(config, work)
     provenance.write(output, "pretrain", config)  # once the data has proved sound
     model = build_model(config, tokenizer).to(config.device).train()
@@ -71,15 +71,14 @@ def main(config: PretrainConfig) -> dict:
     return result
 
 
-def fixed_settings(config: PretrainConfig) -> dict:
-    """The options from which tokens, weights and order follow."""
-    return {key: value for key, value in config.to_dict().items() if key not in FREE_TO_CHANGE}
-
-
 def check_settings(config: PretrainConfig, path: Path) -> None:
-    """Refuse to continue a run whose tokens or weights came from other options, which ``path`` remembers."""
-    before, now = json.loads(path.read_text(encoding="utf-8")), fixed_settings(config)
-    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    """Refuse to continue a run whose tokens or weights came from other options. ``path`` remembers them."""
+    settings = config.to_dict(without=FREE_TO_CHANGE)
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
     if changed:
         raise ValueError(
             f"{config.output} holds a run with other options ({'; '.join(changed)}). Continue it with those, or give "

@@ -63,16 +63,9 @@ def read_windows(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDra
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
     facts = (row, place, norm, best, text)
     figures = _compare_states(config, drafter, unrolled, starts, exists, tokens, mask, labels, facts)
-    kl, overlap, best_prob, accept, text_prob, tree, hit = figures
     windows = TextWindows(
         mask[exists],
-        kl,
-        overlap,
-        best_prob,
-        accept,
-        text_prob,
-        tree,
-        hit,
+        *figures,
         greedy[exists],
         (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists],
     )
@@ -95,7 +88,7 @@ def _compare_states(config: ReinforceConfig, drafter, unrolled: Unrolled, starts
         facts: text, place in it, and the further arguments of :func:`compare`, each (B, R, K).
 
     Returns:
-        the figures of :func:`compare`, each (W, K) for the W windows that exist.
+        the figures of :func:`compare` in its order, each (W, K) for the W windows that exist.
     """
     # found before the drafter runs, since that waits for the device
     states = [mask[:, :, i].flatten().nonzero()[:, 0] for i in range(config.window_size)]  # places in (B * R)
