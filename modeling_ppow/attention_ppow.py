@@ -6,7 +6,9 @@ Here the lengths stay on the device: the kernel reads them, so one CUDA graph se
 many programs whose partial softmaxes are merged afterwards (Flash-Decoding, Dao et al. 2023).
 """
 
+import contextlib
 import os
+import threading
 
 import torch
 from torch import nn
@@ -16,6 +18,28 @@ try:
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without it; the plain path needs none of this
     triton = None
+
+_CUDNN = {"lock": threading.Lock(), "users": 0, "before": True}
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """Keep torch from cuDNN's attention: every window meets another number of keys, and it plans each new shape for
+    some 40 ms. The switch belongs to the process, so calls that run at once share it, and the last one puts it back."""
+    switch = torch.backends.cuda
+    with _CUDNN["lock"]:
+        if _CUDNN["users"] == 0:
+            _CUDNN["before"] = switch.cudnn_sdp_enabled()
+            switch.enable_cudnn_sdp(False)
+        _CUDNN["users"] += 1
+    try:
+        yield
+    finally:
+        with _CUDNN["lock"]:
+            _CUDNN["users"] -= 1
+            if _CUDNN["users"] == 0:
+                switch.enable_cudnn_sdp(_CUDNN["before"])
+
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # lets the kernel's tests run without a GPU
 WINDOW_ATTENTION = "ppow_window"  # its name among transformers' attention functions

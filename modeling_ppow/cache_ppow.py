@@ -8,7 +8,7 @@ storage, so all target families look alike and rolling back is a matter of not c
 """
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What a forward and ``generate`` call their cache, as an argument and in their output: another name from transformers
@@ -72,6 +72,15 @@ class SlotLayer(DynamicLayer):
             self.values.scatter_(2, index.expand(-1, -1, -1, value_states.shape[-1]), value_states)
         return self.keys[:, :, : self.view], self.values[:, :, : self.view]
 
+    def take_over(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Begin with the newest of ``length`` entries; those that a sliding window has left behind stay zero."""
+        self.reserve(length)
+        self.lazy_initialization(keys, values)
+        first = length - keys.shape[-2]
+        self.keys[:, :, first:length] = keys
+        self.values[:, :, first:length] = values
+        self.length = length
+
     def move(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """Copy entries (B, M) from slots ``source`` to slots ``destination``, row by row."""
         source, destination = source.to(self.device), destination.to(self.device)
@@ -100,8 +109,8 @@ class SlotLayer(DynamicLayer):
 class SlotCache(Cache):
     """A cache of :class:`SlotLayer` s with a window mode for verification.
 
-    In stock use (no window open) it behaves like a dynamic cache, so a cache returned by ``generate`` can be passed to
-    any other call. ``drafter_cache`` carries the drafter's side of a conversation from turn to turn.
+    In stock use (no window open) it behaves like a dynamic cache. It lives as long as a call: what the caller passes is
+    taken over at the beginning (:func:`as_slot_cache`) and filled at the end (:func:`hand_back`).
 
     Args:
         num_layers: decoder layers of the model.
@@ -110,8 +119,6 @@ class SlotCache(Cache):
 
     def __init__(self, num_layers: int, capacity: int = 256):
         super().__init__(layers=[SlotLayer(capacity) for _ in range(num_layers)])
-        self.drafter_cache: SlotCache | None = None
-        self.valid: torch.Tensor | None = None  # (B, S) bool over prompt slots; None: every written slot counts
 
     def open_window(self, slots: torch.Tensor, view: int) -> None:
         """Send the next updates to ``slots`` (B, N) int64 and let attention read the first ``view`` slots."""
@@ -153,33 +160,87 @@ def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
     """A :class:`SlotCache` holding what a user's cache holds.
 
     Args:
-        cache: None, an empty cache, one of ours (used as it is), or a dynamic cache that still has every key.
+        cache: None, one of ours (used as it is), or a dynamic cache, empty or filled. Of a layer with a sliding window
+            the keys inside the window suffice: nothing that comes sees the others.
         num_layers: decoder layers of the target.
         capacity: slots to allocate.
 
     Raises:
-        ValueError: for a cache that cannot be rolled back, or that has already forgotten keys.
+        ValueError: for a cache that cannot be taken over, see :func:`cache_obstacle`.
     """
-    if cache is not None and hasattr(cache, "drafter_cache"):
+    if isinstance(cache, SlotCache):
         return cache
     slots = SlotCache(num_layers, capacity)
     if cache is None:
         return slots
-    for index, layer in enumerate(cache.layers):  # even of an empty cache: the caller expects it to fill up
-        if not isinstance(layer, DynamicLayer):
-            raise ValueError(
-                f"{CACHE_NAME} has a {type(layer).__name__} at layer {index}, which cannot be rolled back. Pass a "
-                "DynamicCache, the cache of an earlier PPOW call, or none."
-            )
+    obstacle = cache_obstacle(cache)
+    if obstacle is not None:
+        raise ValueError(f"{CACHE_NAME} {obstacle}. Pass a DynamicCache (empty or of an earlier call), or none.")
     length = cache.get_seq_length()
-    if length == 0:
-        return slots
-    for index, layer in enumerate(cache.layers):
-        held = 0 if layer.keys is None else layer.keys.shape[-2]
-        if held != length:
-            raise ValueError(
-                f"{CACHE_NAME} holds {held} of {length} keys in layer {index} ({type(layer).__name__}), so it "
-                "cannot be rolled back. Pass a full DynamicCache, the cache of an earlier PPOW call, or none."
-            )
-        slots.layers[index].update(layer.keys, layer.values)
+    for mine, theirs in zip(slots.layers, cache.layers):
+        if length and theirs.is_initialized:
+            mine.take_over(theirs.keys, theirs.values, length)
     return slots
+
+
+def cache_obstacle(cache) -> str | None:
+    """Why a user's cache cannot serve a drafter; None if it can."""
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    layers = getattr(cache, "layers", None)
+    if layers is None or not hasattr(cache, "get_seq_length"):
+        return f"is a {type(cache).__name__}"
+    lazy = getattr(cache, "layer_class_to_replicate", None)
+    odd = [type(layer).__name__ for layer in layers if type(layer) not in known]
+    odd += [lazy.__name__] if not layers and lazy not in known else []
+    if odd:  # even of an empty cache: the caller expects it to fill up
+        return f"has layers of type {odd[0]}, which cannot be rolled back after a rejected window"
+    if getattr(cache, "offloading", False):
+        return "is kept on the CPU (offloading=True), and windows are verified against keys on the device"
+    length = cache.get_seq_length()
+    for index, layer in enumerate(layers):
+        held = layer.keys.shape[-2] if length and layer.is_initialized else length
+        needed = min(length, getattr(layer, "sliding_window", length + 1) - 1)
+        if held < needed or held > length:
+            return f"holds {held} of {length} keys in layer {index} ({type(layer).__name__})"
+    return None
+
+
+def hand_back(slots: SlotCache, cache, length: int) -> None:
+    """Let a user's dynamic cache hold the first ``length`` entries, as if the model had filled it."""
+    while len(cache.layers) < len(slots.layers):
+        cache.layers.append(cache.layer_class_to_replicate())
+    for mine, theirs in zip(slots.layers, cache.layers):
+        if mine.is_initialized:
+            theirs.is_initialized = False  # begin anew: `update` then lays out and counts in its own way
+            if hasattr(theirs, "cumulative_length"):
+                theirs.cumulative_length = 0
+            theirs.update(mine.keys[:, :, :length], mine.values[:, :, :length])
+
+
+class DrafterMemory:
+    """The drafter's side of a conversation, kept on the target's cache (as ``drafter_memory``) from turn to turn.
+
+    Args:
+        slots: the drafter's cache, whose pair t belongs to entry t of the target's.
+        cache: the target's cache.
+        drafter: whose features these are.
+    """
+
+    def __init__(self, slots: SlotCache, cache, drafter):
+        self.slots, self.drafter = slots, id(drafter)
+        self.keys = cache.layers[0].keys  # a copied cache carries its memory along, another text has other keys
+        self.length = cache.get_seq_length()
+
+    @classmethod
+    def recall(cls, cache, drafter) -> tuple[SlotCache | None, int]:
+        """What is still true of ``drafter``'s side after all that was done to ``cache``: its slots, or None; how many
+        of their pairs hold."""
+        memory = getattr(cache, "drafter_memory", None)
+        if memory is None or memory.drafter != id(drafter) or not cache.layers or not cache.layers[0].is_initialized:
+            return None, 0
+        keys, length = cache.layers[0].keys, cache.get_seq_length()
+        same = keys.untyped_storage().data_ptr() == memory.keys.untyped_storage().data_ptr()
+        if not same or length > memory.length or len(keys) != len(memory.keys):
+            return None, 0
+        memory.slots.set_length(length)
+        return memory.slots, length if length == memory.length else max(0, length - 1)  # a pair knows the next token

@@ -75,9 +75,15 @@ class DraftOptions:
         """The first of ``configs`` (objects with attributes, e.g. generation configs) that says how to draft wins.
 
         A config that names any ``tree_*`` asks for a tree (what it leaves out comes from later configs, then from
-        EAGLE's protocol); one that names only ``window_size`` asks for a chain.
+        EAGLE's protocol); one that names only ``window_size`` asks for a chain. transformers' own name for it,
+        ``num_assistant_tokens``, means the same: in the first config it stands behind ``window_size``, in later ones
+        (a drafter's, which always name a ``window_size``) before it.
         """
         named = [{f.name: getattr(c, f.name, None) for f in dataclasses.fields(cls)} for c in configs]
+        for position, (values, config) in enumerate(zip(named, configs)):
+            size = asked_size(config)
+            if size is not None and (position or values["window_size"] is None):
+                values["window_size"] = size
         shared = {}
         for name in ("draft_threshold", "cuda_graphs", "compile_layers"):
             shared |= next(({name: values[name]} for values in named if values[name] is not None), {})
@@ -91,6 +97,13 @@ class DraftOptions:
             if values["window_size"] is not None:
                 return cls(window_size=values["window_size"], **shared)
         return cls(**shared)
+
+
+def asked_size(config) -> int | None:
+    """``num_assistant_tokens`` of a generation config, unless transformers filled it in with its default."""
+    size = getattr(config, "num_assistant_tokens", None)
+    filled = getattr(config, "num_assistant_tokens_schedule", None) is not None
+    return None if filled and size == config._get_default_generation_params()["num_assistant_tokens"] else size
 
 
 @dataclass

@@ -1,33 +1,30 @@
 """The decoding loop: draft a window, verify it in one target forward, keep what was accepted, repeat.
 
-``decode`` has the signature of transformers' own decoding methods and serves three entrances:
-``target.generate(..., assistant_model=drafter)`` (through :func:`register_assisted_decoding`), ``custom_generate=``
-(through :func:`generate`, no registration needed) and ``pipeline("text-generation", assistant_model=drafter)``.
+``decode`` has the signature of transformers' own decoding methods; :mod:`entrances_ppow` leads there.
 
 The output is the target's own: token for token at temperature 0, in distribution when sampling, whatever logits
 processors and stopping criteria are passed. In bfloat16 a window's forward may round differently from a one-token
 forward, so that two tokens whose logits differ by less than that rounding can change places.
 """
 
-import dataclasses
-import functools
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .cache_ppow import CACHE_NAME, SlotCache
+from .attention_ppow import without_cudnn_attention
+from .cache_ppow import CACHE_NAME, DrafterMemory, SlotCache, hand_back
+from .checks_ppow import check_call
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
 from .graphs_ppow import fast_path
+from .prompt_ppow import Prompt
+from .recording_ppow import GATE
 from .target_ppow import TargetState, check_pair
 from .transcript_ppow import Acceptance, Transcript
-from .verifier_ppow import Verifier
+from .verifier_ppow import Verifier, row_wise
 
-LOADING_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "code_revision", "proxies")
-# Every window meets another number of keys, and cuDNN's attention plans each new shape for some 40 ms.
-SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CATCH_UP = 64  # tokens of one forward when rows of a batch that ended early are brought to the others' length
 
 
 @dataclass
@@ -37,8 +34,8 @@ class PPOWGenerateOutput(GenerateDecoderOnlyOutput):
     acceptance: Acceptance | None = None
 
 
+@torch.inference_mode(False)  # what is kept from call to call must be writable in any mode
 @torch.no_grad()
-@sdpa_kernel(SDPA_BACKENDS)
 def decode(
     target,
     input_ids: torch.LongTensor,
@@ -54,11 +51,13 @@ def decode(
 
     Args:
         target: the model whose output is produced.
-        input_ids: (B, P) prompt, left-padded.
+        input_ids: (B, P) prompt, left-padded, of any integer type and on any device; the output is int64 and there.
         logits_processor, stopping_criteria, generation_config, streamer: as in transformers. ``generation_config`` may
             carry ``window_size`` or ``tree_depth``/``tree_top_k``/``tree_nodes``; else the drafter's own decides.
         assistant_model: the drafter.
         **model_kwargs: ``attention_mask``, ``position_ids``, ``use_cache`` and cache (``CACHE_NAME``) of ``generate``.
+            A cache that the caller passes is filled in place: afterwards it holds all tokens but the last, as without
+            a drafter.
 
     Returns:
         (B, length) sequences, or a :class:`PPOWGenerateOutput` with ``return_dict_in_generate``.
@@ -69,44 +68,77 @@ def decode(
     drafter, config = assistant_model, generation_config
     options = DraftOptions.resolve(config, drafter.generation_config)
     check_pair(target, drafter)
-    check_call(target, config, options, logits_processor, synced_gpus, input_ids, model_kwargs)
-    text = Transcript(input_ids, stopping_criteria, streamer, config)
-    verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(input_ids.device), text)
-
-    prompt = Prompt.prepare(input_ids, config, model_kwargs)
+    check_call(target, drafter, config, options, logits_processor, synced_gpus, model_kwargs, input_ids.shape[0])
+    prompt = Prompt.read(target, input_ids, config, model_kwargs)
+    text = Transcript(input_ids, stopping_criteria, streamer, config, together=not row_wise(logits_processor))
+    verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(prompt.ids.device), text)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
-    fast = fast_path(target, drafter, options, prompt, prompt.end + text.remaining() + 2 * options.slots)
-    if fast is None:
-        capacity = prompt.end + min(text.remaining(), 512) + options.slots
-        target_state = TargetState(target, drafter, prompt.past, input_ids.shape[0], capacity, prompt.valid)
-    else:
-        target_state = fast.target_state
-    logits, taps = target_state.prefill(
-        prompt.ids, prompt.attention_mask, prompt.position_ids, config.prefill_chunk_size
+    most = prompt.end + text.remaining() + 2 * options.slots
+    with without_cudnn_attention(), fast_path(target, drafter, options, prompt, most) as fast:
+        cache = prompt.past
+        wanted = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        states = run(target, drafter, options, prompt, text, verifier, fast, config.prefill_chunk_size, wanted)
+        if wanted:
+            cache = DynamicCache(config=target.config) if cache is None else cache
+            with GATE.shared():
+                fill_cache(cache, *states, prompt, text)
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return text.sequences()
+    steps = text.length - text.prompt_length
+    return PPOWGenerateOutput(
+        sequences=text.sequences(),
+        scores=text.stacked(text.scores, steps),
+        logits=text.stacked(text.logits, steps),
+        acceptance=text.acceptance,
+        **{CACHE_NAME: cache},
     )
-    verdict = verifier(DraftWindow.chain(prompt.ids[:, -1:]), logits[:, None])  # a window of the last token alone
-    verdict.fetch()
-    text.commit(verdict, drafted=None)
-    root = verdict.tokens[:, 0]
-    drafter_state = start_drafter(drafter, target, target_state, prompt, taps, root, fast)
+
+
+def run(
+    target, drafter, options, prompt: Prompt, text: Transcript, verifier, fast, chunk: int | None, to_the_end: bool
+) -> tuple[TargetState, DrafterState]:
+    """Draft, verify, accept and keep until the text has ended.
+
+    Args:
+        fast: the :class:`FastPath` of this call, or None.
+        chunk: prompt tokens of one forward, None for all.
+        to_the_end: keep the last window too, as a next turn needs it.
+    """
+    with GATE.shared():
+        if fast is None:
+            capacity = prompt.end + min(text.remaining(), 512) + options.slots
+            target_state = TargetState(target, drafter, prompt.past, text.batch, capacity, prompt.valid)
+        else:
+            target_state = fast.target_state
+        logits, taps = target_state.prefill(prompt.ids, prompt.attention_mask, prompt.position_ids, chunk)
+        verdict = verifier(DraftWindow.chain(prompt.ids[:, -1:]), logits[:, None])  # a window of the last token alone
+        verdict.fetch()
+        text.commit(verdict, drafted=None)
+        root = verdict.tokens[:, 0]
+        drafter_state = start_drafter(drafter, target, prompt, taps, root, fast)
 
     def cycle():
-        window = draft(drafter_state, root, options, text.remaining() - 1, verifier)
-        logits, taps = target_state.verify(window)
-        verdict = verifier(window, logits)
-        verdict.fetch()
-        return window.max_depth, verdict, taps
+        with GATE.shared():
+            window = draft(drafter_state, root, options, text.remaining() - 1, verifier)
+            logits, taps = target_state.verify(window)
+            verdict = verifier(window, logits)
+            verdict.fetch()
+            return window.max_depth, verdict, taps
 
     def keep(verdict, taps, counts):  # (B,) tokens gained; 0 for rows that have ended -> the next root
         width = verdict.path.shape[1] if drafter_state.whole_windows else int(counts.max())
         path = verdict.path[:, :width]
         positions = target_state.next_position[:, None] + torch.arange(width, device=path.device)
-        target_state.keep(path, counts, in_order=not options.is_tree)
-        taps = taps.gather(1, path[:, :, None].expand(-1, -1, taps.shape[-1]).to(taps.device))
-        drafter_state.extend(taps, verdict.tokens[:, :width], positions, counts)
+        with GATE.shared():
+            target_state.keep(path, counts, in_order=not options.is_tree)
+            taps = taps.gather(1, path[:, :, None].expand(-1, -1, taps.shape[-1]).to(taps.device))
+            drafter_state.extend(taps, verdict.tokens[:, :width], positions, counts)
         return torch.where(counts > 0, verdict.tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0], root)
 
-    can_run_ahead = drafter_state.whole_windows and verifier.prefix_free and not text.needs_every_prefix
+    can_run_ahead = drafter_state.whole_windows and verifier.prefix_free
+    can_run_ahead = can_run_ahead and not text.needs_every_prefix and not text.together
     growing, upcoming = text.growing(), None
     grow = torch.tensor(growing, device=root.device)
     while not text.finished:
@@ -119,24 +151,13 @@ def decode(
             text.commit(verdict, drafted=depth)
         else:
             counts = text.commit(verdict, drafted=depth)
-            if text.finished and not config.return_dict_in_generate:
+            if text.finished and not to_the_end:
                 break
             root = keep(verdict, taps, torch.tensor(counts, device=root.device))
         if growing != text.growing():
             growing = text.growing()
             grow = torch.tensor(growing, device=root.device)
-
-    if streamer is not None:
-        streamer.end()
-    if not config.return_dict_in_generate:
-        return text.sequences()
-    return PPOWGenerateOutput(
-        sequences=text.sequences(),
-        scores=text.stacked(text.scores),
-        logits=text.stacked(text.logits),
-        acceptance=text.acceptance,
-        **{CACHE_NAME: returned_cache(target_state, drafter_state, prompt.end + text.gained)},
-    )
+    return target_state, drafter_state
 
 
 def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:
@@ -150,93 +171,16 @@ def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: 
     return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)
 
 
-def check_call(target, config, options, processors, synced_gpus, input_ids, model_kwargs) -> None:
-    """Raise a ValueError for what this loop cannot honour, before anything is computed."""
-    if synced_gpus:
-        raise ValueError("PPOW decoding does not run under FSDP or ZeRO-3 (synced_gpus=True); gather the target first.")
-    if not model_kwargs.get("use_cache", True):
-        raise ValueError("PPOW decoding needs use_cache=True: a window is verified against cached keys.")
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(config, name):
-            raise ValueError(f"{name}=True is not available while drafting; run the target on `sequences` afterwards.")
-    if config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(
-            f"cache_implementation={config.cache_implementation!r} cannot hold windows; leave it unset with a drafter."
-        )
-    if any(type(p).__name__ == "UnbatchedClassifierFreeGuidanceLogitsProcessor" for p in processors):
-        raise ValueError("guidance_scale runs the target on its own and cannot be combined with a drafter.")
-    known = {"attention_mask", "position_ids", CACHE_NAME, "use_cache", "logits_to_keep", "inputs_tensor"}
-    known |= {"tokenizer", "assistant_tokenizer", "cache_position", "return_dict"}
-    unknown = [key for key, value in model_kwargs.items() if key not in known and value is not None]
-    if unknown or input_ids.shape[1] == 0:
-        raise ValueError(
-            f"A drafter needs a prompt of at least one token id in input_ids, and only ids and their mask; "
-            f"got input_ids {tuple(input_ids.shape)} and {unknown or 'nothing else'}."
-        )
-    mask = model_kwargs.get("attention_mask")
-    attention = target.config._attn_implementation or "eager"
-    if "flash" in attention and (options.is_tree or input_ids.shape[0] > 1 or mask is not None):
-        raise ValueError(
-            f"attn_implementation={attention!r} takes no window masks: it serves chains at batch size 1 without "
-            'padding. Load the target with attn_implementation="sdpa" for trees, batches and padded prompts.'
-        )
-
-
-@dataclass
-class Prompt:
-    """What the target still has to read.
-
-    Attributes:
-        ids: (B, n) new tokens; the ``start`` tokens before them are in ``past``.
-        attention_mask: (B, start + n) or None when nothing is padded.
-        position_ids: (B, n).
-        valid: the mask as bool, or None.
-    """
-
-    ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor
-    past: object | None
-    start: int
-    valid: torch.Tensor | None
-
-    @property
-    def end(self) -> int:
-        return self.start + self.ids.shape[1]
-
-    @classmethod
-    def prepare(cls, input_ids, config, model_kwargs) -> "Prompt":
-        """Split off what a passed cache already holds; ids may be the whole conversation or only its new part."""
-        past, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
-        start = 0 if past is None else int(past.get_seq_length())
-        covered = mask.shape[1] if mask is not None else getattr(config, "_mask_length", input_ids.shape[1])
-        ids = input_ids[:, start:] if covered == input_ids.shape[1] else input_ids
-        if ids.shape[1] == 0:
-            raise ValueError(
-                f"{CACHE_NAME} already holds {start} tokens, the prompt has {input_ids.shape[1]}: nothing is left "
-                "to continue from. Pass a longer prompt, or crop the cache by one token."
-            )
-        positions = model_kwargs.get("position_ids")
-        if positions is None or positions.shape[-1] < ids.shape[1]:
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        positions = positions[:, -ids.shape[1] :].expand(ids.shape[0], -1)
-        return cls(ids, mask, positions, past, start, None if mask is None else mask.bool())
-
-
-def start_drafter(drafter, target, state: TargetState, prompt: Prompt, taps, root, fast) -> DrafterState:
+def start_drafter(drafter, target, prompt: Prompt, taps, root, fast) -> DrafterState:
     """The drafter's state after the prompt: pairs (taps of x_t, x_{t+1}) for every prompt token the target read."""
-    batch, device = root.shape[0], root.device
-    cache, valid = state.cache.drafter_cache, prompt.valid
-    start = prompt.start
-    fits = cache is not None and len(cache.layers) == len(drafter.layers) and cache.get_seq_length() >= start
-    if not fits:
-        cache = SlotCache(len(drafter.layers), prompt.end + 64)
-        if start:  # a cache we know no taps for: drafting starts without that part of the text
-            seen = torch.ones(batch, prompt.end, dtype=torch.bool, device=device) if valid is None else valid.clone()
-            seen[:, :start] = False
-            valid = seen
-    lengths = torch.full((batch,), start, dtype=torch.long, device=device)
+    batch, device, start, valid = root.shape[0], root.device, prompt.start, prompt.valid
     if fast is None:
+        cache, known = DrafterMemory.recall(prompt.past, drafter)
+        cache = SlotCache(len(drafter.layers), prompt.end + 64) if cache is None else cache
+        if known < start:  # of these tokens we have no taps: drafting does without
+            valid = torch.ones(batch, prompt.end, dtype=torch.bool, device=device) if valid is None else valid
+            valid[:, known:start] = False
+        lengths = torch.full((batch,), start, dtype=torch.long, device=device)
         drafter_state = DrafterState(drafter, drafter.embedding_for(target), cache, lengths, valid)
     else:
         drafter_state = fast.drafter_state
@@ -252,81 +196,35 @@ def start_drafter(drafter, target, state: TargetState, prompt: Prompt, taps, roo
     return drafter_state
 
 
-def returned_cache(target_state: TargetState, drafter_state: DrafterState, length: int) -> SlotCache | None:
-    """The cache for a next turn, holding all tokens but the last; None for batches, whose rows end at odd lengths."""
-    if target_state.lengths.shape[0] > 1:
-        return None
-    caches = []
-    for state in (target_state, drafter_state):
-        cache = state.cache.copy(length) if drafter_state.whole_windows else state.cache  # graphs own their buffers
-        cache.set_length(length)
-        caches.append(cache)
-    caches[0].drafter_cache = caches[1]
-    return caches[0]
+def fill_cache(cache, target_state: TargetState, drafter_state: DrafterState, prompt: Prompt, text: Transcript) -> None:
+    """Let ``cache`` hold every token but the last, as without a drafter; the drafter's side of it comes along.
 
-
-# -- entrances ---------------------------------------------------------------------------------------------------------
-
-
-def register_assisted_decoding() -> None:
-    """Let ``generate(assistant_model=...)`` hand over to assistants that bring their own decoding method.
-
-    ``generate`` finds its decoding method on the class, so one is wrapped on ``GenerationMixin``, once per process
-    however many copies of this module are loaded (installed package, remote code). Assistants without the method
-    ``assisted_decoding`` are untouched.
+    Rows of a batch that ended early hold their padding too, as transformers leaves it there.
     """
-    original = GenerationMixin._assisted_decoding
-    if getattr(original, "dispatches_to_assistant", False):
-        return
-
-    @functools.wraps(original)
-    def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
-        own = getattr(type(assistant_model), "assisted_decoding", None)
-        if own is not None:
-            return own(assistant_model, self, input_ids, *args, **kwargs)
-        return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
-
-    _assisted_decoding.dispatches_to_assistant = True
-    GenerationMixin._assisted_decoding = _assisted_decoding
-
-
-def generate(model, assistant_model=None, streamer=None, **kwargs):
-    """Entrance for ``model.generate(..., custom_generate=<drafter repository>, assistant_model=drafter)``.
-
-    Takes every argument of ``generate`` and, besides, every field of :class:`DraftOptions`.
-
-    Raises:
-        ValueError: without an assistant, or with one that is not a PPOW drafter.
-    """
-    if assistant_model is None or not hasattr(assistant_model, "draft_columns"):
-        raise ValueError(
-            f"custom_generate needs assistant_model=<PPOW drafter>, got {type(assistant_model).__name__}. Load it with "
-            "AutoModel.from_pretrained(<drafter repository>, trust_remote_code=True)."
-        )
-    for name in LOADING_OPTIONS:  # transformers hands on what it loaded this module with
-        kwargs.pop(name, None)
-    names = [field.name for field in dataclasses.fields(DraftOptions)]
-    chosen = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
-
-    def loop(target, input_ids, generation_config=None, **loop_kwargs):
-        for name, value in chosen.items():
-            setattr(generation_config, name, value)
-        return decode(
-            target,
-            input_ids,
-            generation_config=generation_config,
-            assistant_model=assistant_model,
-            streamer=streamer,
-            **loop_kwargs,
-        )
-
-    # a callable entrance loses the tokenizer, so stop strings become a criterion here
-    tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
-    stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings needs the tokenizer: pass tokenizer=... to generate.")
-        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-        kwargs["stopping_criteria"] = criteria
-    return type(model).generate(model, streamer=streamer, custom_generate=loop, **kwargs)
+    drafter, target = drafter_state.drafter, target_state.target
+    slots, memory = target_state.cache, drafter_state.cache
+    behind = prompt.end - text.prompt_length - 1  # entries held, less tokens in the text
+    length, held = text.length + behind, [min(n, text.length) + behind for n in text.lengths]
+    if min(held) < length:
+        ids = text.sequences().to(prompt.ids.device)
+        lengths = torch.tensor(held, device=ids.device)
+        surplus = target_state.lengths - lengths  # of rows that ran ahead
+        slots, memory = slots.copy(length), memory.copy(length)
+        state = TargetState(target, drafter, slots, text.batch, length, prompt.valid)
+        state.lengths, state.next_position = lengths, target_state.next_position - surplus
+        valid = prompt.valid if drafter_state.valid is None else drafter_state.valid
+        mine = DrafterState(drafter, drafter_state.embed, memory, lengths, valid)
+        while int(state.lengths.min()) < length:
+            counts = (length - state.lengths).clamp(max=CATCH_UP)
+            steps = torch.arange(int(counts.max()), device=ids.device)
+            at = (state.lengths - behind)[:, None] + steps - 1
+            window = DraftWindow.chain(ids.gather(1, at.clamp(max=text.length - 1)))
+            _, taps = state.verify(window)
+            positions = state.next_position[:, None] + steps
+            state.keep(window.depth, counts, in_order=True)
+            mine.extend(taps, ids.gather(1, (at + 1).clamp(max=text.length - 1)), positions, counts)
+    hand_back(slots, cache, length)
+    if drafter_state.whole_windows and memory is drafter_state.cache:
+        memory = memory.copy(length)  # graphs own their buffers
+    memory.set_length(length)
+    cache.drafter_memory = DrafterMemory(memory, cache, drafter)

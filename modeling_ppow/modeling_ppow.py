@@ -14,6 +14,7 @@ window's own steps), so the layers take an ``attend`` callable and stay free of 
 Not included: dropout, gradient checkpointing, tied heads. Architecture: EAGLE-3 (arXiv 2503.01840).
 """
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,23 +25,24 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import ModelOutput
 
 from .attention_ppow import attend_window
 from .cache_ppow import SlotCache
 from .configuration_ppow import PPOWConfig
-from .drafting_ppow import DEFAULT_WINDOW_SIZE
+from .drafting_ppow import DEFAULT_WINDOW_SIZE, DraftOptions
+from .entrances_ppow import register_assisted_decoding
 from .formats_ppow import import_checkpoint, is_foreign
-from .generation_ppow import decode, register_assisted_decoding
+from .generation_ppow import decode
 from .masks_ppow import additive_mask
 from .weights_ppow import HUB_OPTIONS
 
 CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
-from .generation_ppow import generate  # noqa: F401
+from .entrances_ppow import generate  # noqa: F401
 """
 
+AUTO_CLASSES = "AutoModel", "AutoModelForCausalLM"
 MANY_SCORES = 1 << 20  # queries times keys
 
 # (layer index, queries (B, A, N, d), keys (B, K, N, d), values (B, K, N, d)) -> attended (B, A, N, d)
@@ -175,6 +177,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
     input_modalities = ("text",)
     _no_split_modules = ["PPOWDecoderLayer"]
     _supports_sdpa = True
+    draft_options = tuple(field.name for field in dataclasses.fields(DraftOptions))  # what custom_generate= also takes
 
     def __init__(self, config: PPOWConfig):
         super().__init__(config)
@@ -371,10 +374,13 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         if is_main_process:
             folder = Path(save_directory) / "custom_generate"
             folder.mkdir(parents=True, exist_ok=True)
-            loop = Path(sys.modules[decode.__module__].__file__)
-            for file in (loop, *map(Path, get_relative_import_files(str(loop)))):
-                shutil.copyfile(file, folder / file.name)
+            entrances = Path(sys.modules[register_assisted_decoding.__module__].__file__)
+            shutil.copyfile(entrances, folder / entrances.name)
             (folder / "generate.py").write_text(CUSTOM_GENERATE)
+        kind = type(self)
+        place = f"{kind.__module__.rsplit('.', 1)[-1]}.{kind.__name__}"
+        # assistants are loaded by either class, and transformers would write one of them only
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **dict.fromkeys(AUTO_CLASSES, place)}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

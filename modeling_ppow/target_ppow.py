@@ -10,6 +10,7 @@ from .attention_ppow import pack_window
 from .cache_ppow import CACHE_NAME, SlotCache, as_slot_cache
 from .drafting_ppow import DraftWindow
 from .masks_ppow import additive_mask, window_allowed
+from .prompt_ppow import device_of
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -35,7 +36,7 @@ def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Te
     layers, thread, states = decoder_layers(target), threading.get_ident(), {}
 
     def catch(tap):
-        def hook(layer, args, kwargs):
+        def hook(layer, args, kwargs=None):  # torch forgets the keywords while another thread removes its hooks
             if threading.get_ident() == thread:  # others may be running the same target
                 states[tap] = args[0] if args else kwargs["hidden_states"]
 
@@ -152,7 +153,7 @@ class TargetState:
         self.valid = valid
         self.window_masks = WindowMasks(target)
         self.uses_flash = "flash" in (target.config._attn_implementation or "")
-        self.lengths = torch.full((batch,), self.cache.get_seq_length(), dtype=torch.long, device=target.device)
+        self.lengths = torch.full((batch,), self.cache.get_seq_length(), dtype=torch.long, device=device_of(target))
         self.next_position: torch.Tensor | None = None
 
     def prefill(self, input_ids, attention_mask, position_ids, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:

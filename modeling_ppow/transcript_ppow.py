@@ -1,9 +1,14 @@
 """What a generation has produced so far: tokens, stopping, streaming, scores, and the acceptance figures."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
 
 
 @dataclass
@@ -12,13 +17,13 @@ class Acceptance:
 
     Attributes:
         drafted: drafted[b][i], longest way through window i of row b (K for a chain).
-        accepted: accepted[b][i], drafted tokens the verification accepted (bonus not counted).
+        accepted: accepted[b][i], drafted tokens of window i that stand in the text (bonus not counted).
         gained: gained[b][i], tokens it added to the text: accepted + 1, less where a stop cut the window.
     """
 
-    drafted: list[list[int]] = field(default_factory=list)
-    accepted: list[list[int]] = field(default_factory=list)
-    gained: list[list[int]] = field(default_factory=list)
+    drafted: list[list[int]]
+    accepted: list[list[int]]
+    gained: list[list[int]]
 
     @property
     def verifications(self) -> int:
@@ -26,15 +31,22 @@ class Acceptance:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens gained per verification, bonus included, pooled over rows; NaN before the first."""
+        """Mean tokens gained per verification, bonus included, pooled over rows; NaN before the first.
+
+        Tokens behind the end of the text do not count, so the last window of a text pulls the mean down a little.
+        """
         return sum(map(sum, self.gained)) / self.verifications if self.verifications else float("nan")
 
     def per_position(self) -> list[float]:
-        """Entry j: among windows at least j + 1 deep whose first j tokens were accepted, how often token j + 1 was."""
-        pairs = [pair for rows in zip(self.drafted, self.accepted) for pair in zip(*rows)]
+        """Entry j: of the windows that were tried at position j + 1, the share in which its draft was accepted.
+
+        A window is tried there when it is that deep, its first j drafts were accepted, and the text still held the
+        place: what a stop cut off was neither accepted nor rejected.
+        """
+        windows = [window for rows in zip(self.drafted, self.accepted, self.gained) for window in zip(*rows)]
         rates = []
-        for j in range(max((drafted for drafted, _ in pairs), default=0)):
-            tried = [accepted for drafted, accepted in pairs if drafted > j and accepted >= j]
+        for j in range(max((drafted for drafted, _, _ in windows), default=0)):
+            tried = [accepted for drafted, accepted, gained in windows if drafted > j and accepted >= j and gained > j]
             if not tried:
                 break
             rates.append(sum(accepted > j for accepted in tried) / len(tried))
@@ -47,9 +59,11 @@ class Transcript:
     Args:
         input_ids: (B, P) prompt as ``generate`` hands it on (left padding included).
         stopping_criteria, streamer, generation_config: as in transformers.
+        together: whether the rows must gain their tokens side by side because a logits processor looks at all of
+            them. Criteria that are not transformers' own and streamers ask for the same.
     """
 
-    def __init__(self, input_ids, stopping_criteria, streamer, generation_config):
+    def __init__(self, input_ids, stopping_criteria, streamer, generation_config, together: bool = False):
         self.batch, self.prompt_length = input_ids.shape
         self.criteria, self.streamer = stopping_criteria, streamer
         pad = generation_config._pad_token_tensor
@@ -58,7 +72,8 @@ class Transcript:
         self.scores = [[] for _ in range(self.batch)] if collect and generation_config.output_scores else None
         self.logits = [[] for _ in range(self.batch)] if collect and generation_config.output_logits else None
         self.acceptance = Acceptance(*([[] for _ in range(self.batch)] for _ in range(3)))
-        self.device, self.ids = input_ids.device, input_ids.cpu()  # written token by token, so kept by the host
+        self.device = input_ids.device
+        self.ids = input_ids.to("cpu", torch.long)  # written token by token, so kept by the host
         self.lengths = [self.prompt_length] * self.batch
         self.ended_at: list[int | None] = [None] * self.batch  # length at which a criterion stopped the row
         self.max_length = stopping_criteria.max_length
@@ -67,8 +82,10 @@ class Transcript:
         # With an EOS token transformers pads a stopped row; without one it lets the row run on until all have stopped.
         self.ends_alone = bool(self.eos_ids) or self.batch == 1
         self.max_times = [c for c in stopping_criteria if isinstance(c, MaxTimeCriteria)]
-        known = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
-        self.needs_every_prefix = any(type(c) not in known for c in stopping_criteria)
+        quick = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+        self.needs_every_prefix = any(type(c) not in quick for c in stopping_criteria)
+        foreign = any(type(c) not in (*quick, StopStringCriteria) for c in stopping_criteria)
+        self.together = self.batch > 1 and (together or foreign or streamer is not None)
 
     def remaining(self) -> int:
         """Tokens that the row with the most room may still get; a large number without a length limit."""
@@ -80,10 +97,10 @@ class Transcript:
         """:meth:`active` of every row."""
         return [self.active(row) for row in range(self.batch)]
 
-    @property
-    def gained(self) -> int:
-        """Tokens of the first row behind its prompt, less the newest, which no cache holds yet."""
-        return self.lengths[0] - self.prompt_length - 1
+    def groups(self) -> list[list[int]]:
+        """The rows that still grow; those that gain their tokens side by side form one group."""
+        rows = [row for row in range(self.batch) if self.active(row)]
+        return [rows] if self.together and rows else [[row] for row in rows]
 
     @property
     def horizon(self) -> int | None:
@@ -103,65 +120,85 @@ class Transcript:
     def finished(self) -> bool:
         return not any(self.active(row) for row in range(self.batch))
 
-    def prefix(self, row: int, extra: list[int]) -> torch.Tensor:
-        """(B, n) ids as a logits processor expects them for ``row`` plus ``extra`` tokens: the row itself is exact,
-        the others are cut or padded to its length."""
-        length = self.lengths[row]
-        ids = self.ids[:, :length]
-        if extra:
-            tail = torch.tensor(extra, dtype=ids.dtype, device=ids.device).expand(self.batch, -1)
-            ids = torch.cat((ids, tail), 1)
-        return ids.to(self.device)
+    def prefix(self, rows: list[int]) -> torch.Tensor:
+        """(B, n) ids as a logits processor expects them for ``rows``, which stand at one length n.
+
+        They are exact for these rows and for rows that have ended (which are padded); rows that are elsewhere are cut
+        or padded.
+        """
+        return self.ids[:, : self.lengths[rows[0]]].to(self.device)
 
     def commit(self, verdict, drafted: int | None) -> list[int]:
-        """Append what a verification yielded to every row that still grows.
+        """Append what a verification yielded to every row that still grows, unless the verifier has done so.
 
         Args:
             verdict: a fetched :class:`Verdict`.
             drafted: depth of the window, or None for the prompt's own token, which is no verification.
 
         Returns:
-            Tokens appended per row: accepted + 1, less where a stop cut the window, 0 for ended rows.
+            Tokens appended per row: accepted + 1, less where a stop cut the window or where rows that go side by side
+            had to wait for another, 0 for ended rows.
         """
         accepted, tokens = verdict.fetched()
-        counts = [0] * self.batch
-        for row in [row for row in range(self.batch) if self.active(row)]:
-            counts[row] = self._append(row, tokens[row][: accepted[row] + 1], verdict)
-            if drafted is not None:
+        counts = verdict.appended
+        if counts is None:
+            before = list(self.lengths)
+            for rows in self.groups():
+                count = 1 + min(accepted[row] for row in rows)
+                scores, logits = ([v and v[row] for row in rows] for v in (verdict.scores, verdict.logits))
+                self.extend(rows, [tokens[row][:count] for row in rows], scores, logits)
+            counts = [length - start for length, start in zip(self.lengths, before)]
+        if drafted is not None:
+            for row in [row for row in range(self.batch) if counts[row]]:
                 self.acceptance.drafted[row].append(drafted)
-                self.acceptance.accepted[row].append(accepted[row])
+                self.acceptance.accepted[row].append(min(accepted[row], counts[row]))
                 self.acceptance.gained[row].append(counts[row])
         return counts
 
-    def _append(self, row: int, tokens: list[int], verdict) -> int:
-        """Append tokens to a row until something stops it; -> how many were appended."""
-        start = self.lengths[row]
-        if self.max_length is not None:
-            tokens = tokens[: self.max_length - start]
-        count = len(tokens)
-        self._reserve(start + count)
-        self.ids[row, start : start + count] = torch.tensor(tokens, dtype=torch.long)
-        for i, token in enumerate(tokens):
-            if self.scores is not None:
-                self.scores[row].append(verdict.scores[row][i])
-            if self.logits is not None:
-                self.logits[row].append(verdict.logits[row][i])
-            if self.ended_at[row] is None and self._stops(row, start + i + 1, token):
-                self.ended_at[row] = start + i + 1
-                if self.ends_alone:
-                    count = i + 1
-                    break
-        self.lengths[row] = start + count
-        if self.streamer is not None:
-            self.streamer.put(self.ids[row, start : start + count])
-        return count
+    def extend(self, rows: list[int], tokens: list[list[int]], scores, logits) -> None:
+        """Append tokens to ``rows``, one after the other, until something stops them.
 
-    def _stops(self, row: int, length: int, token: int) -> bool:
+        Args:
+            rows: a group of :meth:`groups`; they stand at one length.
+            tokens: for each of them equally many tokens.
+            scores, logits: for each of them what is to be collected, (V,) per token; not looked at when it is not.
+        """
+        start, count = self.lengths[rows[0]], len(tokens[0])
+        self._reserve(start + count)
+        for row, new in zip(rows, tokens):
+            self.ids[row, start : start + count] = torch.tensor(new)
+        for i in range(count):
+            now = [(k, row) for k, row in enumerate(rows) if self.active(row)]
+            if not now:
+                break
+            for k, row in now:
+                self.lengths[row] = start + i + 1
+                if self.scores is not None:
+                    self.scores[row].append(scores[k][i])
+                if self.logits is not None:
+                    self.logits[row].append(logits[k][i])
+            if self.streamer is not None:
+                self.streamer.put(self.ids[:, start + i].clone())
+            for row in self._stopped([row for _, row in now]):
+                self.ended_at[row] = self.ended_at[row] or start + i + 1
+            for row in rows:
+                if not self.active(row):  # nothing of what follows its end may be seen
+                    self.ids[row, self.lengths[row] : start + count] = self.pad or 0
+
+    def _stopped(self, rows: list[int]) -> list[int]:
+        """Those of ``rows`` that a criterion stops at their newest token."""
+        length = self.lengths[rows[0]]
         if self.needs_every_prefix:
-            scores = None if self.scores is None else tuple(s[None] for s in self.scores[row])
-            return bool(self.criteria(self.ids[row : row + 1, :length].to(self.device), scores).all())
-        at_end = self.max_length is not None and length >= self.max_length
-        return at_end or token in self.eos_ids or any(c(self.ids[row : row + 1], None).all() for c in self.max_times)
+            if self.together:
+                done = self.criteria(self.prefix(rows), self.stacked(self.scores, length - self.prompt_length))
+                return [row for row in rows if done[row]]
+            scores = None if self.scores is None else tuple(s[None] for s in self.scores[rows[0]])
+            return rows if bool(self.criteria(self.prefix(rows)[rows], scores).all()) else []
+        if self.max_length is not None and length >= self.max_length:
+            return rows
+        if any(bool(c(self.ids, None).all()) for c in self.max_times):
+            return rows
+        return [row for row in rows if int(self.ids[row, length - 1]) in self.eos_ids]
 
     def _reserve(self, needed: int) -> None:
         if needed > self.ids.shape[1]:
@@ -169,17 +206,21 @@ class Transcript:
             grown[:, : self.ids.shape[1]] = self.ids
             self.ids = grown
 
+    @property
+    def length(self) -> int:
+        """Columns of :meth:`sequences`."""
+        return max(self.lengths) if self.ends_alone else self.horizon
+
     def sequences(self) -> torch.Tensor:
         """(B, longest) prompt and output, padded on the right behind rows that ended early."""
-        longest = max(self.lengths) if self.ends_alone else self.horizon
-        ids = self.ids[:, :longest].clone()
+        ids = self.ids[:, : self.length].clone()
         for row, length in enumerate(self.lengths):
-            if length < longest:
+            if length < self.length:
                 ids[row, length:] = self.pad
         return ids.to(self.device)
 
-    def stacked(self, rows: list[list[torch.Tensor]] | None) -> tuple[torch.Tensor, ...] | None:
-        """Per-token scores of all rows -> one (B, V) tensor per new token.
+    def stacked(self, rows: list[list[torch.Tensor]] | None, steps: int) -> tuple[torch.Tensor, ...] | None:
+        """The scores of the first ``steps`` new tokens of all rows -> one (B, V) tensor per new token.
 
         Behind the end of a row the padding token is certain: score 0, every other token -inf.
         """
@@ -188,5 +229,5 @@ class Transcript:
         padding = torch.full_like(rows[0][0], -torch.inf)
         if self.pad is not None:
             padding[self.pad] = 0.0
-        steps = self.sequences().shape[1] - self.prompt_length
-        return tuple(torch.stack([row[i] if i < len(row) else padding for row in rows]) for i in range(steps))
+        steps = (torch.stack([row[i] if i < len(row) else padding for row in rows]) for i in range(steps))
+        return tuple(step.to(self.device) for step in steps)

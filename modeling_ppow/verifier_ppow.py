@@ -1,8 +1,10 @@
 """Applies the acceptance rules to a window's logits, with whatever logits processors the user passed.
 
 Processors that ignore the text so far (temperature, top-k, top-p, ...) run on all nodes at once. Any other processor
-is called exactly as transformers would call it: once per produced token, in order, with that token's true prefix. So
-repetition penalties, grammars and stateful processors see no drafted token that was not accepted.
+is called exactly as transformers would call it: once per produced token, in order, with that token's true prefix, and
+never behind the end of the text. So repetition penalties, grammars and stateful processors see no drafted token that
+was not accepted. In a batch, processors that are not transformers' own see all rows side by side, as they would
+without a drafter: a window then counts for all rows as far as it does for each.
 """
 
 from dataclasses import dataclass
@@ -25,6 +27,21 @@ _PREFIX_FREE = {
     "LogitNormalization",
     "InfNanRemoveLogitsProcessor",
 }
+# Those that look at each row on its own and remember nothing, so that rows may gain their tokens at different speeds.
+_ROW_WISE = {
+    "RepetitionPenaltyLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+}
 # Those that work on the draft vocabulary too, so that drafts are drawn from nearly what the target draws from.
 _DRAFT_WARPERS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"}
 
@@ -38,6 +55,7 @@ class Verdict:
         path: (B, M) window nodes accepted, root first; entries beyond ``accepted`` are meaningless.
         tokens: (B, M) new tokens; entry i follows path node i, the first ``accepted + 1`` count.
         scores, logits: per row the processed / raw scores (V,) behind each new token, when they are collected.
+        appended: tokens that the verifier itself has appended to each row of the text; None: that is still to be done.
     """
 
     accepted: torch.Tensor
@@ -45,6 +63,7 @@ class Verdict:
     tokens: torch.Tensor
     scores: list[list[torch.Tensor]] | None = None
     logits: list[list[torch.Tensor]] | None = None
+    appended: list[int] | None = None
     _table: torch.Tensor | None = None  # (B, 1 + M) accepted and tokens, on their way to the host
     _arrived: torch.cuda.Event | None = None
 
@@ -102,7 +121,8 @@ class Verifier:
     def _all_at_once(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
         scores = raw
         if self.processors:
-            scores = self.processors(None, raw.flatten(0, 1).clone()).view_as(raw)
+            scores = self.processors(None, raw.flatten(0, 1).to(self.text.device, copy=True))
+            scores = scores.to(raw.device).view_as(raw)
         if window.draft_probs is not None:
             accepted, path, following = reject(window, scores.softmax(-1), self.columns)
         else:
@@ -117,44 +137,54 @@ class Verifier:
         return None if wanted is None else [list(row[nodes]) for row, nodes in zip(values, path)]
 
     def _along_the_path(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
-        rows = [self._walk(window, raw, row) for row in range(raw.shape[0]) if self.text.active(row)]
-        rows = iter(rows)
-        idle = ([0], [0], [])
-        paths, tokens, scores = zip(*(next(rows) if self.text.active(r) else idle for r in range(raw.shape[0])))
-        width = max(map(len, paths))
-        device = raw.device
+        """Token by token; each is appended to the text at once, so that no processor is asked behind an end."""
+        text, before = self.text, list(self.text.lengths)
+        paths = [[0] for _ in range(raw.shape[0])]
+        for rows in text.groups():
+            self._walk(window, raw, rows, paths)
+        appended = [length - start for length, start in zip(text.lengths, before)]
+        tokens = [text.ids[row, start : text.lengths[row]].tolist() for row, start in enumerate(before)]
 
-        def padded(lists):
-            return torch.tensor([values + [0] * (width - len(values)) for values in lists], device=device)
+        def table(lists):  # of one width, so that the fast path needs one graph
+            return torch.tensor([values + [0] * (window.max_depth + 1 - len(values)) for values in lists])
 
-        return Verdict(
-            torch.tensor([len(path) - 1 for path in paths], device=device),
-            padded(paths),
-            padded(tokens),
-            None if self.text.scores is None else list(scores),
-            None if self.text.logits is None else [list(raw[r, path]) for r, path in enumerate(paths)],
-        )
+        accepted = torch.tensor([len(path) - 1 for path in paths])
+        on_device = (tensor.to(raw.device) for tensor in (accepted, table(paths), table(tokens)))
+        return Verdict(*on_device, appended=appended)
 
-    def _walk(self, window: DraftWindow, raw: torch.Tensor, row: int):
-        """Follow one row from the root: -> path nodes, new tokens, processed scores (one per new token)."""
-        drafted, parents = window.tokens[row].tolist(), window.parents[row].tolist()
-        children = {(parents[node], drafted[node]): node for node in range(1, len(drafted))}
-        path, tokens, collected = [0], [], []
-        while True:
-            node = path[-1]
-            scores = self._process(row, tokens, raw[row, node])
-            collected.append(scores)
-            if window.draft_probs is not None and node + 1 < len(drafted):
-                token = self._coin(window, scores.softmax(-1), row, node)
-            elif self.do_sample:
-                token = int(sample(scores.softmax(-1)))
-            else:
-                token = int(scores.argmax(-1))
-            tokens.append(token)
-            child = children.get((node, token))
-            if child is None:
-                return path, tokens, collected
-            path.append(child)
+    def _walk(self, window: DraftWindow, raw: torch.Tensor, rows: list[int], paths: list[list[int]]) -> None:
+        """Follow ``rows`` from the root as long as each of them finds its token in the window; extends their paths."""
+        drafted, parents = window.tokens.tolist(), window.parents.tolist()
+        children = {
+            row: {(parents[row][node], drafted[row][node]): node for node in range(1, len(drafted[row]))}
+            for row in rows
+        }
+        going = rows
+        while going:
+            nodes = [paths[row][-1] for row in going]
+            own = raw[going, nodes]
+            scores = self._process(going, raw, own)
+            tokens = self._choose(window, scores, going, nodes)
+            self.text.extend(going, [[token] for token in tokens], scores[:, None], own[:, None])
+            found = {row: children[row].get((paths[row][-1], token)) for row, token in zip(going, tokens)}
+            for row in going:
+                paths[row] += [] if found[row] is None else [found[row]]
+            going = [row for row in going if self.text.active(row)]
+            if any(found[row] is None for row in going):
+                break
+
+    def _choose(self, window: DraftWindow, scores: torch.Tensor, rows: list[int], nodes: list[int]) -> list[int]:
+        """The next token of each of ``rows`` from its scores (R, V)."""
+        if not self.do_sample:
+            return scores.argmax(-1).tolist()
+        probs = scores.softmax(-1)
+        if window.draft_probs is None:
+            return sample(probs).tolist()
+        last = window.tokens.shape[1] - 1  # nothing was drafted behind it
+        return [
+            self._coin(window, own, row, node) if node < last else int(sample(own))
+            for own, row, node in zip(probs, rows, nodes)
+        ]
 
     def _coin(self, window: DraftWindow, probs: torch.Tensor, row: int, node: int) -> int:
         """One step of rejection sampling after ``node``: the drafted token, or one drawn from what is left of p - q.
@@ -170,13 +200,19 @@ class Verifier:
         rejected = torch.ones(1, dtype=torch.bool, device=probs.device)
         return int(sample(residual(probs[None], spread[None], rejected)))
 
-    def _process(self, row: int, extra: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Processed scores (V,) of the token after ``row``'s text and ``extra``.
+    def _process(self, rows: list[int], raw: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Processed scores (R, V) of the tokens behind ``rows`` of the text, from their logits ``own`` (R, V).
 
-        Processors may look up the batch index, so all rows are passed and only this one's result is used.
+        Processors may look up the batch index, so all B rows are passed and the others' results are not used.
         """
-        ids = self.text.prefix(row, extra)
-        return self.processors(ids, logits.expand(self.text.batch, -1).clone())[row]
+        scores = raw[:, 0].clone()
+        scores[rows] = own
+        return self.processors(self.text.prefix(rows), scores.to(self.text.device))[rows].to(raw.device)
+
+
+def row_wise(processors) -> bool:
+    """Whether every one of ``processors`` treats a row the same whatever the other rows are."""
+    return all(_is_stock(processor, _PREFIX_FREE | _ROW_WISE) for processor in processors)
 
 
 def _is_stock(processor, names: set[str]) -> bool:

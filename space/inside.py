@@ -77,7 +77,7 @@ class Text:
         """The window that starts behind the current root."""
         root, following = self.ids[:, self.start], self.ids[0, self.start + 1 :].tolist()
         kept = following[: min(accepted, gained)]
-        broke = accepted < drafted
+        broke = accepted < min(drafted, gained)  # what a stop cut off did not break
         steps, nodes, parents = [], root.tolist(), [0]
         if drafted:
             chain = self.state.chain(root, drafted, self._follow(kept, steps))

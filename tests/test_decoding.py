@@ -29,7 +29,7 @@ from decoding_helpers import (
 )
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.drafting_ppow import DrafterState, DraftOptions
-from ppow.generation_ppow import generate
+from ppow.entrances_ppow import generate
 
 # -- what users of generate rely on ------------------------------------------------------------------------------------
 
@@ -333,7 +333,8 @@ def test_a_drafter_of_another_vocabulary():
     with pytest.raises(ValueError, match="different tokenizers"):  # transformers looks first
         generate_with(target, drafter, PROMPT, config={"max_new_tokens": 5})
     with pytest.raises(ValueError, match="vocabulary 50 in the drafter, 48 in the target"):
-        generate(target, assistant_model=drafter, inputs=PROMPT, max_new_tokens=5)
+        tokenizers = {"tokenizer": object(), "assistant_tokenizer": object()}  # as it asks for
+        generate(target, assistant_model=drafter, inputs=PROMPT, max_new_tokens=5, **tokenizers)
 
 
 def test_a_recorded_target_id_must_match():

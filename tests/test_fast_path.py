@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decoding_helpers import MODES, generate_with, prompt_batches, trained_pair
-from ppow import graphs_ppow
+from ppow import graphs_ppow, recording_ppow
 from ppow.attention_ppow import attend_window, pack_window
 from ppow.masks_ppow import ancestors_of, window_allowed
 
@@ -126,7 +126,7 @@ def test_projections_of_one_input_are_one_product_and_the_weights_stay_the_model
     expected = target.generate(ids, max_new_tokens=12, do_sample=False)
     config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True}
     torch.testing.assert_close(generate_with(target, drafter, ids, config=config).sequences, expected)
-    products = drafter._fast_path.target_state.recording.products
+    products = drafter._fast_path.target_state.twin.products
     assert len(products) == 2 * target.config.num_hidden_layers
     assert all(product.result is None for product in products)
     attention = target.model.layers[0].self_attn
@@ -143,7 +143,7 @@ def test_modules_that_are_not_plain_stay_as_they_are():
 
     layer = torch.nn.ModuleDict({name: torch.nn.Linear(4, 3) for name in ("q_proj", "k_proj", "gate_proj")})
     layer["v_proj"], layer["up_proj"] = Adapted(4, 3), torch.nn.Linear(4, 3, bias=False)
-    assert graphs_ppow.Product.find([layer]) == []
+    assert recording_ppow.Product.find([layer]) == []
 
 
 def test_dynamo_compiles_a_kind_of_layer_once_per_shape_of_window(anywhere, monkeypatch):

@@ -205,7 +205,9 @@ def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
         "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
         "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
         "loops": len(samples) - len(straight),
-        "per_position": Acceptance([s.drafted for s in samples], [s.accepted for s in samples]).per_position(),
+        "per_position": Acceptance(
+            [s.drafted for s in samples], [s.accepted for s in samples], [s.gained for s in samples]
+        ).per_position(),
         "tokens_per_second": rate(samples, "tokens", "seconds"),
         "plain_tokens_per_second": rate(samples, "plain_tokens", "plain_seconds"),
         "speedup": speedup(samples),

@@ -148,10 +148,9 @@ def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]])
 def local_writer(config: RegenerateConfig):
     """-> batch size, and a function that answers a batch of chats, from a seed, with the target."""
     import torch
-    from torch.nn.attention import sdpa_kernel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ppow.generation_ppow import SDPA_BACKENDS
+    from ppow.attention_ppow import without_cudnn_attention
 
     from .loading import named
 
@@ -165,7 +164,7 @@ def local_writer(config: RegenerateConfig):
     ends = set(ends if isinstance(ends, list) else [ends])
     sampling = sampling_options(config.temperature)
 
-    @sdpa_kernel(SDPA_BACKENDS)  # every token meets another number of keys
+    @without_cudnn_attention()  # every token meets another number of keys
     def answer(chats: list[Chat], seed: int) -> list[Answer]:
         torch.manual_seed(seed)
         inputs = tokenizer.apply_chat_template(

@@ -6,11 +6,10 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.attention import sdpa_kernel
 from transformers import AutoModelForCausalLM
 
+from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME, SlotCache
-from ppow.generation_ppow import SDPA_BACKENDS
 from ppow.target_ppow import WindowMasks, read_taps
 
 
@@ -85,7 +84,7 @@ class FrozenTarget:
         return int(largest)
 
     @torch.no_grad()
-    @sdpa_kernel(SDPA_BACKENDS)
+    @without_cudnn_attention()
     def read(self, input_ids: torch.Tensor, room: int = 0) -> Reading:
         """Read texts (B, T), padded on the right (padding comes after every real token, so it needs no mask).
 
@@ -99,7 +98,7 @@ class FrozenTarget:
         return Reading(taps, logits, cache)
 
     @torch.no_grad()
-    @sdpa_kernel(SDPA_BACKENDS)
+    @without_cudnn_attention()
     def continue_windows(
         self, reading: Reading, tokens: torch.Tensor, prefix: torch.Tensor, done: int = 0, length: int | None = None
     ) -> torch.Tensor:

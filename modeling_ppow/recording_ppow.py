@@ -1,0 +1,219 @@
+"""How the parts of a cycle are captured as CUDA graphs, without anyone else noticing.
+
+A model is not touched: what is captured is a twin of it, whose modules are its own and whose weights are the model's,
+so that a call of another thread never meets a model in the state of being recorded.
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+import threading
+from collections.abc import Callable
+
+import torch
+import torch._dynamo
+from torch import nn
+
+SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # modules that read one input
+
+
+class Gate:
+    """Work on the device goes on beside other work; a recording goes on alone, of all calls of this process.
+
+    While a graph is captured, the generator of random numbers belongs to it, and draws elsewhere would fail.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.inside: dict[int, int] = {}  # thread -> how deep it stands in shared work
+        self.alone: int | None = None  # the thread that records
+
+    @contextlib.contextmanager
+    def shared(self):
+        me = threading.get_ident()
+        with self.changed:
+            if me not in self.inside:  # who is inside already must not wait for one who waits for all to leave
+                self.changed.wait_for(lambda: self.alone in (None, me))
+            self.inside[me] = self.inside.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside[me] -= 1
+                if not self.inside[me]:
+                    del self.inside[me]
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def exclusive(self):
+        """Also from within shared work, which then gives others a turn: of several that wait, one goes first."""
+        me = threading.get_ident()
+        with self.changed:
+            if self.alone == me:
+                depth, nested = 0, True
+            else:
+                depth, nested = self.inside.pop(me, 0), False
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.alone is None and not self.inside)
+                self.alone = me
+        try:
+            yield
+        finally:
+            with self.changed:
+                if not nested:
+                    self.alone = None
+                    if depth:
+                        self.inside[me] = depth
+                self.changed.notify_all()
+
+
+GATE = Gate()
+
+
+class Replay:
+    """Functions of tensors, each captured as a CUDA graph at its first call and replayed from then on.
+
+    Off the GPU the functions simply run, so that everything around the graphs can be tested anywhere.
+    """
+
+    def __init__(self):
+        self.graphs: dict = {}
+
+    def __call__(self, name: tuple, function: Callable, *tensors: torch.Tensor):
+        """``function(*tensors)`` under ``name`` (which must tell apart what differs but in the tensors' contents).
+
+        Returns:
+            What the function returns; its tensors are overwritten by the next call of that name.
+        """
+        if not tensors[0].is_cuda:
+            with torch._dynamo.config.patch(recompile_limit=64):
+                return function(*tensors)
+        self.record(name, function, *tensors)
+        held, graph, outputs = self.graphs[name]
+        for buffer, tensor in zip(held, tensors):
+            buffer.copy_(tensor)
+        graph.replay()
+        return outputs
+
+    def record(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> None:
+        """Capture ``function`` unless it is. This runs it a few times, so running it twice must do no harm."""
+        if name in self.graphs or not tensors[0].is_cuda:
+            return
+        with GATE.exclusive(), torch._dynamo.config.patch(recompile_limit=64):
+            self._capture(name, function, *tensors)
+
+    def _capture(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> None:
+        held, chance = [tensor.contiguous().clone() for tensor in tensors], torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries allocate and choose kernels on first use
+                function(*held)
+        torch.cuda.current_stream().wait_stream(side)
+        # Each graph has a memory pool of its own: what one returns must outlive the replays of the others.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate meanwhile
+            outputs = function(*held)
+        torch.cuda.set_rng_state(chance)  # a seed means the same whether graphs were recorded on the way or not
+        self.graphs[name] = held, graph, outputs
+
+
+class Product:
+    """Linear modules of one input, computed as one product: a large product reads weights faster than several small.
+
+    The weights are laid side by side in memory, where they remain the modules' own, and take no second copy.
+    """
+
+    def __init__(self, linears: list[nn.Linear]):
+        ends = list(itertools.accumulate(linear.out_features for linear in linears))
+        self.parts = [(linear, slice(end - linear.out_features, end)) for linear, end in zip(linears, ends)]
+        self.weight, self.bias, self.result = self._side_by_side("weight"), self._side_by_side("bias"), None
+
+    def _side_by_side(self, name: str) -> torch.Tensor | None:
+        tensors = [getattr(linear, name) for linear, _ in self.parts]
+        if tensors[0] is None:
+            return None
+        whole = torch.cat([tensor.data for tensor in tensors])
+        for tensor, (_, part) in zip(tensors, self.parts):
+            tensor.data = whole[part]
+        return whole
+
+    @classmethod
+    def find(cls, layers) -> list["Product"]:
+        """All that the layers' modules allow; quantized and adapted modules stay as they are."""
+        candidates = itertools.product((module for layer in layers for module in layer.modules()), SIBLINGS)
+        groups = ([getattr(module, name, None) for name in names] for module, names in candidates)
+        return [cls(linears) for linears in groups if _alike(linears)]
+
+
+def _alike(linears: list) -> bool:
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return False
+    if any(linear.weight.is_inference() for linear in linears):
+        return False
+    kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in linears}
+    return len(kinds) == 1 and len({id(m.weight) for m in linears}) == len(linears)
+
+
+class PartOfProduct(nn.Linear):
+    """What a module of a :class:`Product` is in a twin: the first computes for all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product, part = self.product, self.part
+        if part.start == 0:
+            product.result = nn.functional.linear(x, product.weight, product.bias)
+        result = product.result
+        if part.stop == product.weight.shape[0]:
+            product.result = None
+        return result[..., part]
+
+
+class Twin:
+    """A model as graphs record it: ``model`` is a copy of the modules over the same weights.
+
+    Args:
+        model: the model to copy.
+        layers_of: its decoder layers, of a model.
+        compile_layers: whether torch.compile fuses what lies between the products.
+    """
+
+    def __init__(self, model, layers_of: Callable, compile_layers: bool):
+        self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors_of(model)})
+        layers = list(layers_of(self.model))
+        self.products = Product.find(layers)
+        for product in self.products:
+            for linear, part in product.parts:
+                # another class, not another `forward`: a compilation is bound to a function, and serves all layers
+                linear.__class__ = PartOfProduct
+                linear.product, linear.part = product, part
+        if compile_layers:
+            forwards = {kind: torch.compile(kind.forward, dynamic=False) for kind in set(map(type, layers))}
+            for layer in layers:
+                layer.forward = functools.partial(forwards[type(layer)], layer)
+                for module in layer.modules():
+                    if "layer_idx" in vars(module):
+                        module.layer_idx = 0  # see WindowCache
+
+
+def _tensors_of(model):
+    """All tensors that a copy shall share: weights, buffers, and what quantized modules keep beside them."""
+    for module in model.modules():
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
+        for value in vars(module).values():
+            kept = [] if isinstance(value, (nn.Module, type)) else list(getattr(value, "__dict__", {}).values())
+            yield from (each for each in (value, *kept) if isinstance(each, torch.Tensor))
+
+
+@contextlib.contextmanager
+def held(holder, **attributes):
+    """Let an object have these attributes for a while."""
+    before = dict(vars(holder))
+    vars(holder).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            vars(holder).pop(name)
+        vars(holder).update({name: before[name] for name in attributes if name in before})
