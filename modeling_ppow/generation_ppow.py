@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .cache_ppow import CACHE_NAME, SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
 from .graphs_ppow import fast_path
+from .probe_ppow import check_target
 from .target_ppow import TargetState, check_pair
 from .transcript_ppow import Acceptance, Transcript
 from .verifier_ppow import Verifier
@@ -74,15 +75,19 @@ def decode(
     verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(input_ids.device), text)
 
     prompt = Prompt.prepare(input_ids, config, model_kwargs)
+    longest, first = int(prompt.position_ids.max()) + 1, prompt.start + (config.prefill_chunk_size or prompt.end)
+    check_target(target, prompt.start, min(first, longest), longest + text.remaining() - 1, options.slots)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
     fast = fast_path(target, drafter, options, prompt, prompt.end + text.remaining() + 2 * options.slots)
     if fast is None:
         capacity = prompt.end + min(text.remaining(), 512) + options.slots
-        target_state = TargetState(target, drafter, prompt.past, input_ids.shape[0], capacity, prompt.valid)
+        target_state = TargetState(
+            target, drafter.config.target_taps, prompt.past, input_ids.shape[0], capacity, prompt.valid
+        )
     else:
         target_state = fast.target_state
     logits, taps = target_state.prefill(
-        prompt.ids, prompt.attention_mask, prompt.position_ids, config.prefill_chunk_size
+        prompt.ids, prompt.attention_mask, prompt.position_ids, config.prefill_chunk_size, text.remaining()
     )
     verdict = verifier(DraftWindow.chain(prompt.ids[:, -1:]), logits[:, None])  # a window of the last token alone
     verdict.fetch()

@@ -21,6 +21,7 @@ from . import attention_ppow
 from .attention_ppow import WINDOW_ATTENTION, pack_window, window_attention
 from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
+from .probe_ppow import PROMPT, is_known, trial
 from .target_ppow import TargetState, decoder_layers
 
 logger = logging.get_logger(__name__)
@@ -179,20 +180,21 @@ class Recording:
 class GraphTarget(TargetState):
     """A target whose verifications and moves are replayed. ``first`` (B,) is the slot behind each row's padding."""
 
-    def __init__(self, target, drafter, cache, batch: int, replay: Replay, capacity: int, recording: Recording):
-        super().__init__(target, drafter, cache, batch, capacity, None)
+    def __init__(self, target, taps, cache, batch: int, replay: Replay, capacity: int, recording: Recording):
+        super().__init__(target, taps, cache, batch, capacity, None)
         self.replay, self.capacity = replay, capacity
         self.uses_flash = False
         self.first = torch.zeros_like(self.lengths)
         self.recording = recording
 
     def verify(self, window: DraftWindow):
-        tensors = window.tokens, window.depth, window.ancestors, self.lengths, self.next_position, self.first
+        places = self.lengths, self.next_position, self.last_position, self.first
+        tensors = window.tokens, window.depth, window.ancestors, *places
         return self.replay(("verify", window.tokens.shape), self._verify_at, *tensors)
 
-    def _verify_at(self, tokens, depth, ancestors, lengths, next_position, first):
+    def _verify_at(self, tokens, depth, ancestors, lengths, next_position, last_position, first):
         with (
-            _held(self, lengths=lengths, next_position=next_position, first=first),
+            _held(self, lengths=lengths, next_position=next_position, last_position=last_position, first=first),
             _window_attention(self.target),
             self.recording(),
         ):
@@ -263,6 +265,26 @@ class GraphDrafter(DrafterState):
         return pack_window(base, seen, self.first[:, None].expand(-1, seen.shape[1]))
 
 
+class _Unrecorded(Replay):
+    """Runs every function as it is given."""
+
+    def __call__(self, name, function, *tensors):
+        return function(*tensors)
+
+    def record(self, name, function, *tensors) -> None:
+        pass
+
+
+def unrecorded(target, taps, past, batch: int, capacity: int, valid: torch.Tensor | None) -> GraphTarget:
+    """What the fast path computes, without graphs: to try a target that nobody has walked. Arguments of
+    :class:`TargetState`."""
+    cache = WindowCache(len(decoder_layers(target)), capacity)
+    state = GraphTarget(target, taps, cache, batch, _Unrecorded(), capacity, Recording([], False))
+    if valid is not None:
+        state.valid, state.first = valid, (~valid).sum(1)
+    return state
+
+
 @contextlib.contextmanager
 def _held(holder, **attributes):
     """Let an object have these attributes for a while."""
@@ -298,9 +320,9 @@ class FastPath:
 
     def __init__(self, target, drafter, batch: int, capacity: int, compile_layers: bool):
         self.capacity, self.made_for = capacity, (batch, compile_layers)
-        replay, layers = Replay(), decoder_layers(target)
+        replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
         recording, cache = Recording(layers, compile_layers), WindowCache(len(layers), capacity)
-        self.target_state = GraphTarget(target, drafter, cache, batch, replay, capacity, recording)
+        self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, recording)
         embed, cache = drafter.embedding_for(target), WindowCache(len(drafter.layers), capacity)
         recording = Recording(drafter.layers, compile_layers)
         self.drafter_state = GraphDrafter(drafter, embed, cache, batch, replay, capacity, recording)
@@ -335,7 +357,7 @@ def fast_path(target, drafter, options: DraftOptions, prompt, capacity: int) -> 
     if options.cuda_graphs is False:
         return None
     batch, path = prompt.ids.shape[0], vars(drafter).get("_fast_path")
-    reason = place_obstacle(target, drafter) or call_obstacle(target, prompt)
+    reason = place_obstacle(target, drafter) or call_obstacle(target, prompt) or attention_obstacle(target)
     if reason is None and (path is None or not path.serves(target, drafter, batch, capacity, options.compile_layers)):
         vars(drafter)["_fast_path"] = path = None  # frees the old buffers first
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
@@ -379,6 +401,11 @@ def call_obstacle(target, prompt) -> str | None:
         "the padding is not on the left": valid is not None and bool((valid[:, 1:] < valid[:, :-1]).any()),
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def attention_obstacle(target) -> str | None:
+    """How a target that the tests do not walk fails under this module's attention, tried once; None if it does not."""
+    return None if is_known(target) else trial(target, ("fast",), PROMPT, unrecorded)
 
 
 def shortage(target, drafter, batch: int, capacity: int) -> str | None:
