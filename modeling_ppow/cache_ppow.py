@@ -17,7 +17,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer: buffers of shape (batch B, kv heads, capacity S, head size)."""
+    """Keys and values of one layer: buffers (batch B, heads, capacity S, size), whose heads and sizes may differ."""
 
     is_croppable = True
 
@@ -30,10 +30,9 @@ class SlotLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, heads = key_states.shape[:2]
         # zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN would poison the row
-        self.keys = key_states.new_zeros(batch, heads, self.capacity, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        for name, states in (("keys", key_states), ("values", value_states)):
+            setattr(self, name, states.new_zeros(*states.shape[:2], self.capacity, states.shape[-1]))
         self.is_initialized = True
 
     def reserve(self, needed: int) -> None:
@@ -67,9 +66,9 @@ class SlotLayer(DynamicLayer):
             self.keys.index_copy_(2, slots[0], key_states)
             self.values.index_copy_(2, slots[0], value_states)
         else:
-            index = slots[:, None, :, None].expand(-1, key_states.shape[1], -1, key_states.shape[-1])
-            self.keys.scatter_(2, index, key_states)
-            self.values.scatter_(2, index.expand(-1, -1, -1, value_states.shape[-1]), value_states)
+            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+                index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+                buffer.scatter_(2, index, states)
         return self.keys[:, :, : self.view], self.values[:, :, : self.view]
 
     def take_over(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:

@@ -190,37 +190,88 @@ class PPOWConfig(PreTrainedConfig):
             The configuration of a fresh one-layer drafter with EAGLE-3's default taps.
 
         Raises:
-            ValueError: for a target without the fields of a decoder-only transformer.
+            ValueError: when the target's configuration does not say what the drafter needs to know; it names the
+                fields to pass.
         """
         text = target_config.get_text_config(decoder=True)
-        missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads") if not hasattr(text, k)]
-        if missing:
-            raise ValueError(f"{type(text).__name__} lacks {missing}: not the configuration of a decoder-only target.")
-        heads = text.num_attention_heads
-        rope = getattr(text, "rope_parameters", None) or {}
-        if "rope_type" not in rope:  # targets with one RoPE per layer type: take the full-attention one
-            rope = rope.get("full_attention") or {"rope_type": "default", "rope_theta": 10000.0}
-        rope = {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
-        eps = next((getattr(text, k) for k in ("rms_norm_eps", "layer_norm_eps") if hasattr(text, k)), 1e-6)
-        name = getattr(target_config, "_name_or_path", None)
-        fields = {
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            "rms_norm_eps": eps,
-            "max_position_embeddings": text.max_position_embeddings,
-            "rope_parameters": dict(rope),
-            "qk_norm": text.model_type.startswith("qwen3"),
+        read = {
+            "vocab_size": lambda: _number(text, "vocab_size"),
+            "hidden_size": lambda: _number(text, "hidden_size"),
+            "intermediate_size": lambda: (
+                _number(text, "intermediate_size", None)
+                or _number(text, "ffn_hidden_size", None)
+                or 4 * _number(text, "hidden_size")
+            ),
+            "num_attention_heads": lambda: _number(text, "num_attention_heads"),
+            "num_key_value_heads": lambda: (
+                _number(text, "num_key_value_heads", None)
+                or overrides.get("num_attention_heads")
+                or _number(text, "num_attention_heads")
+            ),
+            "head_dim": lambda: (
+                _number(text, "head_dim", None) or _number(text, "hidden_size") // _number(text, "num_attention_heads")
+            ),
+            "rms_norm_eps": lambda: _number(text, "rms_norm_eps", None) or _number(text, "layer_norm_eps", 1e-6),
+            "max_position_embeddings": lambda: _number(text, "max_position_embeddings"),
+            "rope_parameters": lambda: _rope(text),
+            "qk_norm": lambda: text.model_type.startswith("qwen3"),
             # pipelines take models whose special tokens differ for models of different tokenizers
-            "pad_token_id": text.pad_token_id,
-            "bos_token_id": text.bos_token_id,
-            "eos_token_id": text.eos_token_id,
-            "target_hidden_size": text.hidden_size,
-            "target_num_layers": text.num_hidden_layers,
-            "target_model_type": text.model_type,
-            "target_name_or_path": name if name and not os.path.isdir(name) else None,  # a local path is no id
+            "pad_token_id": lambda: getattr(text, "pad_token_id", None),
+            "bos_token_id": lambda: getattr(text, "bos_token_id", None),
+            "eos_token_id": lambda: getattr(text, "eos_token_id", None),
+            "target_hidden_size": lambda: _number(text, "hidden_size"),
+            "target_num_layers": lambda: _number(text, "num_hidden_layers"),
+            "target_model_type": lambda: text.model_type,
+            "target_name_or_path": lambda: _hub_id(target_config),
         }
-        return cls(**{**fields, **overrides})
+        fields, unknown = dict(overrides), {}
+        for name in read.keys() - overrides.keys():
+            try:
+                fields[name] = read[name]()
+            except (AttributeError, ValueError) as error:
+                unknown[name] = str(error)
+        if unknown:
+            raise ValueError(
+                f"The configuration {type(text).__name__} does not say everything about a drafter for it. Pass "
+                f"{', '.join(f'{name}=...' for name in sorted(unknown))} to PPOWConfig.from_target: "
+                f"{'; '.join(sorted(set(unknown.values())))}."
+            )
+        return cls(**fields)
+
+
+_REQUIRED = object()
+
+
+def _number(config, name: str, default=_REQUIRED):
+    """A field that holds one number for the whole model.
+
+    Raises:
+        ValueError: where it is missing and has no default, or differs between the layers.
+    """
+    try:
+        value = getattr(config, name, None)
+    except (AttributeError, ValueError) as error:  # configurations with settings per layer refuse to name one
+        raise ValueError(f"{name} differs between the layers") from error
+    if isinstance(value, (list, tuple)):
+        if len(set(value)) != 1:
+            raise ValueError(f"{name} is {list(value)}, one number is needed")
+        value = value[0]
+    if value is None and default is _REQUIRED:
+        raise ValueError(f"{name} is missing")
+    return default if value is None else value
+
+
+def _rope(config) -> dict:
+    """The target's RoPE: the full-attention one where each layer type has its own, the plain one where it depends on
+    the length of the text (a drafter's keys must not)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" not in rope:
+        rope = rope.get("full_attention") or {"rope_type": "default", "rope_theta": 10000.0}
+    if rope["rope_type"] == "longrope" or "dynamic" in rope["rope_type"]:
+        rope = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+    return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
+
+
+def _hub_id(config) -> str | None:
+    name = getattr(config, "_name_or_path", None)
+    return name if name and not os.path.isdir(name) else None  # a local path is no id

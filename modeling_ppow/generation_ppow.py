@@ -18,6 +18,7 @@ from .cache_ppow import CACHE_NAME, DrafterMemory, SlotCache, hand_back
 from .checks_ppow import check_call
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
 from .graphs_ppow import fast_path
+from .probe_ppow import check_target
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE
 from .target_ppow import TargetState, check_pair
@@ -71,6 +72,8 @@ def decode(
     check_call(target, drafter, config, options, logits_processor, synced_gpus, model_kwargs, input_ids.shape[0])
     prompt = Prompt.read(target, input_ids, config, model_kwargs)
     text = Transcript(input_ids, stopping_criteria, streamer, config, together=not row_wise(logits_processor))
+    longest, first = int(prompt.position_ids.max()) + 1, prompt.start + (config.prefill_chunk_size or prompt.end)
+    check_target(target, prompt.start, min(first, longest), longest + text.remaining() - 1, options.slots)
     verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(prompt.ids.device), text)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
     most = prompt.end + text.remaining() + 2 * options.slots
@@ -109,10 +112,13 @@ def run(
     with GATE.shared():
         if fast is None:
             capacity = prompt.end + min(text.remaining(), 512) + options.slots
-            target_state = TargetState(target, drafter, prompt.past, text.batch, capacity, prompt.valid)
+            taps = drafter.config.target_taps
+            target_state = TargetState(target, taps, prompt.past, text.batch, capacity, prompt.valid)
         else:
             target_state = fast.target_state
-        logits, taps = target_state.prefill(prompt.ids, prompt.attention_mask, prompt.position_ids, chunk)
+        logits, taps = target_state.prefill(
+            prompt.ids, prompt.attention_mask, prompt.position_ids, chunk, text.remaining()
+        )
         verdict = verifier(DraftWindow.chain(prompt.ids[:, -1:]), logits[:, None])  # a window of the last token alone
         verdict.fetch()
         text.commit(verdict, drafted=None)
@@ -210,7 +216,7 @@ def fill_cache(cache, target_state: TargetState, drafter_state: DrafterState, pr
         lengths = torch.tensor(held, device=ids.device)
         surplus = target_state.lengths - lengths  # of rows that ran ahead
         slots, memory = slots.copy(length), memory.copy(length)
-        state = TargetState(target, drafter, slots, text.batch, length, prompt.valid)
+        state = TargetState(target, target_state.taps, slots, text.batch, length, prompt.valid)
         state.lengths, state.next_position = lengths, target_state.next_position - surplus
         valid = prompt.valid if drafter_state.valid is None else drafter_state.valid
         mine = DrafterState(drafter, drafter_state.embed, memory, lengths, valid)

@@ -18,6 +18,7 @@ from . import attention_ppow
 from .attention_ppow import WINDOW_ATTENTION, pack_window, window_attention
 from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
+from .probe_ppow import PROMPT, is_known, trial
 from .recording_ppow import GATE, Replay, Twin, held
 from .target_ppow import TargetState, decoder_layers
 
@@ -53,19 +54,21 @@ class WindowCache(SlotCache):
 class GraphTarget(TargetState):
     """A target whose verifications and moves are replayed. ``first`` (B,) is the slot behind each row's padding."""
 
-    def __init__(self, target, drafter, cache, batch: int, replay: Replay, capacity: int, twin: Twin):
-        super().__init__(target, drafter, cache, batch, capacity, None)
+    def __init__(self, target, taps, cache, batch: int, replay: Replay, capacity: int, twin: Twin):
+        super().__init__(target, taps, cache, batch, capacity, None)
         self.replay, self.capacity = replay, capacity
         self.uses_flash = False
         self.first = torch.zeros_like(self.lengths)
         self.twin = twin
 
     def verify(self, window: DraftWindow):
-        tensors = window.tokens, window.depth, window.ancestors, self.lengths, self.next_position, self.first
+        places = self.lengths, self.next_position, self.last_position, self.first
+        tensors = window.tokens, window.depth, window.ancestors, *places
         return self.replay(("verify", window.tokens.shape), self._verify_at, *tensors)
 
-    def _verify_at(self, tokens, depth, ancestors, lengths, next_position, first):
-        with held(self, target=self.twin.model, lengths=lengths, next_position=next_position, first=first):
+    def _verify_at(self, tokens, depth, ancestors, lengths, next_position, last_position, first):
+        places = {"lengths": lengths, "next_position": next_position, "last_position": last_position, "first": first}
+        with held(self, target=self.twin.model, **places):
             return self._verify(tokens, depth, ancestors)
 
     def _view(self, count: int) -> int:
@@ -136,6 +139,35 @@ class GraphDrafter(DrafterState):
         return pack_window(base, seen, self.first[:, None].expand(-1, seen.shape[1]))
 
 
+class _Unrecorded(Replay):
+    """Runs every function as it is given."""
+
+    def __call__(self, name, function, *tensors):
+        return function(*tensors)
+
+    def record(self, name, function, *tensors) -> None:
+        pass
+
+
+def unrecorded(target, taps, past, batch: int, capacity: int, valid: torch.Tensor | None) -> GraphTarget:
+    """What the fast path computes, without graphs: to try a target that nobody has walked.
+
+    Arguments of :class:`TargetState`.
+    """
+    cache = WindowCache(len(decoder_layers(target)), capacity)
+    state = GraphTarget(target, taps, cache, batch, _Unrecorded(), capacity, target_twin(target, False))
+    if valid is not None:
+        state.valid, state.first = valid, (~valid).sum(1)
+    return state
+
+
+def target_twin(target, compile_layers: bool) -> Twin:
+    """The twin of a target, under this module's attention."""
+    twin = Twin(target, decoder_layers, compile_layers)
+    twin.model.config.get_text_config(decoder=True)._attn_implementation = WINDOW_ATTENTION
+    return twin
+
+
 class FastPath:
     """Buffers, graphs and states of one pair, batch size and capacity; kept from call to call.
 
@@ -147,11 +179,10 @@ class FastPath:
 
     def __init__(self, target, drafter, batch: int, capacity: int, compile_layers: bool):
         self.capacity, self.made_for = capacity, (batch, compile_layers)
-        replay, layers = Replay(), decoder_layers(target)
-        twins = Twin(target, decoder_layers, compile_layers), Twin(drafter, lambda model: model.layers, compile_layers)
+        replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
+        twins = target_twin(target, compile_layers), Twin(drafter, lambda model: model.layers, compile_layers)
         cache, embed = WindowCache(len(layers), capacity), drafter.embedding_for(target)
-        twins[0].model.config.get_text_config(decoder=True)._attn_implementation = WINDOW_ATTENTION
-        self.target_state = GraphTarget(target, drafter, cache, batch, replay, capacity, twins[0])
+        self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = WindowCache(len(drafter.layers), capacity)
         self.drafter_state = GraphDrafter(drafter, embed, cache, batch, replay, capacity, twins[1])
         self.weights = _weights(target, drafter)
@@ -219,7 +250,8 @@ def fast_path(target, drafter, options: DraftOptions, prompt, capacity: int):
     if options.cuda_graphs is False:
         yield None
         return
-    reason, path = place_obstacle(target, drafter) or call_obstacle(target, prompt), None
+    reason = place_obstacle(target, drafter) or call_obstacle(target, prompt) or attention_obstacle(target)
+    path = None
     claim = vars(drafter).setdefault("_fast_claim", Claim())
     taken = reason is None and claim.take(wait=bool(options.cuda_graphs))
     try:
@@ -288,6 +320,11 @@ def call_obstacle(target, prompt) -> str | None:
         "the padding is not on the left": valid is not None and bool((valid[:, 1:] < valid[:, :-1]).any()),
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def attention_obstacle(target) -> str | None:
+    """How a target that the tests do not walk fails under this module's attention, tried once; None if it does not."""
+    return None if is_known(target) else trial(target, ("fast",), PROMPT, unrecorded)
 
 
 def shortage(target, drafter, batch: int, capacity: int) -> str | None:

@@ -16,10 +16,19 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def decoder_layers(target) -> torch.nn.ModuleList:
-    """The blocks of the target's text decoder, in order."""
-    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    """The blocks of the target's text decoder, in order.
+
+    Raises:
+        ValueError: where no list of modules has as many entries as the configuration names layers.
+    """
+    count = getattr(target.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = (module for module in target.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
-    return next(layers for layers in lists if len(layers) == count)
+    layers = next((layers for layers in lists if len(layers) == count), None)
+    if layers is None:
+        raise ValueError(
+            f"{type(target).__name__} shows no list of {count} decoder layers, whose inputs a drafter reads."
+        )
+    return layers
 
 
 def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,11 +61,35 @@ def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Te
     return logits, torch.cat([states[tap].to(device) for tap in taps], dim=-1)
 
 
-def check_pair(target, drafter) -> None:
-    """Raise a ValueError unless ``drafter`` was made for a target like this one and its cache can be rolled back."""
-    config = target.config.get_text_config(decoder=True)
+def check_kind(target) -> None:
+    """Raise a ValueError unless the target, by its configuration, is a decoder whose cache can be rolled back."""
+    config, name = target.config.get_text_config(decoder=True), type(target).__name__
     if getattr(target.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(target).__name__} is an encoder-decoder; PPOW drafts for decoder-only targets.")
+        raise ValueError(f"{name} is an encoder-decoder; PPOW drafts for decoder-only targets.")
+    missing = [k for k in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(config, k)]
+    if missing:
+        raise ValueError(f"The configuration of {name} lacks {', '.join(missing)}: it is no decoder-only target.")
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if not odd:
+        try:
+            layers = DynamicCache(config=config).layers
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} has no cache that PPOW knows: {error}") from error
+        odd = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)})
+    if odd or getattr(target, "_is_stateful", False) or not target._supports_default_dynamic_cache():
+        raise ValueError(
+            f"The cache of {name} cannot be rolled back after a rejected window "
+            f"(layers: {', '.join(map(str, odd)) or 'stateful'}). PPOW needs full or sliding-window attention."
+        )
+
+
+def check_pair(target, drafter) -> None:
+    """Raise a ValueError unless ``drafter`` was made for a target like this one and its cache can be rolled back.
+
+    This reads configurations only; :mod:`probe_ppow` asks the loaded target itself.
+    """
+    check_kind(target)
+    config = target.config.get_text_config(decoder=True)
     made_for, made_vocab = drafter.config.target_hidden_size, drafter.config.vocab_size
     wrong = [
         f"{name} {ours} in the drafter, {theirs} in the target"
@@ -80,14 +113,6 @@ def check_pair(target, drafter) -> None:
         raise ValueError(
             f"This drafter was made for {recorded}, the target is {given}. If the two are interchangeable, say so with "
             "drafter.config.target_name_or_path = target.config._name_or_path."
-        )
-    layers = DynamicCache(config=config).layers
-    stuck = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer)})
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if stuck or odd or getattr(target, "_is_stateful", False) or not target._supports_default_dynamic_cache():
-        raise ValueError(
-            f"The cache of {type(target).__name__} cannot be rolled back after a rejected window "
-            f"(layers: {', '.join(odd or stuck) or 'stateful'}). PPOW needs full or sliding-window attention."
         )
 
 
@@ -135,7 +160,7 @@ class TargetState:
 
     Args:
         target: the target model.
-        drafter: tells which hidden states to tap.
+        taps: indices of the hidden states to tap.
         past: None or a user's cache.
         batch: rows B.
         capacity: slots to allocate at first.
@@ -143,21 +168,31 @@ class TargetState:
 
     Attributes:
         lengths: (B,) int64, slots taken; the root token comes next.
-        next_position: (B,) int64, the RoPE position of the root token.
+        next_position: (B,) int64, the position of the root token.
+        last_position: (B,) int64, of the last token that can belong to the text. Nodes that are drafted behind it are
+            read as if they stood there: a model may have no position beyond.
     """
 
-    def __init__(self, target, drafter, past, batch: int, capacity: int, valid: torch.Tensor | None):
+    def __init__(self, target, taps: list[int], past, batch: int, capacity: int, valid: torch.Tensor | None):
         config = target.config.get_text_config(decoder=True)
-        self.target, self.taps = target, drafter.config.target_taps
+        self.target, self.taps = target, taps
         self.cache: SlotCache = as_slot_cache(past, config.num_hidden_layers, capacity)
         self.valid = valid
         self.window_masks = WindowMasks(target)
         self.uses_flash = "flash" in (target.config._attn_implementation or "")
         self.lengths = torch.full((batch,), self.cache.get_seq_length(), dtype=torch.long, device=device_of(target))
         self.next_position: torch.Tensor | None = None
+        self.last_position: torch.Tensor | None = None
 
-    def prefill(self, input_ids, attention_mask, position_ids, chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the prompt (B, P): -> logits (B, V) after its last token, taps (B, P, n_taps * Ht)."""
+    def prefill(
+        self, input_ids, attention_mask, position_ids, chunk: int | None, room: int = 1 << 30
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prompt (B, P): -> logits (B, V) after its last token, taps (B, P, n_taps * Ht).
+
+        Args:
+            chunk: tokens per forward; None: all in one.
+            room: tokens that may follow the prompt.
+        """
         start, length = self.cache.get_seq_length(), input_ids.shape[1]
         taps, logits = [], None
         for first in range(0, length, chunk or length):
@@ -167,6 +202,7 @@ class TargetState:
             taps.append(tap)
         self.lengths = self.lengths + length
         self.next_position = position_ids[:, -1] + 1
+        self.last_position = position_ids[:, -1] + max(room - 1, 0)  # the newest token is not read
         return logits[:, -1], torch.cat(taps, 1)
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,7 +214,7 @@ class TargetState:
         slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
         view = self._view(count)
         self.cache.open_window(slots, view)
-        positions = self.next_position[:, None] + depth
+        positions = torch.minimum(self.next_position[:, None] + depth, self.last_position[:, None])
         result = self._forward(tokens, self._mask(depth, ancestors, slots, view), positions, last_only=False)
         self.cache.close_window()
         return result

@@ -213,7 +213,7 @@ def test_taps_are_hidden_state_indices(family, taps):
         assert len(states) == target.config.num_hidden_layers + 1
         expected = torch.cat([states[tap] for tap in taps], -1)
 
-        state = TargetState(target, drafter, None, 1, 64, None)
+        state = TargetState(target, drafter.config.target_taps, None, 1, 64, None)
         positions = torch.arange(text.shape[1])[None]
         prompt = ids.shape[1]
         _, first = state.prefill(ids, None, positions[:, :prompt], chunk=None)

@@ -19,6 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ppow import PPOWConfig, PPOWDrafter
+from ppow.probe_ppow import check_rope
+from ppow.target_ppow import check_kind, decoder_layers
 
 from .config import ReinforceConfig, SupervisedConfig
 from .objectives import objective_of
@@ -91,8 +93,9 @@ class Shape:
         config = target_config.get_text_config(decoder=True)
         with torch.device("meta"):
             target, drafter = AutoModelForCausalLM.from_config(target_config), PPOWDrafter(drafter_config)
+        check_kind(target)
         self.target_parameters = sum(p.numel() for p in target.parameters())
-        used = sum(p.numel() for p in target.get_decoder().layers.parameters() if p.dim() >= 2)
+        used = sum(p.numel() for p in decoder_layers(target).parameters() if p.dim() >= 2)
         experts = sum(p.numel() for name, p in target.named_parameters() if ".experts." in name)
         if experts:
             count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -152,7 +155,11 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     Rollouts with a proximity bonus continue the target's argmax behind windows whose first draft was rejected, one
     token a forward, where the text is not that continuation: counted in time, as if every step had such a window, but
     not in operations, which are few.
+
+    Raises:
+        ValueError: for a target that decoding would refuse, as far as its configuration tells.
     """
+    check_rope(target_config, start=0, prompt=1, end=config.max_length)
     step = _Step(config, Shape(target_config, drafter_config))
     standing, passing = step.standing(), step.passing()
     phase = max(passing, key=passing.get)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
+from ppow.probe_ppow import check_target
 from ppow.target_ppow import check_pair
 
 from . import plan
@@ -138,8 +139,12 @@ def load_target(config, accelerator: Accelerator) -> FrozenTarget:
     """The target of either stage, whole on every process or spread over them."""
     with named("target", config.target):
         if config.shard_target:
-            return FrozenTarget.load_sharded(config.target, config.dtype, accelerator)
-        return FrozenTarget.load(config.target, config.dtype, accelerator.device)
+            target = FrozenTarget.load_sharded(config.target, config.dtype, accelerator)
+        else:
+            target = FrozenTarget.load(config.target, config.dtype, accelerator.device)
+        # what decoding would refuse is not worth training for
+        check_target(target.model, end=config.max_length, ahead=getattr(config, "max_forest_nodes", 0))
+        return target
 
 
 def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -> list:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME, SlotCache
-from ppow.target_ppow import WindowMasks, read_taps
+from ppow.target_ppow import WindowMasks, decoder_layers, read_taps
 
 
 @dataclass
@@ -65,7 +65,7 @@ class FrozenTarget:
         for turn in range(accelerator.num_processes):
             if turn == accelerator.process_index:
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-                blocks = model.get_decoder().layers
+                blocks = decoder_layers(model)
                 for block in blocks:
                     fully_shard(block, mesh=mesh)
                 fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()) - set(blocks.parameters()))
