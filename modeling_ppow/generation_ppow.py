@@ -32,9 +32,11 @@ SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 @dataclass
 class PPOWGenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output plus ``acceptance``, the acceptance figures of this call."""
+    """transformers' output plus ``acceptance``, the acceptance figures of this call, and ``drafting``, the options that
+    were in effect."""
 
     acceptance: Acceptance | None = None
+    drafting: DraftOptions | None = None
 
 
 @torch.no_grad()
@@ -71,7 +73,8 @@ def decode(
     check_pair(target, drafter)
     check_call(target, config, options, logits_processor, synced_gpus, input_ids, model_kwargs)
     text = Transcript(input_ids, stopping_criteria, streamer, config)
-    verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(input_ids.device), text)
+    columns = drafter.draft_columns().to(input_ids.device)
+    verifier = Verifier(logits_processor, bool(config.do_sample), columns, text, options.accept_drafts)
 
     prompt = Prompt.prepare(input_ids, config, model_kwargs)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
@@ -135,6 +138,7 @@ def decode(
         scores=text.stacked(text.scores),
         logits=text.stacked(text.logits),
         acceptance=text.acceptance,
+        drafting=options.on_path(fast is not None),
         **{CACHE_NAME: returned_cache(target_state, drafter_state, prompt.end + text.gained)},
     )
 
@@ -142,9 +146,13 @@ def decode(
 def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:
     """A window of at most ``room`` tokens in depth (what still fits besides the next token itself)."""
     if state.whole_windows:
-        room = max(options.window_size, options.tree_depth or 0)
+        room = options.longest
     if room < 1:
         return DraftWindow.chain(root[:, None])
+    if not options.accept_drafts:
+        depth = min(options.longest, room)
+        width = min(options.tree_top_k or 1, state.drafter.config.draft_vocab_size)
+        return DraftWindow.blank(root, min(options.tree_nodes or depth, width + (depth - 1) * width * width), depth)
     if options.is_tree:
         return state.tree(root, min(options.tree_depth, room), options.tree_top_k, options.tree_nodes)
     return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)
