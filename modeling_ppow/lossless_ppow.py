@@ -12,7 +12,7 @@ decided by the target alone, in a precision in which the question does not arise
   deviation sigma (what moves all of them alike decides nothing and is left out); a difference of two has one of
   sqrt(2) sigma, and six of those are allowed:
 
-      rounding = max(eps * max(|score_a|, |score_b|), 6 * sqrt(2) * sigma)
+      rounding = eps * max(|score_a|, |score_b|) + 6 * sqrt(2) * sigma
 
 A gap within the rounding is a near tie. Anything else is a fault: a token that rounding cannot have chosen.
 """
@@ -95,7 +95,7 @@ def first_difference(
     noise = (own - exact)[likely]
     sigma = float(noise[torch.isfinite(noise)].std(correction=0))
     one, other = exact[pair].tolist()
-    rounding = max(torch.finfo(target.dtype).eps * max(abs(one), abs(other)), DEVIATIONS * math.sqrt(2) * sigma)
+    rounding = torch.finfo(target.dtype).eps * max(abs(one), abs(other)) + DEVIATIONS * math.sqrt(2) * sigma
     return Difference(position, *pair, one - other, rounding)
 
 
