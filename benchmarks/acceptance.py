@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from ppow.drafting_ppow import call_config, what_was_drafted
 from ppow.training.evaluate import ends_in_a_loop
 from ppow.training.files import write_json
 from ppow.training.prompts import first_turn, prompt_sets, sampling_options
@@ -85,8 +86,8 @@ def padded_left(prompts: list[list[int]], pad: int, device) -> dict:
 
 
 def generation(model, temperature: float, arguments, pad: int, **more) -> GenerationConfig:
-    settings = model.generation_config.to_diff_dict() | sampling_options(temperature)
-    return GenerationConfig(**(settings | {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad} | more))
+    settings = {**sampling_options(temperature), "max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad}
+    return call_config(model.generation_config, **settings, **more)
 
 
 def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: int) -> list[list[int]]:
@@ -194,12 +195,13 @@ def decode_tree(model, drafter, texts: list[dict], nodes: int, arguments, pad: i
         for text in texts
         for ids, length, tokens in list(zip(text["ids"], text["prompt"], text["tokens"]))[: arguments.tree_prompts]
     ]
-    options = {**TREE, "tree_nodes": nodes, "cuda_graphs": False, "return_dict_in_generate": True}
-    config, found = generation(model, 0, arguments, pad, **options), []
+    options = {**TREE, "tree_nodes": nodes, "cuda_graphs": False}
+    config, found = generation(model, 0, arguments, pad, **options, return_dict_in_generate=True), []
     for first in range(0, len(work), arguments.eval_batch):
         part = work[first : first + arguments.eval_batch]
         inputs = padded_left([ids for ids, _ in part], pad, model.device)
         out = model.generate(**inputs, generation_config=config, assistant_model=drafter)
+        what_was_drafted(out, options)
         # a batch's arithmetic can leave the text at a near tie: count per token gained, on the text's own length
         for (_, tokens), gained in zip(part, out.acceptance.gained):
             found.append(len(gained) * tokens / max(1, sum(gained)))

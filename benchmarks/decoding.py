@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config
 
 from ppow import PPOWConfig, PPOWDrafter, generation_ppow
+from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
 from ppow.training.demo import bundled_prompts
 from ppow.training.files import write_json
@@ -231,6 +232,7 @@ def run_once(system: System, target, ids, calls: dict, new: int, lengths: list) 
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": None, "eos_token_id": None}
     options |= {"pad_token_id": 0, "return_dict_in_generate": True}
     config = GenerationConfig(**{**options, **system.options})
+    drafting = {name: value for name, value in system.options.items() if hasattr(DraftOptions, name)}
     force = forced(system.forced, system.options) if system.forced else contextlib.nullcontext()
     synchronize(ids.device)
     start = time.perf_counter()
@@ -246,6 +248,7 @@ def run_once(system: System, target, ids, calls: dict, new: int, lengths: list) 
     if out.sequences.shape[1] != ids.shape[1] + new:
         raise RuntimeError(f"{system.name}: {out.sequences.shape[1] - ids.shape[1]} new tokens, expected {new}.")
     if hasattr(out, "acceptance"):
+        what_was_drafted(out, drafting)  # else the row's name would not say what ran
         lengths.append(out.acceptance.acceptance_length)
     return seconds
 

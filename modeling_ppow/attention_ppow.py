@@ -176,10 +176,9 @@ if triton is not None:
         about = packed + batch * p_batch + node * p_node
         first = tl.load(about, mask=inside, other=0)
         base = tl.load(packed + batch * p_batch + 1)
-        total = base + window
-        share = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
-        start = split * share
-        stop = tl.minimum(start + share, total)
+        # Blocks are dealt out in turn: which split adds up a block does not depend on the length, so a token attends in
+        # the same way, bit for bit, wherever in a window it stands.
+        stop, stride = base + window, SPLITS * BLOCK_N
         at = query + batch.to(tl.int64) * q_batch + head[:, None] * q_head + node[:, None] * q_node + column[None]
         q = tl.load(at, mask=inside[:, None] & wide[None], other=0.0)
         keys = key + batch.to(tl.int64) * k_batch + kv_head * k_head
@@ -187,15 +186,16 @@ if triton is not None:
         peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         total_value = tl.zeros([BLOCK_M, PAD], tl.float32)
-        kept = tl.maximum(start, tl.minimum(stop, base // BLOCK_N * BLOCK_N))  # whole blocks before the window
-        for left in range(start, kept, BLOCK_N):
+        whole = base // BLOCK_N  # blocks before the window
+        for left in range(split * BLOCK_N, whole * BLOCK_N, stride):
             slot = left + tl.arange(0, BLOCK_N)
             k = tl.load(keys + slot[None] * k_slot + column[:, None], mask=wide[:, None], other=0.0)
             score = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32") * scale
             visible = slot[None] >= first[:, None]
             v = tl.load(values + slot[:, None] * v_slot + column[None], mask=wide[None], other=0.0)
             peak, norm, total_value = _add_block(score, visible, v, peak, norm, total_value, EXACT)
-        for left in range(kept, stop, BLOCK_N):
+        own_first = whole + (split + SPLITS - whole % SPLITS) % SPLITS
+        for left in range(own_first * BLOCK_N, stop, stride):
             slot = left + tl.arange(0, BLOCK_N)
             real = slot < stop
             k = tl.load(keys + slot[None] * k_slot + column[:, None], mask=real[None] & wide[:, None], other=0.0)

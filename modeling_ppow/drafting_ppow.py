@@ -5,11 +5,13 @@ Drawn from EAGLE-2 (arXiv 2406.16858): expand the ``tree_top_k`` most probable n
 probability, then keep the ``tree_nodes`` most probable of all that were expanded.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig
 
 from .cache_ppow import SlotCache
 from .masks_ppow import additive_mask, ancestors_of, window_allowed
@@ -34,6 +36,9 @@ class DraftOptions:
             or else raise; False: never.
         compile_layers: let torch.compile fuse the layers' small kernels before the fast path records them. Faster
             still, after half a minute at the first call.
+        accept_drafts: False decodes without drafts, in the same loop: windows of the same shapes pass through the same
+            kernels, but hold no drafts, and every token comes from a root. It is the reference that tells what drafts
+            change (nothing) from what a window's rounding changes against stock ``generate``.
     """
 
     window_size: int = DEFAULT_WINDOW_SIZE
@@ -43,6 +48,7 @@ class DraftOptions:
     draft_threshold: float = 0.0
     cuda_graphs: bool | None = None
     compile_layers: bool = False
+    accept_drafts: bool = True
 
     def __post_init__(self):
         for name in ("window_size", *DEFAULT_TREE):
@@ -51,8 +57,9 @@ class DraftOptions:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1.")
         if self.cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs={self.cuda_graphs!r}: expected True, False or None (where possible).")
-        if not isinstance(self.compile_layers, bool):
-            raise ValueError(f"compile_layers={self.compile_layers!r}: expected True or False.")
+        for name in ("compile_layers", "accept_drafts"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if not isinstance(self.draft_threshold, (int, float)) or not 0 <= self.draft_threshold < 1:
             raise ValueError(f"draft_threshold={self.draft_threshold!r}: expected a probability in [0, 1).")
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
@@ -62,6 +69,11 @@ class DraftOptions:
     @property
     def is_tree(self) -> bool:
         return self.tree_nodes is not None
+
+    @property
+    def longest(self) -> int:
+        """Tokens on the longest way through a window."""
+        return self.tree_depth if self.is_tree else self.window_size
 
     @property
     def slots(self) -> int:
@@ -85,7 +97,7 @@ class DraftOptions:
             if size is not None and (position or values["window_size"] is None):
                 values["window_size"] = size
         shared = {}
-        for name in ("draft_threshold", "cuda_graphs", "compile_layers"):
+        for name in ("draft_threshold", "cuda_graphs", "compile_layers", "accept_drafts"):
             shared |= next(({name: values[name]} for values in named if values[name] is not None), {})
         for position, values in enumerate(named):
             if any(values[key] is not None for key in DEFAULT_TREE):
@@ -97,6 +109,49 @@ class DraftOptions:
             if values["window_size"] is not None:
                 return cls(window_size=values["window_size"], **shared)
         return cls(**shared)
+
+    def on_path(self, fast: bool) -> "DraftOptions":
+        """What of these options has an effect on the fast path, or on the plain one; ``cuda_graphs`` says which."""
+        if fast:
+            return dataclasses.replace(self, cuda_graphs=True, draft_threshold=0.0)
+        return dataclasses.replace(self, cuda_graphs=False, compile_layers=False)
+
+
+def call_config(base: GenerationConfig, **options) -> GenerationConfig:
+    """A target's generation config with other options for a call, those of :class:`DraftOptions` among them.
+
+    Fields are set one by one: where transformers derived ``base`` from a model's config.json (no
+    generation_config.json), a config made from its values drops every field that transformers does not know.
+    """
+    config = copy.deepcopy(base)
+    config._from_model_config = False
+    for name, value in options.items():
+        setattr(config, name, value)
+    return config
+
+
+def what_was_drafted(output, asked: dict) -> DraftOptions:
+    """How a call drafted, read back from its output (a ``PPOWGenerateOutput``).
+
+    Args:
+        asked: the drafting options that the call was given, by name; None is no wish.
+
+    Raises:
+        ValueError: when an option had no effect, or the windows are not those of the options.
+    """
+    ran, windows = output.drafting, [length for row in output.acceptance.drafted for length in row]
+    for name, value in asked.items():
+        if value is not None and (getattr(ran, name) != value or (name == "window_size" and ran.is_tree)):
+            raise ValueError(
+                f"{name}={value!r} was asked for, but {ran} is what ran. Either the target's generation config says "
+                "otherwise, or the option has no effect where this runs (draft_threshold on the fast path, "
+                "compile_layers off it): leave it out, or choose the path with cuda_graphs."
+            )
+    longest = max(windows, default=0)
+    had_room = any(sum(row) > ran.longest for row in output.acceptance.gained)  # the first window was not cut short
+    if longest > ran.longest or (had_room and ran.draft_threshold == 0 and longest < ran.longest):
+        raise ValueError(f"Windows of up to {longest} tokens were drafted where {ran} drafts {ran.longest}.")
+    return ran
 
 
 def asked_size(config) -> int | None:
@@ -141,6 +196,19 @@ class DraftWindow:
             count - 1,
             draft_ids,
             draft_probs,
+        )
+
+    @classmethod
+    def blank(cls, root: torch.Tensor, nodes: int, depth: int) -> "DraftWindow":
+        """A window of the shape of a tree of ``nodes`` drafts and this depth, without drafts: copies of ``root`` (B,)
+        that all hang on it. What the root sees does not depend on them."""
+        number = torch.arange(nodes + 1, device=root.device)
+        return cls(
+            root[:, None].expand(-1, nodes + 1),
+            torch.zeros_like(number).expand(len(root), -1),
+            (number > 0).long().expand(len(root), -1),
+            ((number[:, None] == number) | (number == 0)).expand(len(root), -1, -1),
+            depth,
         )
 
 

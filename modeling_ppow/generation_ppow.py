@@ -30,9 +30,10 @@ CATCH_UP = 64  # tokens of one forward when rows of a batch that ended early are
 
 @dataclass
 class PPOWGenerateOutput(GenerateDecoderOnlyOutput):
-    """transformers' output plus ``acceptance``, the acceptance figures of this call."""
+    """transformers' output plus ``acceptance``, the figures of this call, and ``drafting``, the options in effect."""
 
     acceptance: Acceptance | None = None
+    drafting: DraftOptions | None = None
 
 
 @torch.inference_mode(False)  # what is kept from call to call must be writable in any mode
@@ -74,7 +75,8 @@ def decode(
     text = Transcript(input_ids, stopping_criteria, streamer, config, together=not row_wise(logits_processor))
     longest, first = int(prompt.position_ids.max()) + 1, prompt.start + (config.prefill_chunk_size or prompt.end)
     check_target(target, prompt.start, min(first, longest), longest + text.remaining() - 1, options.slots)
-    verifier = Verifier(logits_processor, bool(config.do_sample), drafter.draft_columns().to(prompt.ids.device), text)
+    columns = drafter.draft_columns().to(prompt.ids.device)
+    verifier = Verifier(logits_processor, bool(config.do_sample), columns, text, options.accept_drafts)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
     most = prompt.end + text.remaining() + 2 * options.slots
     with without_cudnn_attention(), fast_path(target, drafter, options, prompt, most) as fast:
@@ -95,6 +97,7 @@ def decode(
         scores=text.stacked(text.scores, steps),
         logits=text.stacked(text.logits, steps),
         acceptance=text.acceptance,
+        drafting=options.on_path(fast is not None),
         **{CACHE_NAME: cache},
     )
 
@@ -169,9 +172,13 @@ def run(
 def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:
     """A window of at most ``room`` tokens in depth (what still fits besides the next token itself)."""
     if state.whole_windows:
-        room = max(options.window_size, options.tree_depth or 0)
+        room = options.longest
     if room < 1:
         return DraftWindow.chain(root[:, None])
+    if not options.accept_drafts:
+        depth = min(options.longest, room)
+        width = min(options.tree_top_k or 1, state.drafter.config.draft_vocab_size)
+        return DraftWindow.blank(root, min(options.tree_nodes or depth, width + (depth - 1) * width * width), depth)
     if options.is_tree:
         return state.tree(root, min(options.tree_depth, room), options.tree_top_k, options.tree_nodes)
     return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)

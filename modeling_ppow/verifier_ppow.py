@@ -105,17 +105,27 @@ class Verifier:
         do_sample: draw tokens instead of taking the argmax.
         columns: (D,) target ids of the draft vocabulary.
         text: the transcript, for prefixes and for what is to be collected.
+        accept_drafts: False keeps nothing of a window but its root (see :class:`DraftOptions`).
     """
 
-    def __init__(self, processors, do_sample: bool, columns: torch.Tensor, text: Transcript):
+    def __init__(
+        self, processors, do_sample: bool, columns: torch.Tensor, text: Transcript, accept_drafts: bool = True
+    ):
         self.processors, self.do_sample, self.columns, self.text = processors, do_sample, columns, text
         self.prefix_free = all(_is_stock(p, _PREFIX_FREE) for p in processors)
         warpers = [p for p in processors if _is_stock(p, _DRAFT_WARPERS)]
         self.draft_sample = DraftSampler(warpers) if do_sample else None
+        self.accept_drafts = accept_drafts
 
     def __call__(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         """Verify ``window`` against the target's logits (B, N, V)."""
         raw = logits.to(device=window.tokens.device, dtype=torch.float32)
+        if not self.accept_drafts and window.max_depth:
+            verdict = self(DraftWindow.chain(window.tokens[:, :1]), raw[:, :1])
+            verdict.path, verdict.tokens = (  # as wide as with drafts, so that what follows has the same shapes too
+                torch.nn.functional.pad(table, (0, window.max_depth)) for table in (verdict.path, verdict.tokens)
+            )
+            return verdict
         return self._all_at_once(window, raw) if self.prefix_free else self._along_the_path(window, raw)
 
     def _all_at_once(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from decoding_helpers import build_target, random_drafter
-from ppow.training import cli, hub
+from ppow.training import cli, hub, provenance
+from ppow.training.config import SupervisedConfig
+from ppow.training.fingerprints import fingerprint
 
 FIGURES = {
     "prompts": 2,
@@ -59,8 +61,17 @@ def pair(tmp_path, tiny_tokenizer):
     second = {**RUN, "command": "reinforce", "config": {**RUN["config"], "data": "chats.jsonl"}, "started_from": RUN}
     (tmp_path / "drafter" / "provenance.json").write_text(json.dumps(second))
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "metrics.json").write_text(json.dumps(METRICS))
+    weights = {"target": fingerprint(tmp_path / "target"), "drafter": fingerprint(tmp_path / "drafter", whole=True)}
+    write_metrics(tmp_path, {**METRICS, "weights": weights})
     return tmp_path
+
+
+def write_metrics(pair, metrics: dict) -> None:
+    (pair / "figures" / "metrics.json").write_text(json.dumps(metrics))
+
+
+def read_metrics(pair) -> dict:
+    return json.loads((pair / "figures" / "metrics.json").read_text())
 
 
 def assembled(pair, **options):
@@ -105,7 +116,7 @@ def test_the_card_says_what_was_recorded_and_nothing_else(pair):
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert results["gsm8k T=0", "acceptance_length"] == 2.5 and results["gsm8k T=1", "speedup"] == 1.5
     text = card.text
-    assert "| gsm8k T=0 | 2 | 2.50 (2.25-2.75) | - | 100 | 150 | 1.50x (1.25-1.75) | 2 of 2 |" in text
+    assert "| gsm8k T=0 | 2 | 2.50 (2.25-2.75) | - | 100 | 150 | 1.50x (1.25-1.75) | 2 of 2 | - |" in text
     assert "acceptance length +0.25 (-0.12 to +0.50, paired)" in text
     assert "1. `ppow supervised`: 7 steps of 6 texts" in text and "2. `ppow reinforce`" in text
     assert (
@@ -121,8 +132,106 @@ def test_the_card_says_what_was_recorded_and_nothing_else(pair):
 
 def test_without_figures_and_record_the_card_says_so(pair):
     (pair / "drafter" / "provenance.json").unlink()
+    (pair / "drafter" / "generation_config.json").unlink()  # nor how it drafts: then as PPOW does by default
     text = (assembled(pair, metrics=None) / "README.md").read_text()
+    assert "a chain of 10 tokens" in text
     assert "No figures were recorded" in text and "How it was trained was not recorded" in text
+
+
+def test_figures_without_a_baseline_make_a_card(pair):
+    metrics = {key: value for key, value in read_metrics(pair).items() if key != "baseline"}
+    for result in metrics["results"].values():
+        result.pop("gain")
+    write_metrics(pair, metrics)
+    text = (assembled(pair) / "README.md").read_text()
+    assert "| gsm8k T=0 | 2 | 2.50" in text and "compared with" not in text and "paired" not in text
+
+
+def test_a_card_tells_near_ties_and_faults_apart(pair):
+    metrics = read_metrics(pair)
+    metrics["results"]["gsm8k T=0"] |= {
+        "samples": 9,
+        "near_ties": 3,
+        "faults": 1,
+        "reference": 9,
+        "reference_agrees": 8,
+    }
+    write_metrics(pair, metrics)
+    text = (assembled(pair) / "README.md").read_text()
+    assert "| 2 of 9, 3 near ties, **1 FAULT** | 8 of 9 |" in text and "closer than float32 rounds" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"drafter": "0" * 64},
+            r"holds the figures of other weights \(0{12}\) than this drafter's .* another one there",
+        ),
+        ({"drafter": "0" * 64, "baseline": None}, "which are its baseline there"),
+        ({"target": "1" * 64}, r"was measured on a target with other weights \(1{12}\)"),
+        (None, "does not say which weights"),
+    ],
+)
+def test_figures_of_other_weights_are_not_printed(pair, change, message):
+    """Of another drafter, of its baseline, of another target (here the one that stage 2 recorded), or of nobody."""
+    metrics = read_metrics(pair)
+    own = metrics["weights"]
+    if change and "baseline" in change:
+        change = {**change, "baseline": own["drafter"]}
+    write_metrics(pair, {**metrics, "weights": change and {**own, **change}})
+    record = json.loads((pair / "drafter" / "provenance.json").read_text())
+    (pair / "drafter" / "provenance.json").write_text(json.dumps({**record, "weights": {"target": own["target"]}}))
+    with pytest.raises(ValueError, match=message):
+        assembled(pair)
+
+
+def test_a_fingerprint_is_that_of_the_weights(pair, tmp_path):
+    drafter = random_drafter(build_target(vocab_size=300)).float()
+    drafter.save_pretrained(tmp_path / "one")
+    drafter.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for whole in (False, True):
+        own = fingerprint(tmp_path / "one", whole)
+        assert own == fingerprint(tmp_path / "shards", whole)
+        weight = drafter.lm_head.weight.data[-1, -1:]  # the last byte of a tensor is read however large it is
+        weight += 1
+        drafter.save_pretrained(tmp_path / "changed")
+        weight -= 1
+        assert own != fingerprint(tmp_path / "changed", whole)
+    drafter.to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    assert own != fingerprint(tmp_path / "other", True)
+    assert fingerprint(tmp_path / "figures") is None and fingerprint("nobody/nothing") is None
+
+
+def test_of_a_large_tensor_four_blocks_are_read():
+    from ppow.training.fingerprints import SAMPLED, blocks
+
+    assert blocks(8, 8 + SAMPLED, whole=False) == [(8, SAMPLED)] and blocks(0, 10**9, whole=True) == [(0, 10**9)]
+    quarter = SAMPLED // 4
+    assert blocks(5, 5 + 10 * quarter, whole=False) == [(5 + i * 3 * quarter, quarter) for i in range(4)]
+
+
+def test_training_records_the_weights_of_its_target(pair):
+    config = SupervisedConfig(target=str(pair / "target"), data="chats.jsonl", output_dir=str(pair / "run"))
+    weights = provenance.read(provenance.write(pair / "run", "supervised", config))["weights"]
+    assert weights == {"target": fingerprint(pair / "target")}
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "never"),
+    [
+        ({"objective": "ppow", "estimator": "exact", "all_windows": True}, "without rollouts", "group"),
+        ({"objective": "ppow", "estimator": "rollout", "group_size": 8}, "groups of\n8 rollouts", "closed form"),
+        ({"objective": "lk", "estimator": "exact"}, "with\n`lk`, an objective that", "closed form"),
+    ],
+)
+def test_the_card_follows_how_the_drafter_was_trained(pair, options, says, never):
+    record = json.loads((pair / "drafter" / "provenance.json").read_text())
+    record["config"] |= {"window_size": 10, **options}
+    (pair / "drafter" / "provenance.json").write_text(json.dumps(record))
+    text = ModelCard.load(assembled(pair) / "README.md").text
+    assert says in text and never not in text
 
 
 def test_the_cards_snippets_run(pair, monkeypatch):

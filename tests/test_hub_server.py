@@ -17,6 +17,7 @@ from hub.clients import environment, push
 from pair import find_names
 from ppow import PPOWDrafter
 from ppow.training import cli
+from ppow.training.fingerprints import fingerprint
 from test_hub import METRICS
 
 pytest_plugins = ["hub.fixtures"]
@@ -151,7 +152,9 @@ def test_another_branch(hub, pair):
 @pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
 def test_a_second_push_uploads_what_has_changed(hub, pair, tmp_path, monkeypatch, capsys, xet):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
-    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({**METRICS, "weights": {"drafter": fingerprint(pair, whole=True)}})
+    )
     (tmp_path / "acceptance.png").write_bytes(b"\x89PNG a picture")
     assert push(pair, "alice/drafter", "--metrics", str(tmp_path)) == 0
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="examples/mine.py", repo_id="alice/drafter")
@@ -179,7 +182,9 @@ def test_a_second_push_uploads_what_has_changed(hub, pair, tmp_path, monkeypatch
 def test_every_snippet_of_the_card_runs(hub, pair, target, tiny_tokenizer, tmp_path, monkeypatch):
     target.push_to_hub("acme/target")
     tiny_tokenizer.push_to_hub("acme/target")
-    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({**METRICS, "weights": {"drafter": fingerprint(pair, whole=True)}})
+    )
     assert push(pair, "acme/drafter", "--target=acme/target", "--tag=v1", f"--metrics={tmp_path}") == 0
     card, asked = ModelCard.load("acme/drafter"), len(hub.requests)
     session = get_session()  # huggingface_hub 1.x validates at huggingface.co whatever HF_ENDPOINT says

@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("PPOW_DEBUG") == "1":
             raise
         if isinstance(error, KeyboardInterrupt):
-            print("\nppow: interrupted; regenerate, supervised and reinforce go on with --resume", file=sys.stderr)
+            print(
+                "\nppow: interrupted; regenerate, supervised, reinforce and evaluate go on with --resume",
+                file=sys.stderr,
+            )
             return 130
         told = f"safetensors could not read or write: {error}" if isinstance(error, SafetensorError) else error
         print(f"ppow: error: {told}", file=sys.stderr)

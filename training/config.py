@@ -327,7 +327,7 @@ class EvaluateConfig(DraftingConfig):
     target: str = option("target model: Hub id or folder")
     drafter: str = option("drafter: Hub id or folder")
     baseline: str | None = option("another drafter to measure in the same run, such as its stage 1", None)
-    output_dir: str = option("folder for metrics.json, the table and the plot")
+    output_dir: str = option("folder for metrics.json, the plot and samples.jsonl; empty or new")
     prompts: list[str] = option("benchmarks by name or .jsonl files", ["mt_bench", "humaneval", "gsm8k"])
     prompts_dir: str | None = option("folder that holds the named benchmarks; none: the Hub", None)
     limit: int | None = option("prompts per benchmark; none: all", None, at_least=1)
@@ -337,6 +337,8 @@ class EvaluateConfig(DraftingConfig):
     repetitions: int = option("timed runs over all prompts", 1, at_least=1)
     bootstrap: int = option("resamples for the 95% intervals", 1000, at_least=100)
     dtype: Literal["float32", "bfloat16"] = option("of target and drafter", "float32")
+    reference: bool = option("compare greedy answers with the same loop without drafts too, untimed", True)
+    resume: bool = option("go on with the evaluation that output_dir holds", False)
     seed: int = option("seed of sampling and bootstrap", 0, at_least=0)
 
     def __post_init__(self):

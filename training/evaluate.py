@@ -1,4 +1,4 @@
-"""Measure a drafter on its target: acceptance, tokens per second, speedup over the plain target.
+"""Measure a drafter on its target: acceptance, tokens per second, speedup over the plain target, and losslessness.
 
     ppow evaluate --target TARGET --drafter DRAFTER --prompts gsm8k --prompts-dir PROMPTS --output-dir runs/figures
 
@@ -8,125 +8,170 @@ Protocol: batch 1, prefill included, the systems take turns prompt by prompt so 
 after ``warmup`` untimed generations. Tokens are the ids produced, counted the same way on both sides (never
 re-tokenised text). Tokens per second are the mean over prompts, as in Spec-Bench, and the speedup is the ratio of those
 means; the acceptance length is pooled over all verifications, bonus included. Intervals are 95% bootstrap intervals
-over prompts.
+over prompts. How it drafted is read back from what ran.
+
+At temperature 0 every answer is compared with stock ``generate``'s, and where they part the target's own precise
+scores say whether that is a near tie or a fault (``ppow.lossless_ppow``). With ``reference`` it is also compared,
+untimed, with the same loop without drafts; on the fast path, whose shapes never change, every token must agree. A fault
+ends the command with an error, after everything was written.
+
+Every prompt is kept in ``samples.jsonl`` as soon as it is measured; ``--resume`` goes on behind the last one.
 """
 
 import dataclasses
-import random
+import functools
+import hashlib
+import json
+import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow import PPOWDrafter
-from ppow.drafting_ppow import DraftOptions
-from ppow.transcript_ppow import Acceptance
+from ppow.drafting_ppow import DraftOptions, call_config, what_was_drafted
+from ppow.lossless_ppow import first_difference
 
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
+from .figures import FAULT, ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import write_json
+from .fingerprints import fingerprint
 from .loading import named
 from .prompts import first_turn, prompt_sets, sampling_options
+from .samples import Sample, SampleLog
 
-
-@dataclass
-class Sample:
-    """One prompt answered by the plain target and with a drafter.
-
-    Attributes:
-        prompt: number of the prompt; the turns and repetitions of one prompt belong together.
-        plain_tokens, plain_seconds: of stock ``generate``; tokens, seconds: with the drafter.
-        gained, accepted, drafted: per verification, as in :class:`ppow.transcript_ppow.Acceptance`.
-        identical: whether the ids are the same (meaningful at temperature 0 only).
-        loops: whether the answer ends in an exact repetition.
-    """
-
-    prompt: int
-    plain_tokens: int
-    plain_seconds: float
-    tokens: int
-    seconds: float
-    gained: list[int]
-    accepted: list[int]
-    drafted: list[int]
-    identical: bool
-    loops: bool
+_FREE_TO_CHANGE = ("output_dir", "resume", "bootstrap")  # what the samples do not depend on
 
 
 def main(config: EvaluateConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     prompts = prompt_sets(config.prompts, config.prompts_dir, config.limit)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # what cannot be written is better known now
     dtype = getattr(torch, config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known now
     with named("target", config.target):
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
-    drafters = []
+    drafters, weights = [], {"target": fingerprint(config.target)}
     for option, name in (("drafter", config.drafter), ("baseline", config.baseline)):
         if name:
             with named(option, name):
                 drafters.append(PPOWDrafter.from_pretrained(name, dtype=dtype).to(device))
-    drafting = drafting_options(config)
+            weights[option] = fingerprint(name, whole=True)
+    record = provenance.record("evaluate", config)
+    log = SampleLog(folder, made_with(record, weights, prompts), config.resume)
+    try:
+        sets = measure_all(target, tokenizer, drafters, prompts, config, log)
+    finally:
+        log.close()
 
     results, baseline = {}, {}
-    for name, chosen in prompts.items():
-        for temperature in config.temperatures:
-            title = f"{name} T={temperature:g}"
-            measured = measure(target, tokenizer, drafters, chosen, config, temperature, drafting, title)
-            figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
-            results[title] = figures[0]
-            if config.baseline:
-                figures[0]["gain"] = gain(*measured, config.bootstrap, config.seed)
-                baseline[title] = figures[1]
-    options = [DraftOptions.resolve(GenerationConfig(**drafting), drafter.generation_config) for drafter in drafters]
-    record = {"results": results, "drafting": dataclasses.asdict(options[0])}
+    for title, measured in sets.items():
+        figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
+        results[title] = figures[0]
+        if config.baseline:
+            figures[0]["gain"] = gain(*measured, config.bootstrap, config.seed)
+            baseline[title] = figures[1]
+    ran = [samples[0].drafting for samples in next(iter(sets.values()))]
+    figures = {"results": results, "drafting": ran[0], "weights": weights}
     if config.baseline:
-        record |= {"baseline": baseline, "baseline_drafting": dataclasses.asdict(options[1])}
-    write_json(Path(config.output_dir) / "metrics.json", record | provenance.record("evaluate", config))
+        figures |= {"baseline": baseline, "baseline_drafting": ran[1]}
+    write_json(folder / "metrics.json", figures | record)
+    plot(results, folder / "acceptance.png")
     print(table(results))
     if config.baseline:
         print(f"\nbaseline {Path(config.baseline).name}:\n{table(baseline)}\n")
         for title, result in results.items():
             low, high = result["gain"]["acceptance_length_95"]
             print(f"{title}: acceptance length {result['gain']['acceptance_length']:+.2f} ({low:+.2f} to {high:+.2f})")
-    plot(results, Path(config.output_dir) / "acceptance.png")
+    if found := [line for title, measured in sets.items() for samples in measured for line in faults(title, samples)]:
+        raise ValueError(
+            f"{len(found)} of these answers are NOT the target's own, and rounding does not explain it: this must not "
+            f"happen; please report it with {folder / 'samples.jsonl'}.\n" + "\n".join(found[:20])
+        )
+
+
+def made_with(record: dict, weights: dict, prompts: dict) -> dict:
+    """What samples of one evaluation have in common, by names that a user knows."""
+    texts = {title: [dataclasses.asdict(prompt) for prompt in chosen] for title, chosen in prompts.items()}
+    options = {name: value for name, value in record["config"].items() if name not in _FREE_TO_CHANGE}
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    common = {
+        "weights": weights,
+        "prompt texts": digest,
+        "versions": record["versions"],
+        "hardware": record["hardware"],
+    }
+    return options | common
+
+
+def measure_all(target, tokenizer, drafters: list, prompts: dict, config, log: SampleLog) -> dict:
+    """Every set of prompts at every temperature: title -> the samples of each drafter."""
+    drafting, sets = drafting_options(config), {}
+    for name, chosen in prompts.items():
+        for temperature in config.temperatures:
+            title = f"{name} T={temperature:g}"
+            sets[title] = measure(target, tokenizer, drafters, chosen, config, temperature, drafting, title, log)
+    return sets
 
 
 def measure(
-    target, tokenizer, drafters: list, prompts, config, temperature: float, drafting: dict, title: str
+    target, tokenizer, drafters: list, prompts, config, temperature: float, drafting: dict, title: str, log: SampleLog
 ) -> list[list[Sample]]:
-    """Answer every prompt (and the second turns of two-turn ones) with all systems: -> the samples of each drafter."""
+    """Answer every prompt (and the second turns of two-turn ones) with all systems: -> the samples of each drafter.
+
+    Raises:
+        ValueError: when a drafting option had no effect, or prompts were not all drafted for in one way.
+    """
     plain, ours = generation_configs(target, temperature, config.max_new_tokens, drafting)
-    work = [
-        (number, ids)
-        for number, prompt in enumerate(prompts)
-        for ids in turns(target, tokenizer, prompt, config.max_new_tokens)
+    check = temperature == 0 and config.reference
+    work = [(number, turn) for number, prompt in enumerate(prompts) for turn in range(len(prompt.turns))]
+
+    @functools.lru_cache(maxsize=4)
+    def ids_of(number: int) -> list[torch.Tensor]:
+        return turns(target, tokenizer, prompts[number], config.max_new_tokens)
+
+    def answer(place: int, seed: int) -> list[Sample]:
+        number, turn = work[place]
+        found = compare(target, drafters, number, ids_of(number)[turn], plain, ours, seed, drafting, check)
+        for which, sample in enumerate(found):
+            ways.setdefault(which, sample.drafting)
+            if sample.drafting != ways[which]:
+                raise ValueError(
+                    f"{title}: the answer to prompt {number + 1} was drafted with {sample.drafting}, those before with "
+                    f"{ways[which]}. Choose one path with --cuda-graphs or --no-cuda-graphs."
+                )
+        return found
+
+    places = [
+        (r * len(work) + i, i, config.seed + 1000 * r + i) for r in range(config.repetitions) for i in range(len(work))
     ]
-    for number, ids in work[: config.warmup]:
-        compare(target, drafters, number, ids, plain, ours, config.seed)
-    samples = []
-    for repetition in range(config.repetitions):
-        for i, (number, ids) in enumerate(tqdm(work, desc=title, leave=False)):
-            samples.append(compare(target, drafters, number, ids, plain, ours, config.seed + 1000 * repetition + i))
-    return [list(column) for column in zip(*samples)]
+    ways = {w: s.drafting for samples in log.found.values() for w, s in enumerate(samples)}
+    if any(log.get(title, index) is None for index, _, _ in places):
+        for place in range(min(config.warmup, len(work))):
+            answer(place, config.seed)
+    for index, place, seed in tqdm(places, desc=title, leave=False):
+        if log.get(title, index) is None:
+            log.add(title, index, answer(place, seed))
+    return [list(column) for column in zip(*(log.get(title, index) for index, _, _ in places))]
 
 
 def drafting_options(config: DraftingConfig) -> dict:
     """The drafting options that a command was given."""
-    names = (field.name for field in dataclasses.fields(DraftOptions))
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    values = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(DraftOptions)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def generation_configs(target, temperature: float, max_new_tokens: int, drafting: dict):
     """Generation configs of the plain target and of the target with a drafter."""
-    settings = target.generation_config.to_diff_dict() | sampling_options(temperature)
-    settings |= {"max_new_tokens": max_new_tokens}
-    return GenerationConfig(**settings), GenerationConfig(**settings, **drafting, return_dict_in_generate=True)
+    settings = sampling_options(temperature) | {"max_new_tokens": max_new_tokens}
+    plain = call_config(target.generation_config, **settings)
+    return plain, call_config(plain, **drafting, return_dict_in_generate=True)
 
 
 def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
@@ -145,28 +190,55 @@ def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
     return found
 
 
-def compare(target, drafters: list, prompt: int, ids, plain, ours, seed: int) -> list[Sample]:
-    """One prompt: stock generate, then each drafter; -> a sample per drafter."""
-    mask, samples = torch.ones_like(ids), []
+def compare(
+    target, drafters: list, prompt: int, ids, plain, ours, seed: int, drafting: dict, check: bool
+) -> list[Sample]:
+    """One prompt: stock generate, then each drafter; with ``check`` also without drafts. -> a sample per drafter."""
+    mask, samples, references = torch.ones_like(ids), [], {}
     expected, plain_seconds = timed(target, seed, ids, attention_mask=mask, generation_config=plain)
+    expected = expected[0, ids.shape[1] :].tolist()
     for drafter in drafters:
         out, seconds = timed(target, seed, ids, attention_mask=mask, generation_config=ours, assistant_model=drafter)
-        figures = out.acceptance
+        figures, ran = out.acceptance, what_was_drafted(out, drafting)
         answer = out.sequences[0, ids.shape[1] :].tolist()
         sample = Sample(
             prompt,
-            expected.shape[1] - ids.shape[1],
+            len(expected),
             plain_seconds,
             len(answer),
             seconds,
             figures.gained[0],
             figures.accepted[0],
             figures.drafted[0],
-            torch.equal(expected, out.sequences),
+            answer == expected,
             ends_in_a_loop(answer),
+            drafting={name: value for name, value in dataclasses.asdict(ran).items() if name != "accept_drafts"},
         )
+        if not plain.do_sample:
+            sample.difference = judged(target, ids, answer, expected, plain)
+        if check:
+            if ran not in references:
+                references[ran] = without_drafts(target, drafter, ids, ours)
+            sample.reference = judged(target, ids, answer, references[ran], plain, exact=ran.cuda_graphs) or {}
         samples.append(sample)
     return samples
+
+
+def without_drafts(target, drafter, ids: torch.Tensor, ours) -> list[int]:
+    """The reference answer: the same loop with the same windows, and nothing drafted in them."""
+    config = call_config(ours, accept_drafts=False)
+    mask = torch.ones_like(ids)
+    out = target.generate(ids, attention_mask=mask, generation_config=config, assistant_model=drafter)
+    return out.sequences[0, ids.shape[1] :].tolist()
+
+
+def judged(target, ids, answer: list[int], expected: list[int], plain, exact: bool = False) -> dict | None:
+    """Where two answers part, ready for JSON; ``exact``: whatever the gap, it is a fault. None where they do not."""
+    found = first_difference(target, ids, answer, expected, plain)
+    if found is None:
+        return None
+    facts = dataclasses.asdict(found) | {"verdict": FAULT if exact else found.verdict}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in facts.items()}
 
 
 def timed(target, seed: int, ids, **arguments):
@@ -182,112 +254,3 @@ def timed(target, seed: int, ids, **arguments):
 def _synchronize(device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def ends_in_a_loop(tokens: list[int], repeats: int = 3, longest: int = 24) -> bool:
-    """Whether the last tokens are one block of at most ``longest`` tokens, ``repeats`` times in a row."""
-    for size in range(1, min(longest, len(tokens) // repeats) + 1):
-        if all(tokens[-size:] == tokens[-size * (r + 1) : len(tokens) - size * r] for r in range(1, repeats)):
-            return True
-    return False
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
-    """Figures of one prompt set, each interval [low, high] at 95%; ``samples`` counts turns and repetitions."""
-    straight = [s for s in samples if not s.loops]
-    return {
-        "prompts": len({s.prompt for s in samples}),
-        "samples": len(samples),
-        "acceptance_length": acceptance_length(samples),
-        "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
-        "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
-        "loops": len(samples) - len(straight),
-        "per_position": Acceptance(
-            [s.drafted for s in samples], [s.accepted for s in samples], [s.gained for s in samples]
-        ).per_position(),
-        "tokens_per_second": rate(samples, "tokens", "seconds"),
-        "plain_tokens_per_second": rate(samples, "plain_tokens", "plain_seconds"),
-        "speedup": speedup(samples),
-        "speedup_95": interval(samples, speedup, resamples, seed),
-        "identical": sum(s.identical for s in samples),
-    }
-
-
-def acceptance_length(samples: list[Sample]) -> float:
-    """Tokens gained per verification, bonus included, pooled; 1 when nothing was verified."""
-    verifications = sum(len(s.gained) for s in samples)
-    return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
-
-
-def rate(samples: list[Sample], tokens: str, seconds: str) -> float:
-    return sum(getattr(s, tokens) / getattr(s, seconds) for s in samples) / len(samples)
-
-
-def speedup(samples: list[Sample]) -> float:
-    return rate(samples, "tokens", "seconds") / rate(samples, "plain_tokens", "plain_seconds")
-
-
-def gain(samples: list[Sample], baseline: list[Sample], resamples: int, seed: int) -> dict:
-    """Acceptance length over a baseline's on the same prompts, with the interval of the paired difference."""
-
-    def difference(pairs: list[tuple[Sample, Sample]]) -> float:
-        ours, others = zip(*pairs)
-        return acceptance_length(ours) - acceptance_length(others)
-
-    pairs = list(zip(samples, baseline))
-    return {
-        "acceptance_length": difference(pairs),
-        "acceptance_length_95": interval(pairs, difference, resamples, seed, prompt=lambda pair: pair[0].prompt),
-    }
-
-
-def interval(samples: list, figure, resamples: int, seed: int, prompt=lambda sample: sample.prompt) -> list[float]:
-    """95% percentile bootstrap over prompts, each with all its samples."""
-    draw, prompts = random.Random(seed), {}
-    for sample in samples:
-        prompts.setdefault(prompt(sample), []).append(sample)
-    groups = list(prompts.values())
-    drawn = ([s for group in draw.choices(groups, k=len(groups)) for s in group] for _ in range(resamples))
-    values = sorted(map(figure, drawn))
-    return [values[int(0.025 * resamples)], values[min(resamples - 1, int(0.975 * resamples))]]
-
-
-def table(results: dict) -> str:
-    """The figures as a Markdown table."""
-    columns = ["prompts", "n", "acceptance length (95%)", "not looping", "plain tok/s", "drafter tok/s"]
-    columns += ["speedup (95%)", "identical"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name, r in results.items():
-        straight, sampled = r["acceptance_length_without_loops"], not name.endswith("T=0")
-        low, high = r["acceptance_length_95"]
-        slow, fast = r["speedup_95"]
-        lines.append(
-            f"| {name} | {r['prompts']} | {r['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) "
-            f"| {'-' if straight is None else f'{straight:.2f}'} | {r['plain_tokens_per_second']:.0f} "
-            f"| {r['tokens_per_second']:.0f} | {r['speedup']:.2f}x ({slow:.2f}-{fast:.2f}) "
-            f"| {'-' if sampled else str(r['identical']) + ' of ' + str(r['samples'])} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(results: dict, path: Path) -> None:
-    """Per-position acceptance, one line per prompt set and temperature; without matplotlib, nothing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, result in results.items():
-        rates = result["per_position"]
-        axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
-    axes.set(xlabel="position in the window", ylabel="accepted, given all before", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -9,6 +9,7 @@ card. It loads without this package. Files of an earlier push that are no longer
 commit; unchanged ones are not uploaded again.
 """
 
+import dataclasses
 import json
 import logging
 import re
@@ -36,14 +37,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from transformers import GenerationConfig
 
 from ppow import PPOWConfig, PPOWDrafter
+from ppow.drafting_ppow import DraftOptions
 from ppow.model_cards import render
 
+from . import figures as measured
 from . import provenance
 from .config import PushConfig
 from .data import OPENERS
 from .files import write_json
+from .fingerprints import fingerprint
 from .loading import named
 
 logger = logging.getLogger(__name__)
@@ -108,7 +113,8 @@ def assemble(
 
     Raises:
         ValueError: for something that is no drafter, damaged weights or ones that are not finite, a target that is a
-            folder, missing metrics, or a file with an access token or a path of this machine in it.
+            folder, missing metrics or those of other weights, or a file with an access token or a path of this machine
+            in it.
     """
     source = Path(drafter)
     if target is not None:
@@ -156,14 +162,23 @@ def card(folder: Path, repo: str, revision: str | None = "main", license: str | 
     Args:
         folder: with config.json and, where there are any, metrics.json, provenance.json and the picture.
         repo: what the snippets load; with ``revision`` None a folder beside this package instead of a Hub repository.
+
+    Raises:
+        ValueError: for figures that were measured with other weights, or that do not say with which.
     """
     config, metrics, training = (read_json(folder / name) for name in ("config.json", METRICS, provenance.FILE))
     stages = chain(training) if training else []
+    if metrics:
+        check_figures(metrics, folder, config.get("target_name_or_path"), stages)
+    drafting = GenerationConfig(**(read_json(folder / "generation_config.json") or {}))
     facts = {
         "config": config,
-        "generation": read_json(folder / "generation_config.json"),
+        "drafting": dataclasses.asdict(DraftOptions.resolve(drafting)),
         "metrics": metrics,
+        "identical": measured.identical,
+        "without_drafts": measured.without_drafts,
         "stages": stages,
+        "trained": how_trained(stages),
         "repo": repo,
         "title": repo.rpartition("/")[2] if revision else f"The bundled {repo.rpartition('/')[2]}",
         "revision": revision,
@@ -171,6 +186,42 @@ def card(folder: Path, repo: str, revision: str | None = "main", license: str | 
         "metadata": metadata(config, metrics, stages, repo, license),
     }
     return render("drafter", facts)
+
+
+def check_figures(metrics: dict, folder: Path, target: str | None, stages: list[dict]) -> None:
+    """Raise a ValueError unless figures were measured with the drafter in ``folder`` and with its target.
+
+    The target's weights are those that the last stage recorded, and those of ``target`` where they are on this machine.
+    """
+    again = "Measure this drafter with `ppow evaluate` and name that folder with --metrics"
+    weights = metrics.get("weights")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{METRICS} does not say which weights it was measured with, as an older version's. {again}.")
+    own = fingerprint(folder, whole=True)
+    if weights.get("drafter") != own:
+        whose = "its baseline" if weights.get("baseline") == own else "another one"
+        raise ValueError(
+            f"{METRICS} holds the figures of other weights ({str(weights.get('drafter'))[:12]}) than this drafter's "
+            f"({str(own)[:12]}), which are {whose} there. {again}, or move {METRICS} away."
+        )
+    recorded = [stage["weights"]["target"] for stage in stages if stage.get("weights", {}).get("target")][-1:]
+    here = fingerprint(target) if target else None
+    for made_for in [*recorded, *([here] if here else [])]:
+        if weights.get("target") != made_for:
+            raise ValueError(
+                f"{METRICS} was measured on a target with other weights ({str(weights.get('target'))[:12]}) than this "
+                f"drafter's target has ({made_for[:12]}). {again}."
+            )
+
+
+def how_trained(stages: list[dict]) -> str | None:
+    """What the last stage of a drafter's training was: "exact" and "rollout" are PPOW's two estimators, "control"
+    another objective of its comparison, "supervised" stage 1; None where that was not recorded."""
+    last = stages[-1] if stages else {}
+    options = last.get("config", {})
+    if last.get("command") != "reinforce":
+        return "supervised" if last.get("command") == "supervised" else None
+    return options.get("estimator") if options.get("objective", "ppow") == "ppow" else "control"
 
 
 def metadata(config: dict, metrics: dict | None, stages: list[dict], repo: str, license: str | None) -> str:

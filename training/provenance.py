@@ -13,6 +13,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .fingerprints import fingerprint
+
 FILE = "provenance.json"
 PACKAGES = ("ppow", "torch", "transformers", "accelerate", "datasets")
 _TOKEN = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{16,}")
@@ -23,7 +25,8 @@ _LOCAL_PATH = re.compile(r"(?:~|[A-Za-z]:[\\/]|/|\.\.?/)[^,=]*")
 def write(folder: str | Path, command: str, config) -> Path:
     """Write ``folder/provenance.json``; the records of earlier (resumed) runs stay in it under ``earlier``.
 
-    A run that starts from a drafter's folder keeps that drafter's own record under ``started_from``, so that the last
+    Fingerprints of the target and of the drafter that it starts from say which weights those were. A run that starts
+    from a drafter's folder keeps that drafter's own record under ``started_from``, so that the last
     file of a chain of stages tells all of them.
 
     Args:
@@ -37,7 +40,12 @@ def write(folder: str | Path, command: str, config) -> Path:
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     content = record(command, config)
-    start = Path(getattr(config, "drafter", None) or folder) / FILE
+    target, drafter = getattr(config, "target", None), getattr(config, "drafter", None)
+    if target:  # which figures may stand beside what this run makes
+        content["weights"] = {"target": fingerprint(target)} | (
+            {"drafter": fingerprint(drafter, whole=True)} if drafter else {}
+        )
+    start = Path(drafter or folder) / FILE
     if start != path and start.exists():
         content["started_from"] = read(start)
     if path.exists():

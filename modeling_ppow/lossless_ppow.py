@@ -1,0 +1,176 @@
+"""Where two greedy answers part: a near tie that rounding decided, or a fault.
+
+A window's forward has another shape than a one-token forward, so in a low precision the two round differently, and
+where two tokens' logits lie closer than that rounding either can win. Whether a difference is such a near tie is
+decided by the target alone, in a precision in which the question does not arise:
+
+* the **gap** is what the chosen token's score differs by from the other's, on the common prefix, in float32 (float64
+  for a target in float32 or float64);
+* the **rounding** is what the target's own dtype can move that gap by. When they are written, each of the two scores is
+  rounded by at most eps / 2 of itself, so the gap moves by eps * max(|score|) at most. What the layers before add is
+  measured: the same forward in the target's own dtype less the precise one has, over the likeliest tokens, a standard
+  deviation sigma (what moves all of them alike decides nothing and is left out); a difference of two has one of
+  sqrt(2) sigma, and six of those are allowed:
+
+      rounding = eps * max(|score_a|, |score_b|) + 6 * sqrt(2) * sigma
+
+A gap within the rounding is a near tie. Anything else is a fault: a token that rounding cannot have chosen.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from .drafting_ppow import call_config
+from .target_ppow import decoder_layers
+
+LIKELIEST = 64  # tokens over which the rounding is measured
+DEVIATIONS = 6
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token in which an answer differs from the one it is compared with.
+
+    Attributes:
+        position: index in the answer.
+        token, expected: the two ids; None where an answer has ended.
+        gap: what the two scores differ by; NaN where one has ended or cannot be had.
+        rounding: what rounding explains.
+    """
+
+    position: int
+    token: int | None
+    expected: int | None
+    gap: float = math.nan
+    rounding: float = 0.0
+
+    @property
+    def is_near_tie(self) -> bool:
+        return abs(self.gap) <= self.rounding
+
+    @property
+    def verdict(self) -> str:
+        return "near tie" if self.is_near_tie else "fault"
+
+    def __str__(self) -> str:
+        if self.token is None or self.expected is None:
+            return f"fault at token {self.position + 1}: one answer ends where the other goes on"
+        return (
+            f"{self.verdict} at token {self.position + 1}: the scores of {self.token} and {self.expected} are "
+            f"{self.gap:.3g} apart, rounding explains {self.rounding:.3g}"
+        )
+
+
+def first_difference(
+    target, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
+) -> Difference | None:
+    """Compare two greedy answers to one prompt.
+
+    Args:
+        target: the target; the only one that is asked.
+        prompt: (1, P) ids.
+        answer, expected: new tokens of the two.
+        config: the call's generation config, whose processors and lengths count; None: the target's own.
+
+    Returns:
+        None when they are the same; else where they part, and what that is.
+    """
+    if answer == expected:
+        return None
+    shared = min(len(answer), len(expected))
+    position = next((i for i in range(shared) if answer[i] != expected[i]), shared)
+    if position == shared:
+        longer = answer if len(answer) > shared else expected
+        ends = (None, longer[shared]) if longer is expected else (longer[shared], None)
+        return Difference(position, *ends)
+    pair = [answer[position], expected[position]]
+    ids = torch.cat((prompt, torch.tensor([answer[:position]], dtype=torch.long, device=prompt.device)), 1)
+    config = ending_at(config or target.generation_config, prompt.shape[1])
+    exact, own = precise_scores(target, ids, config), scores_after(target, ids, config).double()
+    likely = exact.topk(min(LIKELIEST, exact.shape[-1])).indices
+    noise = (own - exact)[likely]
+    sigma = float(noise[torch.isfinite(noise)].std(correction=0))
+    one, other = exact[pair].tolist()
+    rounding = torch.finfo(target.dtype).eps * max(abs(one), abs(other)) + DEVIATIONS * math.sqrt(2) * sigma
+    return Difference(position, *pair, one - other, rounding)
+
+
+class _AtOnce(StoppingCriteria):
+    """Ends a generation behind its first token, whatever length its processors believe in."""
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def ending_at(config, prompt_length: int):
+    """``config`` for a call that continues an answer: greedy, with lengths that count from the answer's own prompt."""
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "output_logits": False}
+    if config.max_new_tokens is not None:
+        options |= {"max_new_tokens": None, "max_length": prompt_length + config.max_new_tokens}
+    if config.min_new_tokens is not None:
+        options |= {"min_new_tokens": None, "min_length": prompt_length + config.min_new_tokens}
+    return call_config(config, **options)
+
+
+@torch.no_grad()
+def scores_after(target, ids: torch.Tensor, config) -> torch.Tensor:
+    """Stock ``generate``'s processed scores (V,) of the token behind ids (1, n)."""
+    now = StoppingCriteriaList([_AtOnce()])
+    out = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=now)
+    return out.scores[0][0]
+
+
+def precise_scores(target, ids: torch.Tensor, config) -> torch.Tensor:
+    """The same (V,) as float64, computed in float32; of a target in float32 or float64 in float64 where it can be."""
+    if target.dtype in (torch.float32, torch.float64):
+        with contextlib.suppress(RuntimeError), in_dtype(target, torch.float64):  # not every kernel knows float64
+            return scores_after(target, ids, config).double()
+    with in_dtype(target, torch.float32):
+        return scores_after(target, ids, config).double()
+
+
+@contextlib.contextmanager
+def in_dtype(target, dtype: torch.dtype):
+    """Let the target compute in a higher precision for a while, without a second copy of it: what lies outside the
+    decoder layers is converted at once, each layer while it runs. Afterwards all tensors lie where they lay."""
+    layers = decoder_layers(target)
+    inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
+    config = target.config.get_text_config(decoder=True)
+    before, handles, held = config._attn_implementation, [], {}
+    outside = [tensor for tensor in _tensors(target) if id(tensor) not in inside]
+    try:
+        if "flash" in (before or ""):  # which knows 16 bits only
+            config._attn_implementation = "sdpa"
+        originals = _convert(outside, dtype)
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(lambda m, _: held.update({m: _convert(_tensors(m), dtype)})))
+            handles.append(layer.register_forward_hook(lambda m, *_: _restore(held.pop(m)), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        _restore(originals)
+        config._attn_implementation = before
+
+
+def _tensors(module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _convert(tensors, dtype: torch.dtype) -> list[tuple]:
+    """Convert what is floating and has fewer bits than ``dtype``: -> what was there before."""
+    originals = []
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
+            originals.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(dtype)
+    return originals
+
+
+def _restore(originals: list[tuple]) -> None:
+    for tensor, data in originals:
+        tensor.data = data

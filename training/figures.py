@@ -1,0 +1,159 @@
+"""Figures of an evaluation, from its samples: means, bootstrap intervals, the table and the plot."""
+
+import random
+from pathlib import Path
+
+from ppow.transcript_ppow import Acceptance
+
+from .samples import Sample
+
+FAULT, NEAR_TIE = "fault", "near tie"
+_COUNTS = ("drafted", "accepted", "gained")
+
+
+def ends_in_a_loop(tokens: list[int], repeats: int = 3, longest: int = 24) -> bool:
+    """Whether the last tokens are one block of at most ``longest`` tokens, ``repeats`` times in a row."""
+    for size in range(1, min(longest, len(tokens) // repeats) + 1):
+        if all(tokens[-size:] == tokens[-size * (r + 1) : len(tokens) - size * r] for r in range(1, repeats)):
+            return True
+    return False
+
+
+def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
+    """Figures of one prompt set, each interval [low, high] at 95%; ``samples`` counts turns and repetitions."""
+    straight = [s for s in samples if not s.loops]
+    return {
+        "prompts": len({s.prompt for s in samples}),
+        "samples": len(samples),
+        "acceptance_length": acceptance_length(samples),
+        "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
+        "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
+        "loops": len(samples) - len(straight),
+        "per_position": Acceptance(*([getattr(s, n) for s in samples] for n in _COUNTS)).per_position(),
+        "tokens_per_second": rate(samples, "tokens", "seconds"),
+        "plain_tokens_per_second": rate(samples, "plain_tokens", "plain_seconds"),
+        "speedup": speedup(samples),
+        "speedup_95": interval(samples, speedup, resamples, seed),
+        "identical": sum(s.identical for s in samples),
+        "near_ties": sum(not is_fault(s) and verdict(s.difference) == NEAR_TIE for s in samples),
+        "faults": sum(map(is_fault, samples)),
+        "reference": sum(s.reference is not None for s in samples),
+        "reference_agrees": sum(s.reference == {} for s in samples),
+    }
+
+
+def verdict(difference: dict | None) -> str | None:
+    return difference["verdict"] if difference else None
+
+
+def is_fault(sample: Sample) -> bool:
+    """Whether an answer is not the target's own, by stock ``generate`` or by the reference."""
+    return FAULT in (verdict(sample.difference), verdict(sample.reference))
+
+
+def faults(title: str, samples: list[Sample]) -> list[str]:
+    """A line for every fault."""
+    lines = []
+    for number, sample in enumerate(samples):
+        for against, found in (("stock generate", sample.difference), ("the reference", sample.reference)):
+            if verdict(found) == FAULT:
+                gap = "one answer ends" if found["gap"] is None else f"gap {found['gap']:.3g}"
+                lines.append(
+                    f"{title}, sample {number + 1}, prompt {sample.prompt + 1}: FAULT at token {found['position'] + 1} "
+                    f"against {against}: {found['token']}, expected {found['expected']} ({gap}, rounding explains "
+                    f"{found['rounding']:.3g})"
+                )
+    return lines
+
+
+def acceptance_length(samples: list[Sample]) -> float:
+    """Tokens gained per verification, bonus included, pooled; 1 when nothing was verified."""
+    verifications = sum(len(s.gained) for s in samples)
+    return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
+
+
+def rate(samples: list[Sample], tokens: str, seconds: str) -> float:
+    return sum(getattr(s, tokens) / getattr(s, seconds) for s in samples) / len(samples)
+
+
+def speedup(samples: list[Sample]) -> float:
+    return rate(samples, "tokens", "seconds") / rate(samples, "plain_tokens", "plain_seconds")
+
+
+def gain(samples: list[Sample], baseline: list[Sample], resamples: int, seed: int) -> dict:
+    """Acceptance length over a baseline's on the same prompts, with the interval of the paired difference."""
+
+    def difference(pairs: list[tuple[Sample, Sample]]) -> float:
+        ours, others = zip(*pairs)
+        return acceptance_length(ours) - acceptance_length(others)
+
+    pairs = list(zip(samples, baseline))
+    return {
+        "acceptance_length": difference(pairs),
+        "acceptance_length_95": interval(pairs, difference, resamples, seed, prompt=lambda pair: pair[0].prompt),
+    }
+
+
+def interval(samples: list, figure, resamples: int, seed: int, prompt=lambda sample: sample.prompt) -> list[float]:
+    """95% percentile bootstrap over prompts, each with all its samples."""
+    draw, prompts = random.Random(seed), {}
+    for sample in samples:
+        prompts.setdefault(prompt(sample), []).append(sample)
+    groups = list(prompts.values())
+    drawn = ([s for group in draw.choices(groups, k=len(groups)) for s in group] for _ in range(resamples))
+    values = sorted(map(figure, drawn))
+    return [values[int(0.025 * resamples)], values[min(resamples - 1, int(0.975 * resamples))]]
+
+
+def table(results: dict) -> str:
+    """The figures as a Markdown table."""
+    columns = ["prompts", "n", "acceptance length (95%)", "not looping", "plain tok/s", "drafter tok/s"]
+    columns += ["speedup (95%)", "identical", "as without drafts"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, r in results.items():
+        straight, sampled = r["acceptance_length_without_loops"], not name.endswith("T=0")
+        low, high = r["acceptance_length_95"]
+        slow, fast = r["speedup_95"]
+        lines.append(
+            f"| {name} | {r['prompts']} | {r['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {'-' if straight is None else f'{straight:.2f}'} | {r['plain_tokens_per_second']:.0f} "
+            f"| {r['tokens_per_second']:.0f} | {r['speedup']:.2f}x ({slow:.2f}-{fast:.2f}) "
+            f"| {'-' if sampled else identical(r)} | {without_drafts(r)} |"
+        )
+    return "\n".join(lines)
+
+
+def identical(figures: dict) -> str:
+    """How many greedy answers are stock ``generate``'s, and what the others are: "9 of 10, 1 near tie"."""
+    text = f"{figures['identical']} of {figures['samples']}"
+    if ties := figures.get("near_ties"):
+        text += f", {ties} near tie{'s' if ties > 1 else ''}"
+    if faults := figures.get("faults"):
+        text += f", **{faults} FAULT{'S' if faults > 1 else ''}**"
+    return text
+
+
+def without_drafts(figures: dict) -> str:
+    """How many greedy answers are those of the loop without drafts: "10 of 10"."""
+    compared = figures.get("reference")
+    return f"{figures['reference_agrees']} of {compared}" if compared else "-"
+
+
+def plot(results: dict, path: Path) -> None:
+    """Per-position acceptance, one line per prompt set and temperature; without matplotlib, nothing."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, result in results.items():
+        rates = result["per_position"]
+        axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
+    axes.set(xlabel="position in the window", ylabel="accepted, given all before", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
