@@ -172,7 +172,7 @@ def test_an_end_of_turn_that_is_only_a_line_break_stays_masked(tiny_tokenizer):
 
 def test_a_template_that_hides_its_answers_is_refused(tiny_tokenizer):
     template = "{% for m in messages %}{{ loop.length ~ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"row 0: cannot find answer 2 .* \{% generation %\}"):
+    with pytest.raises(ValueError, match=r"row 0: cannot find answer 4 .* \{% generation %\}"):
         encode([{"messages": CHAT}], with_template(tiny_tokenizer, template), 512)
 
 

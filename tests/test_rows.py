@@ -18,14 +18,13 @@ from ppow.training.sources import BadRow, read_source
 
 USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}
 CHAT = [USER, ANSWER]
-CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
-CALLED = [
-    USER,
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "content": "noon"},
-    ANSWER,
-]
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+CALLED = [USER, CALLING, {"role": "tool", "content": "noon"}, ANSWER]
+AS_TEXT = {"type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}  # as OpenAI has it
+OLD_CALL = {"role": "assistant", "content": None, "function_call": AS_TEXT["function"]}
+BE, DEVELOPER = {"role": "system", "content": "Be."}, {"role": "developer", "content": "Be."}
 
 
 def write(path, content):
@@ -57,21 +56,19 @@ def lines(*rows):
         ({"question": "Hi?", "answer": "Hi."}, CHAT),
         ({"instruction": "Hi?", "output": "Hi."}, CHAT),
         ({"instruction": "Hi?", "input": "", "output": "Hi."}, CHAT),
-        ({"instruction": "Add.", "input": "1, 2", "output": "Hi."}, [{"role": "user", "content": "Add.\n\n1, 2"}, ANSWER]),
+        ({"prompt": "Hi?", "completion": "Hi.", "input": "no"}, CHAT),
+        ({"instruction": "A", "input": "1", "output": "Hi."}, [{"role": "user", "content": "A\n\n1"}, ANSWER]),
         ({"instruction": "Hi?", "output": "Hi.", "history": [["Hi?", "Hi."]]}, CHAT + CHAT),
         ({"prompt": "Hi?"}, [USER]),
         ({"turns": ["Hi?", "Hi?"]}, [USER, USER]),
-        ({"system_prompt": "Be.", "question": "Hi?", "response": "Hi."}, [{"role": "system", "content": "Be."}, *CHAT]),
-        ({"system": "Be.", "conversations": CHAT}, [{"role": "system", "content": "Be."}, *CHAT]),
+        ({"system_prompt": "Be.", "question": "Hi?", "response": "Hi."}, [BE, *CHAT]),
+        ({"system": "Be.", "conversations": CHAT}, [BE, *CHAT]),
         ({"system": "", "conversations": CHAT}, CHAT),
-        ({"system": "no", "messages": [{"role": "developer", "content": "Be."}, USER]}, [{"role": "developer", "content": "Be."}, USER]),
+        ({"system": "no", "messages": [DEVELOPER, USER]}, [DEVELOPER, USER]),
         ({"messages": CALLED}, CALLED),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, *CALLED[2:]]}, CALLED),
-        (
-            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}]}, *CALLED[2:]]},
-            CALLED,
-        ),
-        ({"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}, {"role": "function", "content": "noon"}, ANSWER]}, CALLED),
+        ({"messages": [USER, {**CALLING, "tool_calls": [AS_TEXT]}, *CALLED[2:]]}, CALLED),
+        ({"messages": [USER, OLD_CALL, {"role": "function", "content": "noon"}, ANSWER]}, CALLED),
         (
             {
                 "conversations": [
@@ -83,11 +80,11 @@ def lines(*rows):
             },
             CALLED,
         ),
-        ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "No."}]}, [USER, {"role": "assistant", "content": "No."}]),
+        ({"messages": [USER, {"role": "assistant", "content": None, "refusal": "Hi."}]}, CHAT),
         ({"messages": [USER, {**ANSWER, "reasoning": "Well."}]}, [USER, {**ANSWER, "reasoning_content": "Well."}]),
         ({"messages": [USER, {"role": "tool", "content": {"a": 1}}]}, [USER, {"role": "tool", "content": '{"a": 1}'}]),
     ],
-)  # fmt: skip
+)
 def test_every_dialect_becomes_the_same_chat(row, messages):
     assert normal(row)["messages"] == messages
 
@@ -101,9 +98,12 @@ def test_every_dialect_becomes_the_same_chat(row, messages):
         ([{"type": "output_text", "text": "Hi."}], {"content": "Hi."}),
         ([{"type": "refusal", "refusal": "No."}], {"content": "No."}),
         ([], {"content": ""}),
-        ([{"type": "thinking", "thinking": "Well."}, {"type": "text", "text": "Hi."}], {"content": "Hi.", "reasoning_content": "Well."}),
+        (
+            [{"type": "thinking", "thinking": "Well."}, {"type": "text", "text": "Hi."}],
+            {"content": "Hi.", "reasoning_content": "Well."},
+        ),
     ],
-)  # fmt: skip
+)
 def test_parts_of_content_are_joined(parts, message):
     found = normal({"messages": [USER, {"role": "assistant", "content": parts}]})["messages"][1]
     assert found == {"role": "assistant", **message}
@@ -141,7 +141,7 @@ def test_a_part_that_is_no_text_makes_a_bad_row(part):
         ({"messages": [{"content": "a"}]}, "a message is"),
         ({"conversations": [{"from": "alice", "value": "a"}]}, "with one of system, developer, user"),
         ({"conversations": [{"from": "human"}]}, "a message is"),
-        ({"conversations": [{"from": "function_call", "value": "clock()"}]}, "call of a tool is a text that is not JSON"),
+        ({"conversations": [{"from": "function_call", "value": "clock()"}]}, "tool is a text that is not JSON"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "call of a tool is"),
         ({"prompt": 3, "completion": "a"}, "'prompt' must be a text or a list"),
         ({"messages": CHAT, "tools": "clock"}, "'tools' is a text that is not JSON"),
@@ -149,7 +149,7 @@ def test_a_part_that_is_no_text_makes_a_bad_row(part):
         ({"messages": CHAT, "chat_template_kwargs": ["a"]}, "'chat_template_kwargs' must be"),
         ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' must be"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_row_is_said(row, message):
     with pytest.raises(BadRow, match=re.escape(message)):
         normal(row)
@@ -199,9 +199,7 @@ def table(rows, delimiter=","):
     file = io.StringIO()
     writer = csv.DictWriter(file, ["messages", "text"], delimiter=delimiter)
     writer.writeheader()
-    writer.writerows(
-        {key: json.dumps(value) if key == "messages" else value for key, value in row.items()} for row in rows
-    )
+    writer.writerows({key: json.dumps(row[key]) if key == "messages" else row[key] for key in row} for row in rows)
     return file.getvalue()
 
 
@@ -321,7 +319,7 @@ BAD_LINES = [
     ("[" * 100_000, "not valid JSON"),
     ('{"text": ' + "9" * 5000 + "}", "not valid JSON"),
     ('{"conversations": []}', "expected a non-empty"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a part of type 'image'"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "its content holds a part of type 'image'"),
 ]
 
 

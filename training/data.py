@@ -198,8 +198,8 @@ def _encode_row(row: dict, tokenizer) -> list[Example]:
         raise _Unanswered
     if not examples:
         raise BadRow(
-            "no answer token to learn from (its loss mask is all zero). A chat needs an 'assistant' message with content "
-            "after a user's."
+            "no answer token to learn from (its loss mask is all zero). A chat needs an 'assistant' message with "
+            "content after a user's."
         )
     return examples
 
