@@ -119,7 +119,8 @@ class Chat:
         count, thought = index + 1, self._hidden_thought(index, text[start:], opened and opened[1], cut)
         if thought is not None:
             rest = THOUGHT.sub("", text[start:], count=1) if THOUGHT.match(text[start:]) else text[start:]
-            text, start, count = before + thought + rest.lstrip(), len(before), None
+            rest = rest.lstrip().removeprefix(opened[1]).lstrip() if opened else rest.lstrip()
+            text, start, count = before + thought + rest, len(before), None
         return text, start, self._end(text, start, cut), count
 
     def _end(self, text: str, start: int, cut: bool) -> int:
