@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
+from chat_helpers import masked_runs, with_template
+from ppow.training.chats import Chat
 from ppow.training.data import (
     Example,
-    answer_spans,
     batch_indices,
     collate,
     draft_vocabulary,
@@ -39,29 +40,6 @@ REASONING = (
     "{{ body + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def with_template(tokenizer, template):
-    tokenizer = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def masked_runs(example: Example, tokenizer) -> list[str]:
-    """The decoded runs of masked tokens."""
-    runs, previous = [], 0
-    for token, flag in zip(example.input_ids, example.loss_mask):
-        if flag and not previous:
-            runs.append([])
-        if flag:
-            runs[-1].append(token)
-        previous = flag
-    return [tokenizer.decode(run) for run in runs]
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -100,7 +78,7 @@ def test_a_dataset_folder_goes_through_datasets(tmp_path):
     [
         ('{"text": "a"', r"a.jsonl:2: not valid JSON"),
         ("[1]", r"a.jsonl:2: expected a JSON object, got list"),
-        ('{"conversations": []}', r"a.jsonl:2: .* got the keys \['conversations'\]"),
+        ('{"conversations": []}', r"a.jsonl:2: .* got \[\] as 'conversations' beside"),
         ('{"text": ""}', r"a.jsonl:2: expected a non-empty"),
         ('{"messages": []}', r"a.jsonl:2: expected a non-empty"),
         ('{"text": "a", "messages": "b"}', r"a.jsonl:2: expected a non-empty"),
@@ -122,9 +100,9 @@ def test_bad_sources_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
         load_rows(str(tmp_path / "empty.jsonl"))
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xls").write_text("a,b")
     with pytest.raises(ValueError, match="convert it to one JSON object per line"):
-        load_rows(str(tmp_path / "table.csv"))
+        load_rows(str(tmp_path / "table.xls"))
     (tmp_path / "not.jsonl.gz").write_text("plain text")
     with pytest.raises(ValueError, match="damaged or not what its name says"):
         load_rows(str(tmp_path / "not.jsonl.gz"))
@@ -153,8 +131,11 @@ def test_turn_by_turn_rendering_gives_the_same_mask(tiny_tokenizer):
 def test_a_template_that_rewrites_earlier_answers(tiny_tokenizer):
     tokenizer = with_template(tiny_tokenizer, REASONING)
     messages = [*CHAT[:2], {"role": "assistant", "content": "<think>1+2</think>three"}, *CHAT[3:]]
-    (example,) = encode([{"messages": messages}], tokenizer, 512)
-    assert masked_runs(example, tokenizer) == ["three<|im_end|>", "<think>\n\n</think>\n\nseven — é<|im_end|>"]
+    examples = encode([{"messages": messages}], tokenizer, 512)
+    runs = [masked_runs(example, tokenizer) for example in examples]
+    assert runs == [["<think>1+2</think>three<|im_end|>"], ["<think>\n\n</think>\n\nseven — é<|im_end|>"]]
+    last = tokenizer.decode(examples[1].input_ids)
+    assert "assistant\nthree<|im_end|>" in last, "history is as the template shows it"
 
 
 def test_an_end_of_turn_that_is_only_a_line_break_stays_masked(tiny_tokenizer):
@@ -163,14 +144,13 @@ def test_an_end_of_turn_that_is_only_a_line_break_stays_masked(tiny_tokenizer):
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     tokenizer = with_template(tiny_tokenizer, template)
-    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    spans = answer_spans(text, CHAT, tokenizer)
-    assert [text[start:end] for start, end in spans] == ["three\n", "seven — é\n"]
+    ((text, spans, count),) = Chat(CHAT, {}, tokenizer).answers()
+    assert [text[start:end] for start, end in spans] == ["three\n", "seven — é\n"] and count == len(CHAT)
 
 
 def test_a_template_that_hides_its_answers_is_refused(tiny_tokenizer):
     template = "{% for m in messages %}{{ loop.length ~ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match=r"row 0: cannot find answer 2 .* \{% generation %\}"):
+    with pytest.raises(ValueError, match=r"row 0: cannot find answer 4 .* \{% generation %\}"):
         encode([{"messages": CHAT}], with_template(tiny_tokenizer, template), 512)
 
 
@@ -201,9 +181,9 @@ def test_rows_are_cut_at_max_length(tiny_tokenizer):
 def test_an_empty_mask_is_a_hard_error(tiny_tokenizer, template, messages):
     tokenizer = tiny_tokenizer if template == "fixture" else with_template(tiny_tokenizer, template)
     rows = [{"messages": CHAT}, {"messages": messages}]
-    with pytest.raises(ValueError, match=r"row 1 has no answer token .* all zero"):
+    with pytest.raises(ValueError, match=r"row 1: no answer token .* all zero"):
         encode(rows, tokenizer, 512)
-    with pytest.raises(ValueError, match=r"row 1 has no answer token .* all zero"):
+    with pytest.raises(ValueError, match=r"row 1: no answer token .* all zero"):
         encode(rows, tokenizer, 512, drop_long=True)
 
 
@@ -224,7 +204,7 @@ def test_an_answer_beyond_max_length_stops_or_is_dropped(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("content", "drop_long", "message"),
     [
-        ("", False, ":3 has no answer token"),
+        ("", False, ":3: no answer token"),
         ("ok", False, ":3: the answer"),
         ("ok", True, ":3 on has an answer within"),
     ],

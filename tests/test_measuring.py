@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ppow import PPOWConfig, PPOWDrafter
-from ppow.training import demo, evaluate, regenerate
+from ppow.training import demo, evaluate, regenerate, writers
 from ppow.training.config import DemoConfig, EvaluateConfig, RegenerateConfig
 
 
@@ -364,7 +364,7 @@ def endpoint(url, chats, out):
 
 def test_an_endpoint_that_stumbles(server, chats, tmp_path, monkeypatch):
     url, handler = server
-    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(writers.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     handler.faults[:] = [500, 429]
     regenerate.main(endpoint(url, chats, tmp_path / "out.jsonl"))
@@ -393,7 +393,7 @@ def test_an_endpoint_that_answers_nonsense(server, chats, tmp_path, faults, mess
 
 
 def test_an_endpoint_that_is_down_leaves_no_file(server, chats, tmp_path, monkeypatch):
-    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(writers.time, "sleep", lambda seconds: None)
     out = tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="Is the server up"):
         regenerate.main(endpoint("http://127.0.0.1:9/v1", chats, out))

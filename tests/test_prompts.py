@@ -31,7 +31,7 @@ def test_a_users_file_with_turns_prompt_or_messages(tmp_path):
     expected = [
         Prompt("a", "code", ["one", "two"], False),
         Prompt("1", "", ["def f():"], True),
-        Prompt("2", "", ["q1", "q2"], False),
+        Prompt("2", "", ["q1", "q2"], False, [{"role": "system", "content": "s"}]),
     ]
     assert load_prompts(path) == expected
     assert load_prompts(path, limit=2) == expected[:2]
@@ -93,7 +93,7 @@ def test_an_unreachable_hub_says_what_to_do():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q"}, r"mine.jsonl:1: expected 'turns', 'prompt' or 'messages', got the keys \['question'\]"),
+        ({"title": "q"}, r"mine.jsonl:1: expected 'turns', 'prompt' or 'messages', got the keys \['title'\]"),
         ({"turns": []}, "mine.jsonl:1: the turns must be non-empty texts"),
         ({"turns": "one"}, "mine.jsonl:1: the turns must be non-empty texts"),
         ({"prompt": "  "}, "mine.jsonl:1: the turns must be non-empty texts"),

@@ -10,6 +10,14 @@ from typing import Literal
 
 from .options import Config, option
 
+_ROWS = (
+    "a file (.jsonl, .json, .csv, .tsv, plain or .gz, .bz2, .xz, .zst; .parquet), a folder of them, or a Hub dataset "
+    "id; a row holds messages (role, content), conversations (from, value), prompt and completion or response, "
+    "instruction and output, or text, and where the prompt needs them tools, documents, chat_template_kwargs "
+    "(docs/data.md)"
+)
+_SKIP = "go on without rows that cannot be used, count them and name them; else the first one is an error"
+
 _AVERAGING = (
     "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
     "fall then; 1: the last weights, with a rate that falls to 0"
@@ -21,12 +29,13 @@ class TrainingConfig(Config):
     """What stages 1 and 2 share."""
 
     target: str = option("target model: Hub id or folder")
-    data: str = option("chats: a .jsonl(.xz, .gz) file, a folder of them, or a Hub dataset id")
+    data: str = option(f"chats or texts: {_ROWS}")
     output_dir: str = option("folder for the drafter, checkpoints/, metrics.jsonl and provenance.json")
     split: str = option("split of a Hub dataset", "train")
     limit: int | None = option("read at most this many rows", None, at_least=1)
-    max_length: int = option("tokens of a row that are kept", 2048, at_least=8)
+    max_length: int = option("tokens of a row that are kept; never more than the target's positions", 2048, at_least=8)
     drop_long: bool = option("drop rows whose answer starts beyond max_length instead of stopping", False)
+    skip_bad_rows: bool = option(_SKIP, False)
     eval_data: str | None = option("held-out chats, same forms as data", None)
     eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
 
@@ -267,7 +276,7 @@ class ReinforceConfig(TrainingConfig):
 class RegenerateConfig(Config):
     """Let the target write the answers of a chat data set, so that the drafter learns the target's own text."""
 
-    data: str = option("chats: a .jsonl(.xz, .gz) file, a folder of them, or a Hub dataset id")
+    data: str = option(f"chats: {_ROWS}")
     output: str = option("the .jsonl file to write")
     target: str | None = option("target model: Hub id or folder; not with endpoint", None)
     endpoint: str | None = option("base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1", None)
@@ -275,6 +284,7 @@ class RegenerateConfig(Config):
     concurrency: int = option("requests in flight on the endpoint", 16, at_least=1)
     split: str = option("split of a Hub dataset", "train")
     limit: int | None = option("read at most this many rows", None, at_least=1)
+    skip_bad_rows: bool = option(f"{_SKIP}; an endpoint's refusal of the first requests is one, too", False)
     max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
     temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
     batch_size: int = option("prompts per generate call", 8, at_least=1)
@@ -424,6 +434,7 @@ class PretrainConfig(Config):
         "group:weight[:max characters]; weight = expected copies of a row in one pass",
         ["math:3", "chat:1", "instruct:0.25:1200", "reasoning:0.15:1500"],
     )
+    skip_bad_rows: bool = option(_SKIP, False)
     python_share: float = option("share of characters that is Python source", 0.1, at_least=0, below=1)
     python_packages: list[str] = option(
         "installed packages read besides the standard library; permissive licences only", []

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from .config import PretrainConfig, parse_group
-from .data import load_rows
+from .data import BadRows, Row, load_rows
 from .files import write_json
 
 END_OF_TEXT, IM_START, IM_END, PAD = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -93,7 +93,9 @@ def build(config: PretrainConfig) -> tuple[list[dict], list[dict], dict]:
     train, heldout, record = [], [], {"groups": {}, "python": []}
     for group in config.groups:
         name, weight, max_chars = parse_group(group)
-        rows = [row for path in group_files(Path(config.data), name) for row in load_rows(str(path))]
+        bad = BadRows(config.skip_bad_rows)
+        rows = [row for path in group_files(Path(config.data), name) for row in read_texts(path, bad)]
+        bad.report(f"{config.data}, group {name}")
         rows = [row for row in rows if sum(map(len, texts(row))) <= max_chars]
         record["groups"][name] = {"weight": weight, "rows": len(rows)}
         train += split(rows, weight, config, rng, heldout)
@@ -128,6 +130,17 @@ def group_files(folder: Path, name: str) -> list[Path]:
         known = ", ".join(sorted({group for group, _ in found})) or "none"
         raise ValueError(f"No {name}-NN.jsonl.xz in {folder}; groups there: {known}. Correct --groups or --data.")
     return files
+
+
+def read_texts(path: Path, bad: BadRows) -> list[Row]:
+    """The rows of a file; the template of this target knows no tools, so a chat that calls them is a bad row."""
+    rows = []
+    for row in load_rows(str(path), bad=bad):
+        if all(message["content"] is not None for message in row.get("messages", ())):
+            rows.append(row)
+        else:
+            bad.add(row.place, "a call of a tool has no text for a target without tools.")
+    return rows
 
 
 def texts(row: dict) -> list[str]:

@@ -1,26 +1,26 @@
-"""Chats and texts -> token ids with a loss mask on the answers, the draft vocabulary, and the order of batches.
+"""Rows -> token ids with a loss mask on the answers, the draft vocabulary, and the order of batches.
 
-A row holds ``messages`` (role and content each) or ``text``. The mask comes from the chat template's
-``{% generation %}`` blocks where it has them, and otherwise from rendering the conversation turn by turn. A row
-without a single masked token is an error: templates without generation blocks give silently empty masks elsewhere.
+A row holds a chat or a text, in the forms of docs/data.md. Of a chat the tokens count that the target would write after
+the chat template's generation prompt. A row without a single such token is a bad row: templates without generation
+blocks give silently empty masks elsewhere.
 """
 
+import array
+import collections
 import functools
-import gzip
-import json
-import lzma
+import hashlib
 import random
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 
-OPENERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from .chats import Chat
+from .rows import normal, options_of
+from .sources import BadRow, read_source, say
+
+SHOWN = 20  # bad rows that are named; the others are counted
 
 
 class Example(NamedTuple):
@@ -29,148 +29,120 @@ class Example(NamedTuple):
 
 
 class Row(dict):
-    """A row that knows its ``place``, such as ``file:line``, for errors about it."""
+    """A row that knows its ``place``, such as ``file:line``, for errors about it, and its ``number`` in the data."""
 
-    __slots__ = ("place",)
+    __slots__ = ("number", "place")
 
-    def __init__(self, content: dict, place: str):
+    def __init__(self, content: dict, place: str, number: int):
         super().__init__(content)
-        self.place = place
+        self.place, self.number = place, number
+
+
+class BadRows:
+    """What becomes of rows that cannot be used: the first one is an error, or they are skipped, counted and named.
+
+    Attributes:
+        found: (place, reason) of the bad rows.
+        left_out: how many rows were left out for other reasons, by reason.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip, self.found, self.left_out = skip, [], collections.Counter()
+
+    def add(self, place: str, reason) -> None:
+        """Note a bad row. Raises ValueError, which names it, where bad rows are not skipped."""
+        if not self.skip:
+            raise ValueError(f"{place}: {reason} To go on without such rows: --skip-bad-rows.")
+        self.found.append((place, str(reason)))
+
+    def report(self, source: str) -> None:
+        """Say on stderr what was left out, if anything."""
+        for reason, count in self.left_out.items():
+            say(f"{source}: {count} rows left out: {reason}")
+        if self.found:
+            say(f"{source}: {len(self.found)} bad rows skipped")
+        for place, reason in self.found[:SHOWN]:
+            say(f"  {place}: {reason}")
+        if len(self.found) > SHOWN:
+            say(f"  and {len(self.found) - SHOWN} more")
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(source: str, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Read rows with ``messages`` or ``text``, each with its place.
+def load_rows(source: str, split: str = "train", limit: int | None = None, bad: BadRows | None = None) -> list[Row]:
+    """Read rows in the one form of :func:`ppow.training.rows.normal`, ``messages`` or ``text``, each with its place.
 
     Args:
-        source: a .jsonl, .jsonl.gz or .jsonl.xz file, a folder of them (read in name order), or whatever
-            ``datasets.load_dataset`` takes: a Hub id, a local dataset folder.
+        source: a file (.jsonl, .json, .csv, .tsv, packed or not, or .parquet), a folder of them (read in name order),
+            or whatever ``datasets.load_dataset`` takes: a Hub id, a local dataset folder.
         split: split of a dataset; files have none.
-        limit: read at most this many rows.
+        limit: read at most this many rows, bad ones not counted.
+        bad: takes the bad rows; None: the first is an error.
 
     Raises:
-        ValueError: an unreadable line, a row of another form, no rows at all.
+        ValueError: a bad row that is not skipped, a damaged file, no rows at all.
         OSError: a source that does not exist or cannot be reached.
     """
-    files = local_files(source)
-    located = read_files(files) if files else _read_dataset(source, split)
+    bad = BadRows() if bad is None else bad
     rows = []
-    for place, row in located:
+    for number, (place, raw) in enumerate(read_source(source, split)):
         if limit is not None and len(rows) == limit:
             break
-        _check_row(row, place)
-        rows.append(Row(row, place))
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            rows.append(Row(normal(raw), place, number))
+        except BadRow as error:
+            bad.add(place, error)
     if not rows:
-        raise ValueError(f"{source} holds no rows; expected lines with 'messages' or 'text'.")
+        bad.report(source)
+        raise ValueError(f"{source} holds no rows; expected chats or texts, one a line (docs/data.md).")
     return rows
-
-
-def local_files(source: str) -> list[Path]:
-    """The JSONL files that ``source`` names: itself, or those in the folder; empty for anything else."""
-    path = Path(source)
-    if path.is_dir():
-        return sorted(child for child in path.iterdir() if _opener(child) and child.is_file())
-    if _opener(path):
-        if not path.exists():
-            raise FileNotFoundError(f"{source} does not exist.")
-        return [path]
-    if path.is_file():
-        raise ValueError(f"{source} is not one of {', '.join(OPENERS)}; convert it to one JSON object per line.")
-    return []
-
-
-def read_files(files: list[Path]) -> Iterator[tuple[str, dict]]:
-    """(``file:line``, row) of every line that is not blank. Raises ValueError for lines that are no JSON object."""
-    for path in files:
-        with _opener(path)(path, "rt", encoding="utf-8") as lines:
-            try:
-                for number, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}.")
-                    yield f"{path}:{number}", row
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error}).") from None
-            except (EOFError, lzma.LZMAError, gzip.BadGzipFile, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is damaged or not what its name says ({error}).") from None
-
-
-def _opener(path: Path):
-    return next((opener for suffix, opener in OPENERS.items() if path.name.endswith(suffix)), None)
-
-
-def _read_dataset(source: str, split: str) -> Iterator[tuple[str, dict]]:
-    for index, row in enumerate(load_hub_dataset(source, split=split)):
-        yield f"{source}[{split}] row {index}", {key: value for key, value in row.items() if value is not None}
-
-
-def load_hub_dataset(source: str, *args, **kwargs):
-    """``datasets.load_dataset``, an optional need of those who read from the Hub."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{source!r} is no local file or folder, and reading it from the Hub needs the package datasets: "
-            "pip install datasets, or name local .jsonl files."
-        ) from None
-    return datasets.load_dataset(source, *args, **kwargs)
-
-
-def _check_row(row: dict, place: str) -> None:
-    if "messages" not in row and isinstance(row.get("text"), str) and row["text"]:
-        return
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(
-            f"{place}: expected a non-empty 'messages' list or 'text', got the keys {sorted(row)}. "
-            "Rename or convert the column first."
-        )
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{place}: a message is {{'role': text, 'content': text}}, got {message!r:.200}.")
 
 
 # -- tokens and the loss mask ------------------------------------------------------------------------------------------
 
 
-def encode(rows: Sequence[dict], tokenizer, max_length: int, drop_long: bool = False) -> list[Example]:
+def encode(
+    rows: Sequence[dict],
+    tokenizer,
+    max_length: int,
+    drop_long: bool = False,
+    bad: BadRows | None = None,
+    positions: int | None = None,
+) -> list[Example]:
     """Tokenize rows and mark the tokens to learn from.
 
     Args:
         rows: as :func:`load_rows` gives them; errors call a row without ``place`` by its number.
         tokenizer: the target's; rows with ``messages`` need its chat template.
         max_length: tokens kept from the start of a row.
-        drop_long: leave out rows whose first answer starts beyond ``max_length`` instead of raising.
+        drop_long: leave out rows whose first answer starts beyond ``max_length``, whatever ``bad`` does.
+        bad: takes the bad rows; None: the first is an error.
+        positions: of the target; a row whose first answer starts beyond them is a bad row.
 
     Returns:
-        One example per row, in order (fewer with ``drop_long``).
+        Examples in the order of the rows: one for each, or several where the chat template shows earlier answers
+        otherwise than the target wrote them (:meth:`ppow.training.chats.Chat.answers`).
 
     Raises:
-        ValueError: a row whose mask is all zero, a template that fails on a row or rewrites earlier turns.
+        ValueError: a bad row that is not skipped (its mask all zero, a template that fails on it or hides its answers),
+            no example at all, a tokenizer that cannot do it.
     """
+    bad = BadRows() if bad is None else bad
+    _check_tokenizer(tokenizer, rows)
     examples = []
     for index, row in enumerate(tqdm(rows, desc="tokenizing", unit="row", disable=None, leave=False)):
         place = getattr(row, "place", f"row {index}")
-        example = _encode_row(row, tokenizer, place)
-        if not any(example.loss_mask):
-            raise ValueError(
-                f"{place} has no answer token to learn from (its loss mask is all zero). A chat needs an "
-                "'assistant' message with content; remove the row or use 'text'."
-            )
-        if not any(example.loss_mask[:max_length]):
-            if drop_long:
-                continue
-            raise ValueError(
-                f"{place}: the answer starts at token {example.loss_mask.index(1)}, beyond "
-                f"max_length={max_length}, so its loss mask would be all zero. Raise max_length or drop such rows "
-                "(--drop-long)."
-            )
-        examples.append(Example(example.input_ids[:max_length], example.loss_mask[:max_length]))
+        try:
+            examples += _fitting(_encode_row(row, tokenizer), max_length, drop_long, positions, bad)
+        except _Unanswered:
+            bad.left_out["`ppow regenerate` got no answer for them"] += 1
+        except BadRow as error:
+            bad.add(place, error)
     if not examples:
+        bad.report("data")
         first = getattr(next(iter(rows), None), "place", "row 0")
         raise ValueError(
             f"None of the {len(rows)} rows from {first} on has an answer within max_length={max_length}; raise it."
@@ -178,67 +150,91 @@ def encode(rows: Sequence[dict], tokenizer, max_length: int, drop_long: bool = F
     return examples
 
 
-def _encode_row(row: dict, tokenizer, place: str) -> Example:
-    if "messages" not in row:
-        ids = tokenizer(row["text"])["input_ids"]
-        return Example(ids, [1] * len(ids))
-    messages = row["messages"]
-    try:
-        if GENERATION_BLOCK.search(tokenizer.get_chat_template()):
-            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return Example(encoded["input_ids"], encoded["assistant_masks"])
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = answer_spans(text, messages, tokenizer, place)
-    except TemplateError as error:
-        raise ValueError(f"{place}: the tokenizer's chat template refuses this conversation ({error}).") from None
+class _Unanswered(Exception):
+    """A row of `ppow regenerate` without an answer: recorded as such, so no bad row."""
+
+
+def _check_tokenizer(tokenizer, rows: Sequence[dict]) -> None:
+    """Raises ValueError for what no row with messages can do without."""
+    if not any("messages" in row for row in rows):
+        return
+    tokenizer.get_chat_template()  # says what is missing
     if not tokenizer.is_fast:
         raise ValueError(
-            "A chat template without {% generation %} blocks needs a fast tokenizer (for character offsets); "
-            f"{type(tokenizer).__name__} is not one. Add the blocks to the template or convert the tokenizer."
+            "Finding the answers of a chat needs a fast tokenizer (for character offsets); "
+            f"{type(tokenizer).__name__} is not one. Convert it, or give rows of 'text'."
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [int(any(a < end and b > start for a, b in spans)) for start, end in encoded["offset_mapping"]]
-    return Example(encoded["input_ids"], mask)
 
 
-def answer_spans(text: str, messages: list[dict], tokenizer, place: str = "") -> list[tuple[int, int]]:
-    """Character spans of the answers in a rendered conversation, end-of-turn token included.
+def _fitting(
+    examples: list[Example], max_length: int, drop_long: bool, positions: int | None, bad: BadRows
+) -> list[Example]:
+    """A row's examples, cut to the length; those whose answer starts beyond it are left out."""
+    limit = max_length if positions is None else min(max_length, positions)
+    fitting = [Example(e.input_ids[:limit], e.loss_mask[:limit]) for e in examples if any(e.loss_mask[:limit])]
+    if fitting:
+        return fitting
+    start = examples[0].loss_mask.index(1)
+    if drop_long and start >= max_length:
+        bad.left_out[f"the answer starts beyond max_length={max_length} (--drop-long)"] += 1
+        return []
+    if limit < max_length:
+        raise BadRow(f"the answer starts at token {start}, but the target has only {positions} positions.")
+    raise BadRow(
+        f"the answer starts at token {start}, beyond max_length={max_length}, so its loss mask would be all zero. "
+        "Raise max_length or drop such rows (--drop-long)."
+    )
 
-    An answer starts where the conversation before it, rendered with the generation prompt, ends. It ends with what the
-    conversation up to it, rendered alone, shares with ``text``: templates may shorten an earlier answer (Qwen3 drops
-    its reasoning), so the longest suffix of that rendering that continues ``text`` at the start counts.
 
-    Args:
-        text: ``messages`` rendered by the chat template.
-        messages: the conversation.
-        tokenizer: owner of the chat template.
-        place: names the row in errors.
+def _encode_row(row: dict, tokenizer) -> list[Example]:
+    """The examples of a row, each with a masked token. Raises BadRow."""
+    if "messages" in row:
+        examples = _encode_chat(row, tokenizer)
+    else:
+        ids = tokenizer(row["text"], verbose=False)["input_ids"]
+        examples = [Example(ids, [1] * len(ids))]
+    examples = [example for example in examples if any(example.loss_mask)]
+    if not examples and "by" in row and row.get("complete") is False:
+        raise _Unanswered
+    if not examples:
+        raise BadRow(
+            "no answer token to learn from (its loss mask is all zero). A chat needs an 'assistant' message with "
+            "content after a user's."
+        )
+    return examples
 
-    Raises:
-        ValueError: for a template that renders earlier turns differently once later ones follow.
-    """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        start = len(before)
-        length = 0
-        if text.startswith(before) and through.startswith(before):
-            tail = through[start:]
-            length = next((n for n in range(len(tail), 0, -1) if text.startswith(tail[-n:], start)), 0)
-        if not length:
-            raise ValueError(
-                f"{place}: cannot find answer {index} in the rendered conversation, because the chat template changes "
-                "earlier turns. Mark the answers with {% generation %} ... {% endgeneration %} in the template."
-            )
-        answer = text[start : start + length]
-        stripped = answer.rstrip()
-        # The line break after an end-of-turn token belongs to the template: the target never writes it.
-        ends_turn = any(token and stripped.endswith(token) for token in tokenizer.all_special_tokens)
-        spans.append((start, start + len(stripped if ends_turn else answer)))
-    return spans
+
+def _encode_chat(row: dict, tokenizer) -> list[Example]:
+    messages = row["messages"]
+    chat, cut = Chat(messages, options_of(row), tokenizer), row.get("complete") is False
+    plain = not any(message.get("tool_calls") or "weight" in message for message in messages)
+    if chat.has_blocks() and plain and not cut and not chat.knows_thoughts():
+        return [Example(*chat.marked())]  # as the template says, without rendering turn by turn
+    try:
+        found = list(chat.answers(cut))
+    except BadRow:
+        if not (chat.has_blocks() and plain) or cut:
+            raise
+        return [Example(*chat.marked())]
+    examples = []
+    for text, spans, count in found:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        # A token that starts before the answer does is the prompt's.
+        mask = [int(any(start <= a < end and b > a for start, end in spans)) for a, b in encoded["offset_mapping"]]
+        if chat.has_blocks() and count is not None:
+            mask = [ours & theirs for ours, theirs in zip(mask, chat.marked(count)[1])]
+        examples.append(Example(encoded["input_ids"], mask))
+    return examples
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Of what is learned from, token by token: the same data gives the same one, wherever its files lie."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.input_ids).to_bytes(8, "little"))
+        digest.update(array.array("q", example.input_ids).tobytes())
+        digest.update(bytes(map(bool, example.loss_mask)))
+    return digest.hexdigest()
 
 
 # -- draft vocabulary --------------------------------------------------------------------------------------------------

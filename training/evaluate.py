@@ -40,7 +40,7 @@ from .figures import FAULT, ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import write_json
 from .fingerprints import fingerprint
 from .loading import named
-from .prompts import first_turn, prompt_sets, sampling_options
+from .prompts import first_turn, prompt_sets, sampling_options, turn_ids
 from .samples import Sample, SampleLog
 
 _FREE_TO_CHANGE = ("output_dir", "resume", "bootstrap")  # what the samples do not depend on
@@ -178,15 +178,12 @@ def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
     """Prompt ids (1, P) of every turn; a later turn follows the plain target's greedy answers to the earlier ones."""
     if len(prompt.turns) == 1:
         return [torch.tensor([first_turn(tokenizer, prompt)], device=target.device)]
-    found, chat = [], []
-    for number, turn in enumerate(prompt.turns):
-        chat.append({"role": "user", "content": turn})
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        found.append(ids["input_ids"].to(target.device))
+    found, answers = [], []
+    for number in range(len(prompt.turns)):
+        found.append(torch.tensor([turn_ids(tokenizer, prompt, answers)], device=target.device))
         if number + 1 < len(prompt.turns):
             out = target.generate(found[-1], do_sample=False, max_new_tokens=max_new_tokens)
-            answer = tokenizer.decode(out[0, found[-1].shape[1] :], skip_special_tokens=True)
-            chat.append({"role": "assistant", "content": answer})
+            answers.append(tokenizer.decode(out[0, found[-1].shape[1] :], skip_special_tokens=True))
     return found
 
 

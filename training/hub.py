@@ -46,10 +46,10 @@ from ppow.model_cards import render
 from . import figures as measured
 from . import provenance
 from .config import PushConfig
-from .data import OPENERS
 from .files import write_json
 from .fingerprints import fingerprint
 from .loading import named
+from .sources import ENDINGS
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def metadata(config: dict, metrics: dict | None, stages: list[dict], repo: str, 
     """The card's YAML header."""
     target = config.get("target_name_or_path")
     data = {stage["config"]["data"] for stage in stages if stage.get("config", {}).get("data")}
-    data = {name for name in data if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(tuple(OPENERS))}
+    data = {name for name in data if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(ENDINGS)}
     fields = {
         "library_name": "transformers",
         "license": license,

@@ -31,6 +31,13 @@ def named(option: str, name: str | Path) -> Iterator[None]:
         raise ValueError(f"--{option} {name}{place}: {error}") from error
 
 
+def positions(config) -> int | None:
+    """How many tokens a target of this configuration has positions for, as far as it says."""
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((number for number in named if isinstance(number, int) and number > 0), None)
+
+
 def _damaged(name: str | Path) -> str:
     """The first weights file of a folder, or of a Hub repository as far as it was downloaded, that cannot be opened."""
     folder = name if Path(name).is_dir() else snapshot_download(str(name), local_files_only=True)

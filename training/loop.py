@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from . import checkpoints, provenance
-from .data import batch_indices, collate
+from .data import batch_indices, collate, fingerprint
 from .files import move_in
 from .metrics import MetricsLog
 
@@ -42,6 +42,9 @@ _FREE_TO_CHANGE = {
     "eval_every",
     "push_to_hub",
     "shard_target",
+    "data",  # what it holds is compared instead
+    "eval_data",
+    "skip_bad_rows",
 }
 
 
@@ -75,9 +78,10 @@ class Trainer:
         examples: encoded texts.
         pad_id: token to pad with.
         accelerator: of this process.
+        held_out: encoded texts to evaluate on.
     """
 
-    def __init__(self, config, drafter, examples: list, pad_id: int, accelerator: Accelerator):
+    def __init__(self, config, drafter, examples: list, pad_id: int, accelerator: Accelerator, held_out: Sequence = ()):
         self.config, self.drafter, self.examples, self.pad_id = config, drafter, examples, pad_id
         self.accelerator = accelerator
         self.folder = Path(config.output_dir)
@@ -96,6 +100,7 @@ class Trainer:
                 f"One optimizer step takes {self.micro_steps * config.batch_size} texts, the data has {len(examples)}. "
                 "Lower batch_size or accumulation, or bring more data."
             )
+        self.fingerprints = {"data": fingerprint(examples), "eval_data": fingerprint(held_out)}
         self.first_step = self._resume()
         self.log = MetricsLog(self.folder / "metrics.jsonl") if accelerator.is_main_process else None
         if self.log is not None:
@@ -122,6 +127,8 @@ class Trainer:
         if (made_by := state.get("command", self.config.command())) != self.config.command():
             raise ValueError(f"{self.folder} holds a run of `ppow {made_by}`; choose another output_dir.")
         changed = sorted(k for k in now if state["config"].get(k) != now[k])
+        learned = state.get("data", {})
+        changed += [f"what {key} holds" for key, found in self.fingerprints.items() if learned.get(key) != found]
         if changed or state["micro_steps"] != self.micro_steps:
             what = changed or [f"micro steps per step ({state['micro_steps']} -> {self.micro_steps})"]
             raise ValueError(f"Cannot resume {path}: {', '.join(what)} changed since. Restore it, or start a new run.")
@@ -160,6 +167,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             config = self.config.to_dict(without=_FREE_TO_CHANGE)
             state = {"command": self.config.command(), "config": config, "micro_steps": self.micro_steps}
+            state["data"] = self.fingerprints
             with self.mean_weights():  # so that a checkpoint's drafter is the one to use
                 saved = checkpoints.save(
                     self.folder / "checkpoints", step, self.drafter, self.optimizer, state, self.config.keep_last

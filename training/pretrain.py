@@ -27,7 +27,8 @@ from .files import move_in, write_json
 from .metrics import MetricsLog
 
 # May differ between a run and its continuation: tokens, weights and order do not follow from them.
-FREE_TO_CHANGE = {"data", "output", "tokens", "minutes", "checkpoint_minutes", "device", "compile_layers"}
+FREE_TO_CHANGE = {"data", "skip_bad_rows", "output", "tokens", "minutes", "checkpoint_minutes", "device"}
+FREE_TO_CHANGE |= {"compile_layers"}
 CHUNK = {"cpu": 512, "cuda": 8192}  # positions whose logits exist at a time: in a core's cache, or enough for a GPU
 HELDOUT_SEQUENCES = 64
 SHARD = "15MB"

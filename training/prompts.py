@@ -1,11 +1,14 @@
 """Benchmark prompts by name, from a folder or the Hub, prompts from a user's JSONL file, and how they are put."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .data import load_hub_dataset, local_files, read_files
+from .chats import Chat
+from .rows import CHATS, normal, options_of
+from .sources import ENDINGS, KINDS, BadRow, load_hub_dataset, local_files, read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,13 +16,16 @@ class Prompt:
     """One conversation to run.
 
     ``turns`` are the user's messages, answered one after the other. ``raw_completion``: the text is continued as it
-    stands (HumanEval's unfinished functions) instead of being put through the chat template.
+    stands (HumanEval's unfinished functions) instead of being put through the chat template. ``opening`` are system
+    messages before the first turn, ``options`` what else the template is given: tools, documents and its own.
     """
 
     id: str
     category: str
     turns: list[str]
     raw_completion: bool = False
+    opening: list[dict] = dataclasses.field(default_factory=list)
+    options: dict = dataclasses.field(default_factory=dict)
 
 
 class Benchmark(NamedTuple):
@@ -69,7 +75,8 @@ def prompt_sets(names: list[str], prompts_dir: str | None = None, limit: int | N
     """
     found = {}
     for name in names:
-        title = Path(name).name.partition(".jsonl")[0]
+        file = Path(name).name
+        title = next((file.removesuffix(ending) for ending in ENDINGS if file.endswith(ending)), file)
         if title in found:
             raise ValueError(f"Two sets of prompts are called {title!r}: {', '.join(names)}. Rename one of the files.")
         found[title] = load_prompts(name, prompts_dir, limit)
@@ -80,9 +87,9 @@ def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int |
     """Read prompts.
 
     Args:
-        name_or_path: a benchmark (mt_bench, humaneval, gsm8k, mbpp) or a .jsonl(.gz, .xz) file whose rows hold
-            ``turns`` (list of texts), ``prompt`` (one text) or ``messages`` (whose user messages are the turns), and
-            optionally ``id``, ``category`` and ``raw_completion``.
+        name_or_path: a benchmark (mt_bench, humaneval, gsm8k, mbpp) or a file of rows (docs/data.md) with ``turns``
+            (list of texts), ``prompt`` (one text) or ``messages`` (whose user messages are the turns), and optionally
+            ``id``, ``category`` and ``raw_completion``.
         prompts_dir: folder with the benchmarks as ``NAME.jsonl`` or ``NAME_test.jsonl``; None: from the Hub.
         limit: the first so many.
 
@@ -107,10 +114,20 @@ def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int |
 
 def first_turn(tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt's first turn: in the chat template, or as it stands when it is a raw completion."""
+    return turn_ids(tokenizer, prompt, [])
+
+
+def turn_ids(tokenizer, prompt: Prompt, answers: list[str]) -> list[int]:
+    """Token ids of the turn that follows ``answers`` to the turns before it."""
     if prompt.raw_completion:
         return tokenizer(prompt.turns[0])["input_ids"]
-    chat = [{"role": "user", "content": prompt.turns[0]}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    chat = [*prompt.opening]
+    for turn, answer in zip(prompt.turns, [*answers, None]):
+        chat.append({"role": "user", "content": turn})
+        if answer is not None:
+            chat.append({"role": "assistant", "content": answer})
+    text = Chat(chat, prompt.options, tokenizer).render(prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def sampling_options(temperature: float) -> dict:
@@ -135,25 +152,34 @@ def from_hub(benchmark: Benchmark) -> list[Prompt]:
 def _from_file(source: str) -> list[Prompt]:
     files = local_files(source)
     if not files:
-        raise ValueError(f"{source!r} is neither a benchmark ({', '.join(BENCHMARKS)}) nor a .jsonl file.")
+        raise ValueError(f"{source!r} is neither a benchmark ({', '.join(BENCHMARKS)}) nor a {KINDS} file.")
     prompts = [_from_row(row, place, index) for index, (place, row) in enumerate(read_files(files))]
     if not prompts:
         raise ValueError(f"{source} holds no prompts.")
     return prompts
 
 
-def _from_row(row: dict, place: str, index: int) -> Prompt:
-    if "turns" in row:
-        turns = row["turns"]
-    elif "prompt" in row:
-        turns = [row["prompt"]]
-    elif isinstance(row.get("messages"), list) and all(isinstance(message, dict) for message in row["messages"]):
-        turns = [message.get("content") for message in row["messages"] if message.get("role") == "user"]
-    else:
-        raise ValueError(f"{place}: expected 'turns', 'prompt' or 'messages', got the keys {sorted(row)}.")
+def _from_row(row: dict | BadRow, place: str, index: int) -> Prompt:
+    if isinstance(row, BadRow):
+        raise ValueError(f"{place}: {row}")
+    other = {"text", *(CHATS if {"turns", "prompt"} & row.keys() else ())}
+    try:
+        chat = normal({key: value for key, value in row.items() if key not in other})
+        turns = [message["content"] for message in chat["messages"] if message["role"] == "user"]
+    except BadRow as error:
+        if other == {"text"}:
+            raise ValueError(
+                f"{place}: expected 'turns', 'prompt' or 'messages', got the keys {sorted(row)} ({error})"
+            ) from None
+        chat, turns = {"messages": []}, row.get("turns", [row.get("prompt")])
+    messages = chat["messages"]
+    if any(message["role"] == "tool" for message in messages):
+        raise ValueError(f"{place}: a prompt is a user's turns; what a tool gave back depends on the answers.")
+    opening = list(itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages))
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise ValueError(f"{place}: the turns must be non-empty texts, at least one, got {turns!r:.200}.")
+        raise ValueError(f"{place}: the turns must be non-empty texts, at least one, got {turns!r:.80}.")
     raw = row.get("raw_completion", False)
+    raw = {"true": True, "false": False}.get(str(raw).lower(), raw)  # a table has texts only
     if not isinstance(raw, bool) or (raw and len(turns) > 1):
         raise ValueError(f"{place}: raw_completion must be true or false, and true only with one turn, got {raw!r}.")
-    return Prompt(str(row.get("id", index)), str(row.get("category", "")), turns, raw)
+    return Prompt(str(row.get("id", index)), str(row.get("category", "")), turns, raw, opening, options_of(chat))

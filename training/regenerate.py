@@ -3,73 +3,183 @@
     ppow regenerate --target TARGET --data CHATS --output answers.jsonl
     ppow regenerate --endpoint http://localhost:8000/v1 --model NAME --data CHATS --output answers.jsonl
 
-Every assistant turn is written anew, in order, each after the turns before it. The output is a JSONL file of
-``{"row", "messages", "complete", "by"}``; ``complete`` is false where an answer reached ``max_new_tokens``, ``by`` says
-who wrote it: ``{"model", "temperature", "max_new_tokens"}``. Lines are appended as they are made, so an interrupted run
-continues with ``--resume``, from the same data and with the same writer.
+Every assistant turn is written anew, in order, each after the turns before it; only one that a tool answered stays as
+it was, with weight 0: not to be learned. The output is a JSONL file of ``{"row", "messages", "complete", "by"}`` and
+the row's tools and template options. ``complete`` is false where the last answer was cut short; ``finish`` says how an
+answer ended that the chat does not go on after, and ``error`` why there is none; ``by`` says who wrote:
+``{"model", "temperature", "max_new_tokens"}``. Lines are appended as they are made, so an interrupted run continues
+with ``--resume``, from the same data and with the same writer; rows that got no answer are not asked again.
 """
 
+import collections
 import functools
 import itertools
 import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from .config import RegenerateConfig
-from .data import load_rows
-from .prompts import sampling_options
+from .data import BadRows, Row, load_rows
+from .rows import TEMPLATE_COLUMNS, options_of
+from .sources import BadRow, say
+from .writers import Answer, Asked, EndpointWriter, LocalWriter
 
 Chat = list[dict]
-Answer = tuple[str, bool]  # text, whether it ended by itself
 HEAD = b'{"row": 0, "messages": [{"'  # how a line of the output starts, whatever its number
 
 
+class Written(NamedTuple):
+    """A chat with its new answers, and how the last one ended, as in :class:`ppow.training.writers.Answer`."""
+
+    messages: Chat
+    finish: str = "stop"
+    error: str | None = None
+
+    def answered(self) -> bool:
+        return any(_is_written(message) for message in self.messages)
+
+
 def main(config: RegenerateConfig) -> None:
-    rows = load_rows(config.data, config.split, config.limit)
-    chats = {i: row["messages"] for i, row in enumerate(rows) if prompt(row.get("messages", []))[1]}
+    bad = BadRows(config.skip_bad_rows)
+    rows = load_rows(config.data, config.split, config.limit, bad)
+    chats = {row.number: row for row in rows if turns(row.get("messages", []))}
     if not chats:
         raise ValueError(
             f"None of the {len(rows)} rows of {config.data} has a user turn to answer; 'text' has no answers."
         )
+    if len(chats) < len(rows):
+        bad.left_out["they have no user turn to answer"] += len(rows) - len(chats)
     output = Path(config.output)
-    model = config.model if config.endpoint else config.target
-    name = Path(model).resolve().name if Path(model).is_dir() else model  # no paths of this machine
-    by = {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    by = _writer_of(config)
     done = finished_rows(output, chats, by, config.resume)
     todo = [index for index in chats if index not in done]
-    size, answer = endpoint_writer(config) if config.endpoint else local_writer(config)
-    todo.sort(key=lambda index: len(chats[index][0]["content"]))  # alike lengths waste little padding
+    writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
+    unfit = unanswerable(writer, [chats[index] for index in todo], bad)
+    bad.report(config.data)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(chats), initial=len(done), desc="regenerate") as bar:
-        for first in range(0, len(todo), size):
-            part = todo[first : first + size]
-            seeded = functools.partial(answer, seed=(config.seed * 1_000_003 + part[0]) & 0x7FFFFFFF)
-            answered = write_chats([chats[i] for i in part], seeded)
-            with open(output, "a", encoding="utf-8") as out:  # after the answers: a run without any leaves no file
-                for index, (messages, complete) in zip(part, answered):
-                    row = {"row": index, "messages": messages, "complete": complete, "by": by}
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
+    none = [(chats[i], Written(turns(chats[i]["messages"])[0], "error", why)) for i, why in unfit.items()]
+    _append(output, none, by)
+    todo = [index for index in todo if index not in unfit]
+    todo.sort(key=lambda index: len(str(turns(chats[index]["messages"])[0])))  # alike lengths waste little padding
+    known_good, finishes = bool(done), collections.Counter()
+    with tqdm(total=len(chats), initial=len(chats) - len(todo), desc="regenerate") as bar:
+        for first in range(0, len(todo), writer.size):
+            part = [chats[index] for index in todo[first : first + writer.size]]
+            seeded = functools.partial(writer.answer, seed=(config.seed * 1_000_003 + part[0].number) & 0x7FFFFFFF)
+            made = list(zip(part, write_chats(part, seeded)))
+            known_good = known_good or any(written.answered() for _, written in made)
+            if not known_good and not config.skip_bad_rows:  # as likely the fault of the options as of the rows
+                row, written = made[0]
+                where = config.endpoint or config.target
+                raise ValueError(f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows.")
+            _append(output, made, by)  # after the answers: a run without any leaves no file
+            finishes.update(written.finish for _, written in made)
+            _name_errors(made)
             bar.update(len(part))
     in_row_order(output)
+    if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
+        say(f"{output}: chats that ended otherwise than by themselves: {others}")
 
 
-def prompt(chat: Chat) -> tuple[Chat, Chat]:
-    """What is kept of a chat: the system messages before its first user turn, and its user turns."""
-    opening = itertools.takewhile(lambda message: message["role"] != "user", chat)
-    return [m for m in opening if m["role"] == "system"], [m for m in chat if m["role"] == "user"]
+def _writer_of(config: RegenerateConfig) -> dict:
+    model = config.model if config.endpoint else config.target
+    name = Path(model).resolve().name if Path(model).is_dir() else model  # no paths of this machine
+    return {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
 
 
-def finished_rows(output: Path, chats: dict[int, Chat], by: dict, resume: bool) -> set[int]:
+def unanswerable(writer, rows: list[Row], bad: BadRows) -> dict[int, str]:
+    """Rows whose first prompt the target cannot take, and why; ``bad`` takes them."""
+    found = {}
+    for row in rows:
+        try:
+            writer.read(Asked(turns(row["messages"])[0], options_of(row)))
+        except BadRow as error:
+            bad.add(row.place, error)
+            found[row.number] = str(error)
+    return found
+
+
+def _append(output: Path, made: list[tuple[Row, Written]], by: dict) -> None:
+    if not made:
+        return
+    with open(output, "a", encoding="utf-8") as out:
+        for row, written in made:
+            complete = written.finish in ("stop", "tool_calls", "refusal")
+            line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by}
+            line |= {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
+            if written.finish != "stop":
+                line["finish"] = written.finish
+            if written.error is not None:
+                line["error"] = written.error
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _name_errors(made: list[tuple[Row, Written]]) -> None:
+    for row, written in made:
+        if written.error is not None:
+            tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
+
+
+# -- turns -------------------------------------------------------------------------------------------------------------
+
+
+def turns(chat: Chat) -> list[Chat]:
+    """What is given before each answer: every turn but those that are written anew.
+
+    An assistant's turn that a tool answers belongs to that answer and is given, with weight 0; one that nobody asked
+    for is left out. What follows the last answer is left out, too.
+    """
+    given: list[Chat] = [[]]
+    asked = False
+    for index, message in enumerate(chat):
+        following = chat[index + 1]["role"] if index + 1 < len(chat) else None
+        if message["role"] == "assistant":
+            if following != "tool" or not (asked or len(given) > 1):
+                continue
+            given[-1].append({**message, "weight": 0})
+            asked = False
+            continue
+        given[-1].append(message)
+        asked = asked or message["role"] in ("user", "tool")
+        called = following == "assistant" and index + 2 < len(chat) and chat[index + 2]["role"] == "tool"
+        if asked and following in (None, "user", "assistant") and not called:
+            given.append([])
+            asked = False
+    return given[:-1]
+
+
+def _is_written(message: dict) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def write_chats(rows: list[Row], answer: Callable[[list[Asked]], list[Answer]]) -> list[Written]:
+    """Answer every turn of some chats, turn by turn; a chat ends with an answer that did not end by itself."""
+    given = [turns(row["messages"]) for row in rows]
+    written = [Written([]) for _ in rows]
+    for turn in range(max(map(len, given))):
+        active = [c for c in range(len(rows)) if turn < len(given[c]) and written[c].finish == "stop"]
+        if not active:
+            break
+        for c in active:
+            written[c].messages.extend(given[c][turn])
+        answers = answer([Asked(written[c].messages, options_of(rows[c])) for c in active])
+        for c, (message, finish, error) in zip(active, answers):
+            written[c] = Written(written[c].messages + ([message] if message else []), finish, error)
+    return written
+
+
+# -- the output so far -------------------------------------------------------------------------------------------------
+
+
+def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -> set[int]:
     """Rows that the output holds already; cuts off a last line that an interruption tore, once all else is in order.
 
     Raises:
@@ -86,17 +196,20 @@ def finished_rows(output: Path, chats: dict[int, Chat], by: dict, resume: bool) 
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            index, answered, complete = row["row"], _asked(row["messages"]), row["complete"]
-            asked, writer = _asked(chats.get(index, [])), row["by"]
-        except (ValueError, KeyError, TypeError):
+            index, ours, complete = row["row"], _asked(row["messages"]), row["complete"]
+            chat, writer = chats.get(index, {}), row["by"]
+            theirs = _asked(list(itertools.chain(*turns(chat.get("messages", [])))))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise _not_ours(output, number) from None
-        if not complete:  # the turns after an answer that was cut short are left out
-            asked = asked[: len(answered)]
-        for ours, theirs in itertools.zip_longest(answered, asked, fillvalue="nothing"):
-            if ours != theirs:
+        if not complete or "finish" in row:  # the turns after an answer that ended the chat are left out
+            theirs = theirs[: len(ours)]
+        ours += [f"{key}: {row[key]}" for key in TEMPLATE_COLUMNS if key in row]
+        theirs += [f"{key}: {chat[key]}" for key in TEMPLATE_COLUMNS if key in chat]
+        for one, other in itertools.zip_longest(ours, theirs, fillvalue="nothing"):
+            if one != other:
                 raise ValueError(
-                    f"{output}:{number} answers {ours!r:.80} as row {index}, but row {index} of --data asks "
-                    f"{theirs!r:.80}. Resume with the data and --limit it was made from, or give another --output."
+                    f"{output}:{number} answers {one!r:.80} as row {index}, but row {index} of --data asks "
+                    f"{other!r:.80}. Resume with the data and --limit it was made from, or give another --output."
                 )
         if writer != by:
             raise ValueError(
@@ -112,8 +225,13 @@ def finished_rows(output: Path, chats: dict[int, Chat], by: dict, resume: bool) 
 
 
 def _asked(chat: Chat) -> list[str]:
-    """The prompt of a chat, one text per message, to compare and to show."""
-    return [f"{message['role']}: {message['content']}" for message in itertools.chain(*prompt(chat))]
+    """What was given of a chat, one text per message, to compare and to show."""
+    shown = []
+    for message in chat:
+        if not _is_written(message):
+            more = {key: value for key, value in message.items() if key not in ("role", "content")}
+            shown.append(f"{message['role']}: {message['content']}" + (f" {json.dumps(more)}" if more else ""))
+    return shown
 
 
 def _not_ours(output: Path, number: int) -> ValueError:
@@ -127,107 +245,3 @@ def in_row_order(output: Path) -> None:
     partial = output.with_name(f".{output.name}.partial")
     partial.write_text("".join(lines), encoding="utf-8", newline="\n")
     os.replace(partial, output)
-
-
-def write_chats(chats: list[Chat], answer: Callable[[list[Chat]], list[Answer]]) -> Iterator[tuple[Chat, bool]]:
-    """Answer every user turn of some chats, turn by turn: -> (messages, complete) in order."""
-    written, asked = zip(*map(prompt, chats))
-    complete = [True] * len(chats)
-    for turn in range(max(map(len, asked))):
-        active = [c for c in range(len(chats)) if turn < len(asked[c]) and complete[c]]
-        if not active:
-            break
-        for c in active:
-            written[c].append({"role": "user", "content": asked[c][turn]["content"]})
-        for c, (text, ended) in zip(active, answer([written[c] for c in active])):
-            written[c].append({"role": "assistant", "content": text})
-            complete[c] = ended
-    return zip(written, complete)
-
-
-def local_writer(config: RegenerateConfig):
-    """-> batch size, and a function that answers a batch of chats, from a seed, with the target."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ppow.attention_ppow import without_cudnn_attention
-
-    from .loading import named
-
-    with named("target", config.target):
-        tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if tokenizer.pad_token is None:  # padding is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    sampling = sampling_options(config.temperature)
-
-    @without_cudnn_attention()  # every token meets another number of keys
-    def answer(chats: list[Chat], seed: int) -> list[Answer]:
-        torch.manual_seed(seed)
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=config.max_new_tokens, **sampling)
-        answers = []
-        for ids in out[:, inputs["input_ids"].shape[1] :].tolist():
-            end = next((i for i, token in enumerate(ids) if token in ends), None)
-            answers.append((tokenizer.decode(ids[:end]), end is not None))
-        return answers
-
-    return config.batch_size, answer
-
-
-def endpoint_writer(config: RegenerateConfig):
-    """-> batch size, and a function that answers a batch of chats, from a seed, through an OpenAI-compatible server."""
-    url = config.endpoint.rstrip("/") + "/chat/completions"
-    headers = {"Content-Type": "application/json"}
-    if token := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {token}"
-
-    def one(chat: Chat, seed: int) -> Answer:
-        body = {
-            "model": config.model,
-            "messages": chat,
-            "temperature": config.temperature,
-            "max_tokens": config.max_new_tokens,
-            "seed": seed,
-        }
-        reply = post(urllib.request.Request(url, json.dumps(body).encode(), headers))
-        try:
-            choice = reply["choices"][0]
-            return choice["message"]["content"] or "", choice.get("finish_reason") != "length"
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"{url} answered without choices[0].message.content: {str(reply)[:200]}") from None
-
-    def answer(chats: list[Chat], seed: int) -> list[Answer]:
-        with ThreadPoolExecutor(config.concurrency) as pool:
-            return list(pool.map(one, chats, range(seed, seed + len(chats))))
-
-    return config.concurrency, answer
-
-
-def post(request: urllib.request.Request, tries: int = 5, timeout: float = 600.0, pause: float = 1.0) -> dict:
-    """POST and parse; a busy or failing server (429, 5xx, no answer) is asked again with growing pauses.
-
-    Raises:
-        ValueError: a refusal, an answer that is not JSON, or no answer after all tries.
-    """
-    for attempt in range(1, tries + 1):
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                return json.loads(response.read())
-        except json.JSONDecodeError:
-            raise ValueError(f"{request.full_url} answered with something that is not JSON.") from None
-        except urllib.error.HTTPError as error:
-            if error.code != 429 and error.code < 500:
-                detail = error.read(300).decode(errors="replace")
-                raise ValueError(f"{request.full_url} refused the request with {error.code}: {detail}") from None
-            reason = f"status {error.code}"
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = str(error)
-        if attempt < tries:
-            time.sleep(pause * 2 ** (attempt - 1))
-    raise ValueError(f"{request.full_url} did not answer after {tries} tries ({reason}). Is the server up?")

@@ -47,7 +47,7 @@ def main(config: ReinforceConfig) -> None:
     check_pair(target.model, drafter)
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
-    trainer = Trainer(config, drafter, examples, pad, accelerator)
+    trainer = Trainer(config, drafter, examples, pad, accelerator, held_out)
     reference = frozen_reference(config, drafter)
     rolls = objective_of(config).batch == "rollouts"
 

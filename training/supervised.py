@@ -22,8 +22,8 @@ from ppow.target_ppow import check_pair
 
 from . import plan
 from .config import SupervisedConfig
-from .data import draft_vocabulary, encode, load_rows
-from .loading import named
+from .data import BadRows, draft_vocabulary, encode, load_rows
+from .loading import named, positions
 from .loop import Batch, Trainer, make_batch
 from .objectives import supervised_step_loss
 from .target import FrozenTarget
@@ -44,7 +44,7 @@ def main(config: SupervisedConfig) -> None:
     drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
-    trainer = Trainer(config, drafter, examples, pad, accelerator)
+    trainer = Trainer(config, drafter, examples, pad, accelerator, held_out)
 
     for step in trainer.steps():
         metrics = trainer.update(
@@ -152,8 +152,12 @@ def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -
 
     x_0 and x_1 have no drafter pair before them, so a text needs ``steps`` + 2 tokens.
     """
-    rows = load_rows(source, config.split, config.limit)
-    examples = encode(rows, tokenizer, config.max_length, drop_long=config.drop_long)
+    bad = BadRows(config.skip_bad_rows)
+    rows = load_rows(source, config.split, config.limit, bad)
+    with named("target", config.target):
+        room = positions(AutoConfig.from_pretrained(config.target))
+    examples = encode(rows, tokenizer, config.max_length, config.drop_long, bad, room)
+    bad.report(source)
     run = "1" * answer
     usable = [
         example

@@ -1,0 +1,215 @@
+"""Who writes the answers of ``ppow regenerate``: a target loaded here, or a server that speaks OpenAI's protocol."""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from .chats import OPENED, Chat
+from .config import RegenerateConfig
+from .loading import named, positions
+from .prompts import sampling_options
+from .rows import normal_message
+from .sources import BadRow
+
+TOLD = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning")  # of a server's message
+ENDED = {None, "stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # an answer that ended by itself, by server
+
+
+class Asked(NamedTuple):
+    messages: list[dict]
+    options: dict  # of the chat template
+
+
+class Answer(NamedTuple):
+    """What came of a prompt.
+
+    ``finish`` is "stop" for an answer that ended by itself, "tool_calls" and "refusal" for such that ended so,
+    "length", "content_filter", "abort" or the server's own word for one that was cut short, and "error" where there is
+    no message: ``error`` says why.
+    """
+
+    message: dict | None
+    finish: str = "stop"
+    error: str | None = None
+
+
+class LocalWriter:
+    """The target, on this machine: ``size`` prompts per call of ``generate``."""
+
+    def __init__(self, config: RegenerateConfig):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.config, self.size = config, config.batch_size
+        with named("target", config.target):
+            self.tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
+            self.model = AutoModelForCausalLM.from_pretrained(config.target, dtype=getattr(torch, config.dtype))
+        self.tokenizer.get_chat_template()  # says what is missing
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        if self.tokenizer.pad_token is None:  # padding is masked, so any token will do
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.positions = positions(self.model.config)
+
+    def read(self, prompt: Asked) -> tuple[str, int]:
+        """(text, tokens that its answer may have). Raises BadRow: no prompt that the target can answer."""
+        text = Chat(prompt.messages, prompt.options, self.tokenizer).render(prompt=True)
+        if self.positions is None:
+            return text, self.config.max_new_tokens
+        length = len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if length >= self.positions:
+            raise BadRow(f"a prompt of {length} tokens does not fit the target's {self.positions} positions.")
+        return text, min(self.config.max_new_tokens, self.positions - length)
+
+    def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
+        import torch
+
+        from ppow.attention_ppow import without_cudnn_attention
+
+        torch.manual_seed(seed)
+        answers: list[Answer | None] = [None] * len(prompts)
+        groups: dict[int, list[tuple[int, str]]] = {}  # those near the end of the positions have less room
+        for index, prompt in enumerate(prompts):
+            try:
+                text, room = self.read(prompt)
+                groups.setdefault(room, []).append((index, text))
+            except BadRow as error:
+                answers[index] = Answer(None, "error", str(error))
+        for room, group in groups.items():
+            with without_cudnn_attention():  # every token meets another number of keys
+                for (index, text), ids in zip(group, self._generate([text for _, text in group], room)):
+                    answers[index] = self._read_answer(text, ids)
+        return answers
+
+    def _generate(self, texts: list[str], room: int) -> list[list[int]]:
+        inputs = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        given = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        out = self.model.generate(**given, max_new_tokens=room, **sampling_options(self.config.temperature))
+        return out[:, given["input_ids"].shape[1] :].tolist()
+
+    def _read_answer(self, prompt: str, ids: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(ids) if token in self.ends), None)
+        text = self.tokenizer.decode(ids[:end])
+        if opened := OPENED.search(prompt):  # the answer's thought began in the prompt
+            text = f"{prompt[opened.start() :]}{text}"
+        return Answer({"role": "assistant", "content": text}, "length" if end is None else "stop")
+
+
+class EndpointWriter:
+    """An OpenAI-compatible server: ``size`` requests in flight."""
+
+    def __init__(self, config: RegenerateConfig):
+        self.config, self.size = config, config.concurrency
+        self.url = config.endpoint.rstrip("/") + "/chat/completions"
+        self.headers = {"Content-Type": "application/json"}
+        if token := os.environ.get("OPENAI_API_KEY"):
+            self.headers["Authorization"] = f"Bearer {token}"
+
+    def read(self, prompt: Asked) -> None:
+        """Nothing is known of a prompt before the server has answered it."""
+
+    def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(self._one, prompts, range(seed, seed + len(prompts))))
+
+    def _one(self, prompt: Asked, seed: int) -> Answer:
+        options = dict(prompt.options)
+        body = {
+            "model": self.config.model,
+            "messages": _for_server(prompt.messages),
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_new_tokens,
+            "seed": seed,
+        }
+        if tools := options.pop("tools", None):
+            body["tools"] = tools
+        if options:  # as vLLM and SGLang take them
+            body["chat_template_kwargs"] = options
+        try:
+            return _read_reply(post(urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)))
+        except RefusedError as error:
+            return Answer(None, "error", str(error))
+
+
+def _for_server(messages: list[dict]) -> list[dict]:
+    """Messages as OpenAI's protocol has them: calls with ids and arguments as text, results that name their call."""
+    sent, open_calls = [], []
+    for message in messages:
+        message = {key: value for key, value in message.items() if key not in ("weight", "reasoning_content")}
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [
+                {
+                    "id": call.get("id", f"call_{len(sent)}_{number}"),
+                    "type": "function",
+                    "function": {**call["function"], "arguments": _as_text(call["function"]["arguments"])},
+                }
+                for number, call in enumerate(calls)
+            ]
+            open_calls = [call["id"] for call in message["tool_calls"]]
+        elif message["role"] == "tool" and "tool_call_id" not in message and open_calls:
+            message["tool_call_id"] = open_calls.pop(0)
+        sent.append(message)
+    return sent
+
+
+def _as_text(arguments) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _read_reply(reply) -> Answer:
+    """What a server answered, for what it is. Raises RefusedError: no chat completion."""
+    try:
+        choice = reply["choices"][0]
+        given, finish = choice["message"], choice.get("finish_reason")
+        told, refusal = {key: given[key] for key in TOLD if given.get(key)}, given.get("refusal")
+        if not told and not refusal:
+            told = {"content": given["content"] or ""}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise RefusedError(f"answered without choices[0].message: {str(reply)[:200]}") from None
+    if isinstance(refusal, str) and refusal and not told:
+        return Answer({"role": "assistant", "content": refusal}, "refusal")
+    try:
+        message = normal_message({"role": "assistant", "content": "", **told})
+    except BadRow as error:
+        raise RefusedError(f"answered with something else than a message: {error}") from None
+    if message.get("tool_calls"):
+        return Answer(message, "tool_calls" if finish in ENDED | {"tool_calls", "function_call"} else str(finish))
+    return Answer(message, "stop" if finish in ENDED else str(finish))
+
+
+class RefusedError(ValueError):
+    """A server's no to one request."""
+
+
+def post(request: urllib.request.Request, tries: int = 5, timeout: float = 600.0, pause: float = 1.0) -> dict:
+    """POST and parse; a busy or failing server (429, 5xx, no answer) is asked again with growing pauses.
+
+    Raises:
+        RefusedError: the server does not like this request, or answers it with nonsense.
+        ValueError: whatever concerns every request: no access, no such model or address, no answer after all tries.
+    """
+    for attempt in range(1, tries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return json.loads(response.read())
+        except ValueError:
+            raise RefusedError("answered with something that is not JSON") from None
+        except urllib.error.HTTPError as error:
+            reason, detail = f"status {error.code}", error.read(300).decode(errors="replace")
+            if error.code in (401, 403, 404, 405):
+                raise ValueError(f"{request.full_url} refused the request with {error.code}: {detail}") from None
+            if error.code not in (408, 429) and error.code < 500:
+                raise RefusedError(f"refused the request with {error.code}: {detail}") from None
+            if error.code == 500 and attempt == tries:  # others were tried as often: it is this request
+                raise RefusedError(f"failed at the request with 500, {tries} times: {detail}") from None
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+            reason = str(error)
+        if attempt < tries:
+            time.sleep(pause * 2 ** (attempt - 1))
+    raise ValueError(f"{request.full_url} did not answer after {tries} tries ({reason}). Is the server up?")
