@@ -13,6 +13,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .files import write_json
+
 FILE = "provenance.json"
 PACKAGES = ("ppow", "torch", "transformers", "accelerate", "datasets")
 _TOKEN = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{16,}")
@@ -35,7 +37,6 @@ def write(folder: str | Path, command: str, config) -> Path:
         The file written.
     """
     path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = record(command, config)
     start = Path(getattr(config, "drafter", None) or folder) / FILE
     if start != path and start.exists():
@@ -44,9 +45,7 @@ def write(folder: str | Path, command: str, config) -> Path:
         before = read(path)
         before.pop("started_from", None)
         content["earlier"] = [*before.pop("earlier", []), before]
-    partial = path.with_name(f".{FILE}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, content)
     return path
 
 
