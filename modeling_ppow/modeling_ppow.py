@@ -36,7 +36,7 @@ from .entrances_ppow import register_assisted_decoding
 from .formats_ppow import import_checkpoint, is_foreign
 from .generation_ppow import decode
 from .masks_ppow import additive_mask
-from .weights_ppow import HUB_OPTIONS
+from .weights_ppow import HUB_OPTIONS, check_path
 
 CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
 from .entrances_ppow import generate  # noqa: F401
@@ -352,11 +352,12 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             **kwargs: as in transformers.
 
         Raises:
-            ValueError: another trainer's drafter without a target, or one that cannot be imported.
+            ValueError: a path to nothing, another trainer's drafter without a target, or one that cannot be imported.
         """
         source, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         if source is None or kwargs.get("config"):
             return super().from_pretrained(source, *args, **kwargs)
+        check_path(source)
         config, _ = PPOWConfig.get_config_dict(source, **hub)
         if not config or not is_foreign(config):  # without a configuration, transformers says so
             return super().from_pretrained(source, *args, **kwargs)

@@ -4,6 +4,7 @@ Pickled weights are read with ``weights_only=True`` alone.
 """
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -17,10 +18,27 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # each whole, or split with an index beside it
 
 
+def only_a_path(name: str | os.PathLike) -> bool:
+    """Whether a name can be a path alone: no Hub id starts with a dot, ~ or separator, ends in one, or has two."""
+    text = os.fspath(name)
+    return (
+        not isinstance(name, str)
+        or text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or text.count("/") > 1
+        or "\\" in text
+    )
+
+
+def check_path(name: str | os.PathLike) -> None:
+    """Raise a ValueError for a path that leads to no folder, which the Hub's client would take for an id."""
+    if only_a_path(name) and not Path(name).is_dir():
+        raise ValueError(f"There is no folder {name}: give the folder or Hub id of a drafter.")
+
+
 def read_config(source: str, **hub) -> dict:
     """``config.json`` of a folder or Hub repository. Raises ValueError when it is missing or no JSON object."""
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise ValueError(f"There is no folder {source}: give the folder or Hub id of a drafter.")
+    check_path(source)
     file = _file(source, "config.json", hub)
     if file is None:
         raise ValueError(

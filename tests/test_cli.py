@@ -64,7 +64,7 @@ def test_arguments_come_from_the_process_by_default(toy_command, monkeypatch):
         (["--tarket", "t"], "no command '--tarket'"),
         (
             ["demo", "--max-new-token", "5"],
-            "demo has no option --max-new-token; the nearest known key is 'max_new_tokens'",
+            "demo has no option --max-new-token; the nearest is --max-new-tokens: tokens per answer",
         ),
         (["supervised", "--target", "t"], "supervised needs --data"),
         (["demo", "--config", "missing.json"], "No such file or directory: 'missing.json'"),

@@ -125,8 +125,8 @@ def test_configurations_are_frozen():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--cuont", "4"], "no option --cuont; the nearest known key is 'count'"),
-        (["--no-count"], "no option --no-count; the nearest known key is 'count'"),
+        (["--cuont", "4"], "no option --cuont; the nearest is --count: how many"),
+        (["--no-count"], "no option --no-count; the nearest is --count: how many"),
         (["--count"], "--count needs a value: an integer >= 1"),
         (["--count", "--wide"], "--count needs a value: an integer >= 1"),
         (["--count", "many"], "--count must be an integer >= 1, got 'many'"),
@@ -144,12 +144,27 @@ def test_configurations_are_frozen():
         (["--ids", "1,-2"], "ids must be a comma separated list, each an integer >= 0, or none, got \\[1, -2\\]"),
         (["--name", ""], "name must be a text, got ''"),
         (["stray"], "unexpected argument 'stray'"),
+        (["-count", "3"], "no option -count; the nearest is --count"),
         (["--config"], "--config needs a value: a JSON file"),
     ],
 )
 def test_bad_arguments_are_named(argv, message):
     with pytest.raises(ValueError, match=message):
         toy(*argv)
+
+
+def test_names_of_other_trainers_are_understood_or_answered():
+    given = ["--lr", "3e-5", "--bs=2", "--max_steps", "7", "--output", "out", *STAGE1[:4]]
+    config = SupervisedConfig.from_args(given)
+    assert (config.learning_rate, config.batch_size, config.steps, config.output_dir) == (3e-5, 2, 7, "out")
+    for key, option_here in [("epochs", "steps"), ("model", "target"), ("lr-schedule", "learning-rate")]:
+        with pytest.raises(ValueError, match=f"no option --{key}; the nearest is --{option_here}: "):
+            SupervisedConfig.from_args([*STAGE1, f"--{key}", "3"])
+    # a command's own option is never taken for another's
+    own = ["--data", "d", "--endpoint", "http://e", "--model", "m", "--output", "o.jsonl"]
+    assert (RegenerateConfig.from_args(own).output, RegenerateConfig.from_args(own).model) == ("o.jsonl", "m")
+    with pytest.raises(ValueError, match="demo has no option --lr; the nearest is --"):
+        DemoConfig.from_args(["--lr", "1"])
 
 
 def test_a_missing_required_option_is_named():
@@ -162,7 +177,7 @@ def test_a_missing_required_option_is_named():
     [
         ("{", "not valid JSON"),
         ("[1]", "must hold a JSON object of options, got list"),
-        ('{"cuont": 3}', "no key 'cuont'; the nearest known key is 'count'"),
+        ('{"cuont": 3}', "no key 'cuont'; the nearest is 'count'"),
         ('{"name": "x", "count": 1.5}', "count must be an integer >= 1, got 1.5"),
         ('{"name": "x", "count": true}', "count must be an integer >= 1, got True"),
         ('{"name": "x", "count": null}', "count must be an integer >= 1, got None"),

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,6 @@ def test_a_full_disk_surfaces(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     log._file.close()
     with open("/dev/full", "ab", buffering=0) as full:
-        log._file = full
+        log._file, log.path = full, Path("/dev/full")
         with pytest.raises(OSError, match="No space left"):
             log.log(1, {"loss": 1.0})

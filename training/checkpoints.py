@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .files import free_bytes
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
@@ -67,10 +69,10 @@ def save(
     if _is_complete(final):
         raise ValueError(f"{final} exists already; resume from it, or choose another folder.")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
     partial = folder / f"{_HIDDEN}{final.name}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         partial.mkdir()
         drafter.save_pretrained(partial)
         save_file(tensors, partial / OPTIMIZER_FILE)
@@ -87,8 +89,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in [*drafter.state_dict().values(), *tensors.values()])
         raise OSError(
-            f"Could not write the checkpoint {final}: {error}. It needs about {needed} bytes, "
-            f"{shutil.disk_usage(folder).free} are free. Nothing partial was left behind."
+            f"Could not write the checkpoint {final}: {error}. It needs about {needed} bytes, {free_bytes(folder)} "
+            "are free. Nothing partial was left behind."
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
+from .stopping import AGAIN, Stopped, ended_by_sigterm
+
 
 class Command(NamedTuple):
     module: str  # has main(config)
@@ -61,17 +63,23 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; -> 0, 2 after a bad argument, bad input or a failed file operation, 130 when interrupted."""
+    """Entry point.
+
+    Returns:
+        0; 2 after a bad argument, bad input or a failed file operation; 130 when interrupted, 143 after SIGTERM.
+    """
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        with ended_by_sigterm():
+            run(sys.argv[1:] if argv is None else argv)
+    except Stopped as stopped:
+        if stopped.told:
+            print(f"\nppow: {stopped.told}", file=sys.stderr)
+        return stopped.code
     except (ValueError, OSError, SafetensorError, KeyboardInterrupt) as error:
         if os.environ.get("PPOW_DEBUG") == "1":
             raise
         if isinstance(error, KeyboardInterrupt):
-            print(
-                "\nppow: interrupted; regenerate, supervised, reinforce and evaluate go on with --resume",
-                file=sys.stderr,
-            )
+            print(f"\nppow: interrupted; {AGAIN}", file=sys.stderr)
             return 130
         told = f"safetensors could not read or write: {error}" if isinstance(error, SafetensorError) else error
         print(f"ppow: error: {told}", file=sys.stderr)

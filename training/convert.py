@@ -7,14 +7,12 @@ Both print what they mapped, dropped and assumed. The output folder appears whol
 """
 
 import json
-import os
 import shlex
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -25,8 +23,9 @@ from ppow.formats_ppow import Row, import_checkpoint
 from ppow.target_ppow import check_pair
 
 from .config import ExportConfig, ImportConfig
+from .files import claim_beside, whole
 from .formats import Exported, from_ppow
-from .loading import named
+from .loading import check_model, named
 
 
 def main(config: ImportConfig | ExportConfig) -> None:
@@ -35,6 +34,8 @@ def main(config: ImportConfig | ExportConfig) -> None:
 
 
 def import_drafter(config: ImportConfig) -> None:
+    for option, name in (("source", config.source), ("target", config.target)):
+        check_model(option, name)
     imported = import_checkpoint(config.source, config.target, PPOWDrafter)
     print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
     if config.dry_run:
@@ -96,25 +97,17 @@ def write_folder(place: str, write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a hidden folder beside ``place``, then rename it: all of it appears, or nothing.
 
     Raises:
-        ValueError: ``place`` exists and is not an empty folder.
+        ValueError: ``place`` exists and is not an empty folder, or another export is writing it.
         OSError: the disk is full, or not to be written on.
     """
     folder = Path(place).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name another place with --out, or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with claim_beside(folder, "--out"), whole(folder) as partial:
+        partial.mkdir()
         write(partial)
         if folder.exists():
             folder.rmdir()
-        os.replace(partial, folder)
-    except SafetensorError as error:  # its word for a full disk
-        raise OSError(f"{folder} was not written: {error}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

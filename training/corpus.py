@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import PretrainConfig, parse_group
 from .data import BadRows, Row, load_rows
-from .files import write_json
+from .files import telling, whole, write_json
 
 END_OF_TEXT, IM_START, IM_END, PAD = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 # ChatML. The generation block tells which tokens are answers; the end-of-turn token is one, the model has to say it.
@@ -67,7 +67,8 @@ def prepare(config: PretrainConfig, work: Path):
     if not done.exists():
         train, heldout, record = build(config)
         tokenizer = train_tokenizer(train, config.vocab_size, config.max_positions)
-        tokenizer.save_pretrained(work / "tokenizer")
+        with telling(work / "tokenizer"):
+            tokenizer.save_pretrained(work / "tokenizer")
         record["train_tokens"] = write_tokens(train, tokenizer, work / "train.bin")
         record["heldout_tokens"] = write_tokens(heldout, tokenizer, work / "heldout.bin")
         chats = [row["messages"][0]["content"] for row in heldout if "messages" in row]
@@ -91,12 +92,16 @@ def build(config: PretrainConfig) -> tuple[list[dict], list[dict], dict]:
     """Training rows (repeated by weight, shuffled), held-out rows (each once) and a JSON record of what was read."""
     rng = random.Random(config.seed)
     train, heldout, record = [], [], {"groups": {}, "python": []}
+    dropped = {"longer than its group's limit": 0, "spells a special token": 0}
     for group in config.groups:
         name, weight, max_chars = parse_group(group)
         bad = BadRows(config.skip_bad_rows)
         rows = [row for path in group_files(Path(config.data), name) for row in read_texts(path, bad)]
         bad.report(f"{config.data}, group {name}")
-        rows = [row for row in rows if sum(map(len, texts(row))) <= max_chars]
+        short = [row for row in rows if sum(map(len, texts(row))) <= max_chars]
+        dropped["longer than its group's limit"] += len(rows) - len(short)
+        rows = short
+        dropped["spells a special token"] += sum(map(spells_special, rows))
         record["groups"][name] = {"weight": weight, "rows": len(rows)}
         train += split(rows, weight, config, rng, heldout)
     if config.python_share:
@@ -108,7 +113,7 @@ def build(config: PretrainConfig) -> tuple[list[dict], list[dict], dict]:
         raise ValueError(f"--groups {','.join(config.groups)} left no rows of {config.data}; raise weights or limits.")
     rng.shuffle(train)
     rng.shuffle(heldout)
-    record |= {"train_rows": len(train), "heldout_rows": len(heldout)}
+    record |= {"train_rows": len(train), "heldout_rows": len(heldout), "dropped": dropped}
     return train, heldout, record
 
 
@@ -147,6 +152,11 @@ def texts(row: dict) -> list[str]:
     return [message["content"] for message in row["messages"]] if "messages" in row else [row["text"]]
 
 
+def spells_special(row: dict) -> bool:
+    """Whether a text spells a special token, and would teach the model to break its own chat format."""
+    return any(token in text for text in texts(row) for token in SPECIAL_TOKENS)
+
+
 def split(rows: list[dict], weight: float, config: PretrainConfig, rng: random.Random, heldout: list) -> list[dict]:
     """Each row floor(weight) or ceil(weight) times; rows held out go to ``heldout`` instead, once.
 
@@ -155,8 +165,7 @@ def split(rows: list[dict], weight: float, config: PretrainConfig, rng: random.R
     kept = []
     for row in rows:
         copies = int(weight) + (rng.random() < weight % 1)
-        # A text that spells a special token would teach the model to break its own chat format.
-        if not copies or any(token in text for text in texts(row) for token in SPECIAL_TOKENS):
+        if not copies or spells_special(row):
             continue
         digest = hashlib.sha256(f"{config.seed}\n{texts(row)[0]}".encode()).digest()
         if int.from_bytes(digest[:8], "big") < config.heldout * 2**64:
@@ -253,8 +262,8 @@ def _tokenizer_texts(rows: list[dict]) -> Iterator[str]:
 def write_tokens(rows: list[dict], tokenizer, path: Path) -> int:
     """Write the rendered rows, ``<|endoftext|>`` after each, as uint16; returns the number of tokens."""
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    total, partial = 0, path.with_suffix(".tmp")
-    with partial.open("wb") as file:
+    total = 0
+    with whole(path) as partial, partial.open("wb") as file:
         for start in tqdm(range(0, len(rows), 1000), desc=f"tokenizing {path.stem}", unit="k rows", disable=None):
             rendered = [
                 tokenizer.apply_chat_template(row["messages"], tokenize=False) if "messages" in row else row["text"]
@@ -265,5 +274,4 @@ def write_tokens(rows: list[dict], tokenizer, path: Path) -> int:
                 total += len(ids) + 1
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
     return total

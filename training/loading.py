@@ -1,12 +1,18 @@
 """Loading a model by its name: what goes wrong says which option named what, and which file is damaged."""
 
 import contextlib
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+
+from ppow.weights_ppow import only_a_path
+
+HUB_SECONDS = 5  # that the Hub has to say whether it knows a name
 
 
 @contextlib.contextmanager
@@ -14,11 +20,10 @@ def named(option: str, name: str | Path) -> Iterator[None]:
     """Load a model, a folder's or a Hub id's, inside.
 
     Raises:
-        ValueError: a folder without a model, a drafter given as target, damaged weights, and whatever loading raises.
+        ValueError: as :func:`check_model`, a drafter given as target, damaged weights, and whatever loading raises.
     """
+    check_model(option, name)
     config = Path(name) / "config.json"
-    if Path(name).is_dir() and not config.exists():
-        raise ValueError(f"--{option} {name}: this folder holds no config.json, so no model.")
     try:
         if option == "target" and config.exists() and json.loads(config.read_text()).get("model_type") == "ppow":
             raise ValueError("this is a drafter; name the target that it drafts for")
@@ -36,6 +41,58 @@ def positions(config) -> int | None:
     text = config.get_text_config()
     named = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return next((number for number in named if isinstance(number, int) and number > 0), None)
+
+
+def check_model(option: str, name: str | Path) -> None:
+    """Answer at once for a name that leads to no model: the Hub's client would ask for half a minute.
+
+    Raises:
+        ValueError: a file, a folder without a model, a path to nothing, a Hub id that the Hub does not know, or one
+            that is not in its cache here while the Hub cannot be asked.
+    """
+    path, said = Path(name), f"--{option} {name}"
+    if path.is_file():
+        raise ValueError(f"{said} is a file; give the folder of the model.")
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{said}: this folder holds no config.json, so no model.{_unfinished(path)}")
+        return
+    if only_a_path(name):
+        tilde = " Only a shell knows what ~ stands for, and only at the start of a word."
+        raise ValueError(f"{said} is no folder here.{tilde if str(name)[0] == '~' else _nearest(path)}")
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(str(name), "config.json"), str):
+        return
+    try:
+        HfApi().model_info(str(name), timeout=HUB_SECONDS)
+    except HFValidationError as error:
+        raise ValueError(f"{said} is no folder here, and no Hub id: {error}") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{said} is no folder here, and the Hub knows no such model, or your token may not see it (`hf auth "
+            f"login`).{_nearest(path)}"
+        ) from None
+    except HfHubHTTPError:  # a busy Hub, or a mirror that only hands out files: loading will tell
+        return
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"{said} is no folder here, and {constants.ENDPOINT} cannot be reached ({error}).{_nearest(path)}"
+        ) from None
+
+
+def _nearest(path: Path) -> str:
+    """What a folder holds that a misspelt path may have meant."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f" There is no {parent} either." if only_a_path(str(path)) else ""
+    found = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir() if entry.is_dir()], n=1)
+    return f" Did you mean {parent / found[0]}?" if found else ""
+
+
+def _unfinished(path: Path) -> str:
+    """What to do about the folder of a run that has not ended."""
+    if not (path / "checkpoints").is_dir():
+        return ""
+    return " Its run has not ended: go on with --resume, or name one of its checkpoints/step-*."
 
 
 def _damaged(name: str | Path) -> str:

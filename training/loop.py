@@ -15,7 +15,6 @@ resumed takes exactly the steps of one that was not.
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from . import checkpoints, provenance
+from . import checkpoints, provenance, report
 from .data import batch_indices, collate, fingerprint
-from .files import move_in
+from .files import move_in, scratch, telling
 from .metrics import MetricsLog
+from .stopping import Stopped, deferred_sigterm
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_TO_CHANGE = {
@@ -102,13 +102,16 @@ class Trainer:
             )
         self.fingerprints = {"data": fingerprint(examples), "eval_data": fingerprint(held_out)}
         self.first_step = self._resume()
-        self.log = MetricsLog(self.folder / "metrics.jsonl") if accelerator.is_main_process else None
-        if self.log is not None:
-            self.log.truncate_after(self.first_step)
-            provenance.write(self.folder, config.command(), config)
+        self.log = None  # of the main process
+        on_main(accelerator, self._open_log)
         if config.trackers:
             flat = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
             accelerator.init_trackers("ppow", config=flat)
+
+    def _open_log(self) -> None:
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.log.truncate_after(self.first_step)
+        provenance.write(self.folder, self.config.command(), self.config)
 
     def _resume(self) -> int:
         """Load the latest complete checkpoint when asked to; -> steps already done."""
@@ -135,8 +138,40 @@ class Trainer:
         self._exchange()
         return state["step"]
 
+    def announce(self, target, held_out: list) -> None:
+        """Say where and on what the run trains: device, dtype, models, the texts kept and dropped."""
+        ours, config = self.accelerator, self.config
+        whole, learned = (sum(p.numel() for p in part) for part in (self.drafter.parameters(), self.parameters))
+        lines = [
+            f"{report.device(ours.device)}, {ours.num_processes} process{'es' * (ours.num_processes > 1)}, "
+            f"{config.dtype}, seed {config.seed}",
+            f"target {config.target}: {report.millions(sum(p.numel() for p in target.parameters()))} parameters",
+            f"drafter: {report.millions(whole)} parameters, {report.millions(learned)} of them learn",
+            report.rows(config.data, self.examples),
+            *([report.rows(config.eval_data, held_out, "held out")] if config.eval_data else []),
+            f"steps {self.first_step + 1} to {config.steps} of {self.micro_steps * config.batch_size} texts, into "
+            f"{self.folder}",
+        ]
+        ours.print("\n".join(lines), flush=True)
+
     def steps(self) -> Iterator[int]:
-        """Step numbers 1 .. config.steps that are still to do; saves checkpoints in between and the drafter at last."""
+        """Step numbers 1 .. config.steps that are still to do; saves checkpoints in between and the drafter at last.
+
+        Raises:
+            Stopped: after SIGTERM, once the step is done and saved.
+        """
+        with deferred_sigterm() as asked:
+            yield from self._steps(asked)
+        if self.hub is not None:
+            self.hub.wait()
+            self.hub.push(self.folder, self.config.steps)
+            self.hub.wait()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            print(report.ended(self.config, self.folder), flush=True)
+
+    def _steps(self, asked: Callable[[], bool]) -> Iterator[int]:
         config = self.config
         self.bar = tqdm(
             total=config.steps,
@@ -148,23 +183,39 @@ class Trainer:
             self.started = time.perf_counter()
             yield step
             self.bar.update()
-            if step % config.save_every == 0 or step == config.steps:
+            stop = step < config.steps and self._any(asked())
+            if step % config.save_every == 0 or step == config.steps or stop:
                 self._save(step)
+            if stop:
+                self.bar.close()
+                self.accelerator.end_training()
+                raise Stopped(self._stopped(step) if self.accelerator.is_main_process else "")
         self.bar.close()
         finished_before = self.first_step == config.steps and (self.folder / "config.json").exists()
-        if self.accelerator.is_main_process and not finished_before:
-            with self.mean_weights():
-                save_drafter(self.drafter, self.folder, config.dtype)
-            self.log.close()
-        if self.hub is not None:
-            self.hub.wait()
-            self.hub.push(self.folder, config.steps)
-            self.hub.wait()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        if not finished_before:
+            on_main(self.accelerator, self._finish)
+
+    def _finish(self) -> None:
+        self.log.check()
+        with self.mean_weights():
+            save_drafter(self.drafter, self.folder, self.config.dtype)
+        self.log.close()
+
+    def _any(self, asked: bool) -> bool:
+        """Whether any process was asked to stop: all of them have to end after the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)) > 0)
+
+    def _stopped(self, step: int) -> str:
+        return (
+            f"stopped by SIGTERM after step {step} of {self.config.steps}; it is saved in {self.folder}. The same "
+            "command with --resume goes on from there."
+        )
 
     def _save(self, step: int) -> None:
-        if self.accelerator.is_main_process:
+        def save() -> None:
+            self.log.check()
             config = self.config.to_dict(without=_FREE_TO_CHANGE)
             state = {"command": self.config.command(), "config": config, "micro_steps": self.micro_steps}
             state["data"] = self.fingerprints
@@ -174,7 +225,8 @@ class Trainer:
                 )
             if self.hub is not None:
                 self.hub.push(saved, step)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, save)
 
     def batches(self, step: int) -> list[Batch]:
         """This process's micro batches of ``step``, in order."""
@@ -203,10 +255,11 @@ class Trainer:
             metrics of the last of them.
 
         Raises:
-            ValueError: when the loss or the gradient is not finite; the drafter is as the last good step left it.
+            ValueError: the run has diverged: loss, gradient or weights are not finite. No checkpoint holds that.
         """
         for _ in range(times):
             metrics = self._update_once(step, losses)
+        self._check(step, "some weights are", torch.stack(torch._foreach_norm(self.parameters, math.inf)).max())
         self._average_weights(step)
         return metrics
 
@@ -218,12 +271,9 @@ class Trainer:
                 loss, metrics = compute()
             (loss / len(losses)).backward()
             collected.append({"loss": loss.detach(), **metrics})
-        gradient = self._reduce_gradient()
-        if not torch.isfinite(gradient):
-            raise ValueError(
-                f"Step {step}: the gradient is not finite. Lower learning_rate, use dtype=float32, or check the "
-                f"target's and the drafter's weights; checkpoints so far are in {self.folder / 'checkpoints'}."
-            )
+        mean, gradient = self.average(collected), self._reduce_gradient()
+        self._check(step, "the loss is", mean["loss"])
+        self._check(step, "the gradient is", gradient)
         scale = min(1.0, self.config.max_grad_norm / (float(gradient) + 1e-12))
         if scale < 1.0:
             torch._foreach_mul_([p.grad for p in self.parameters], scale)
@@ -231,7 +281,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return {**self.average(collected), "gradient_norm": gradient, "learning_rate": rate}
+        return {**mean, "gradient_norm": gradient, "learning_rate": rate}
+
+    def _check(self, step: int, what: str, value: torch.Tensor) -> None:
+        """Raise a ValueError, the same on every process, unless ``value`` () is finite."""
+        if torch.isfinite(value):
+            return
+        good = checkpoints.latest(self.folder / "checkpoints")
+        again = f"from the last checkpoint, --drafter {good}, or anew" if good else "anew (there is no checkpoint yet)"
+        raise ValueError(
+            f"Step {step}: {what} not finite, the run has diverged and stops. Where the loss began to rise is in "
+            f"{self.folder / 'metrics.jsonl'}. Start {again}, into another --output-dir: with a --learning-rate below "
+            f"{self.config.learning_rate:g}, with --warmup-steps, or with --dtype float32. If it happens at once, "
+            "check the weights of target and drafter."
+        )
 
     def _average_weights(self, step: int) -> None:
         """Take this step's weights into their mean.
@@ -296,11 +359,31 @@ class Trainer:
             return
         values = {k: _number(v) for k, v in metrics.items()}
         values["seconds"] = time.perf_counter() - self.started
-        if self.log is not None:
-            self.log.log(step, values)
+        on_main(self.accelerator, lambda: self.log.log(step, values))
+        if self.accelerator.is_main_process:
             shown = ("loss", "reward", "acceptance_length", "eval_acceptance_length")
             self.bar.set_postfix({k: f"{values[k]:.3f}" for k in shown if k in values})
         self.accelerator.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=step)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Let the main process do something; the others wait for it, and end quietly when it fails.
+
+    Raises:
+        Exception: what ``action`` raised, on the main process; SystemExit(2) on the others.
+    """
+    failure = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        failed = torch.tensor(float(failure is not None), device=accelerator.device)
+        if accelerator.reduce(failed) > 0 and failure is None:
+            raise SystemExit(2)
+    if failure is not None:
+        raise failure
 
 
 def make_batch(examples: list, pad_id: int, device, seed: int) -> Batch:
@@ -323,12 +406,11 @@ def learning_rate(config, step: int) -> float:
 def save_drafter(drafter, folder: Path, dtype: str) -> None:
     """Write the drafter in ``dtype``, in shards below 16 MB, leaving the one in memory as it is."""
     weights = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in drafter.state_dict().items()}
-    partial = folder / ".unfinished-drafter"
-    shutil.rmtree(partial, ignore_errors=True)
-    drafter.save_pretrained(partial, state_dict=weights, max_shard_size="15MB")
-    config = json.loads((partial / "config.json").read_text())  # which names the dtype of the one in memory
-    (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
-    move_in(partial, folder)
+    with telling(folder), scratch(folder / ".unfinished-drafter") as partial:
+        drafter.save_pretrained(partial, state_dict=weights, max_shard_size="15MB")
+        config = json.loads((partial / "config.json").read_text())  # which names the dtype of the one in memory
+        (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+        move_in(partial, folder)
 
 
 def _number(value):

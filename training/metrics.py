@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+from .files import append, leads_to
+
 
 class MetricsLog:
     """Appends to a JSONL file.
@@ -19,14 +21,26 @@ class MetricsLog:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        self._file = self.path.open("a+b", buffering=0)
         self._keep(self._whole_lines())
 
     def log(self, step: int, values: dict) -> None:
-        """Write ``{"step": step, **values}``. Values are JSON, or tensors and arrays of one number."""
+        """Write ``{"step": step, **values}``. Values are JSON, or tensors and arrays of one number.
+
+        Raises:
+            OSError: the disk is full (the file ends with the line before), or as :meth:`check`.
+        """
+        self.check()
         row = {"step": step, **{key: _plain(value) for key, value in values.items()}}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._sync()
+        append(self._file, json.dumps(row, allow_nan=False).encode() + b"\n")
+
+    def check(self) -> None:
+        """Raise an OSError when the file, or its whole folder, was removed or replaced since it was opened."""
+        if not leads_to(self.path, self._file):
+            raise OSError(
+                f"{self.path} was removed or replaced while this run wrote to it; the run stops here and leaves "
+                "alone what is there now."
+            )
 
     def truncate_after(self, step: int) -> None:
         """Drop every line of a later step, so that a run resumed at ``step`` continues without gap or repeat.
@@ -67,8 +81,13 @@ class MetricsLog:
         self._sync()
 
     def _sync(self) -> None:
-        self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics file that are whole; none of a file that is not there."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def _plain(value):

@@ -14,6 +14,37 @@ import typing
 from collections.abc import Collection
 from pathlib import Path
 
+# What other trainers call an option -> what it is here, if the command has it: the same in all but the name ...
+_SYNONYMS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    **dict.fromkeys(("bs", "per_device_train_batch_size", "micro_batch_size"), "batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), "accumulation"),
+    **dict.fromkeys(("max_steps", "num_steps"), "steps"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len"), "max_length"),
+    **dict.fromkeys(("out", "out_dir", "output"), "output_dir"),
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "save_total_limit": "keep_last",
+    "report_to": "trackers",
+    "hub_model_id": "push_to_hub",
+    "max_tokens": "max_new_tokens",
+}
+# ... or only near: named in the answer, not taken
+_RELATED = {
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "steps"),
+    **dict.fromkeys(("model", "model_name_or_path", "base_model", "target_model", "verifier"), "target"),
+    **dict.fromkeys(("draft", "draft_model", "assistant_model", "speculative_model"), "drafter"),
+    **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data", "train_data_path"), "data"),
+    **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), "dtype"),
+    **dict.fromkeys(("resume_from_checkpoint", "continue"), "resume"),
+    **dict.fromkeys(("k", "gamma", "num_speculative_tokens", "num_assistant_tokens"), "window_size"),
+    **dict.fromkeys(("warmup_ratio", "warmup"), "warmup_steps"),
+    "output_dir": "output",
+    "temperature": "temperatures",
+    "lr_scheduler_type": "average_from",
+}
 _SCALARS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -44,7 +75,7 @@ class Config:
         One field, ``_positional``, may come without its key. Keys take dashes or underscores; booleans are ``--key`` /
         ``--no-key`` (or ``--key=true``); lists are comma separated or repeated; ``none`` unsets an optional field.
         ``--config file.json`` gives values that the other arguments override, and ``--help`` prints the fields and
-        exits.
+        exits. What other trainers call an option (``--lr``) is understood.
 
         Raises:
             ValueError: unknown or missing key, missing value, a value of the wrong type or out of bounds.
@@ -57,13 +88,15 @@ class Config:
             if token in ("-h", "--help"):
                 print(cls.help())
                 raise SystemExit(0)
+            if token.startswith("-") and not token.startswith("--"):
+                raise ValueError(cls._unknown(token[1:].partition("=")[0].replace("-", "_"), f"option {token}"))
             if not token.startswith("--") and cls._positional and cls._positional not in given:
                 given[cls._positional] = token
                 continue
             if not token.startswith("--"):
                 raise ValueError(f"{cls.command()}: unexpected argument {token!r}; options are written --key value.")
             name, has_value, text = token[2:].partition("=")
-            key = name.replace("-", "_")
+            key = cls._meant(name.replace("-", "_"))
             negated = key.removeprefix("no_")
             switch = key if key in hints else negated
             if switch in hints and _plain(hints[switch]) is bool:
@@ -139,9 +172,28 @@ class Config:
 
     @classmethod
     def _unknown(cls, key: str, what: str) -> str:
-        known = [field.name for field in dataclasses.fields(cls)]
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        return f"{cls.command()} has no {what}; the nearest known key is {nearest!r} (ppow {cls.command()} --help)."
+        fields = {field.name: field.metadata["help"] for field in dataclasses.fields(cls)}
+        nearest = cls._nearest(key, list(fields))
+        name = repr(nearest) if what.startswith("key") else f"--{_dashes(nearest)}"
+        told = f"the nearest is {name}: {fields[nearest].partition(';')[0].partition(' (')[0]}"
+        return f"{cls.command()} has no {what}; {told} (ppow {cls.command()} --help)."
+
+    @classmethod
+    def _nearest(cls, key: str, known: list[str]) -> str:
+        """The option that an unknown one comes nearest to: in meaning, as an abbreviation, or in letters."""
+        key = key.lower()
+        if (meant := _SYNONYMS.get(key, _RELATED.get(key))) in known:
+            return meant
+        short = [name for name in known if key == "".join(word[0] for word in name.split("_"))]
+        begun = [name for name in known if key and name.startswith(key)]
+        return [*short, *begun, *difflib.get_close_matches(key, known, n=1, cutoff=0.0)][0]
+
+    @classmethod
+    def _meant(cls, key: str) -> str:
+        """``lr`` -> ``learning_rate``, where the command knows the latter alone."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        meant = _SYNONYMS.get(key)
+        return meant if key not in known and meant in known else key
 
     @classmethod
     def _parse(cls, key: str, hint, text: str):

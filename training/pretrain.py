@@ -10,7 +10,7 @@ that is spent, so a run always ends at rate zero. A run that was killed goes on 
 
 import json
 import math
-import shutil
+import shlex
 import time
 from pathlib import Path
 
@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from . import checkpoints, provenance
+from . import checkpoints, provenance, report
 from .config import PretrainConfig
 from .corpus import END_OF_TEXT, IM_END, check_groups, prepare
 from .data import batch_indices
-from .files import move_in, write_json
-from .metrics import MetricsLog
+from .files import claim_folder, move_in, scratch, telling, write_json
+from .metrics import MetricsLog, read_metrics
+from .stopping import Stopped, deferred_sigterm
 
 # May differ between a run and its continuation: tokens, weights and order do not follow from them.
 FREE_TO_CHANGE = {"data", "skip_bad_rows", "output", "tokens", "minutes", "checkpoint_minutes", "device"}
@@ -44,6 +45,11 @@ def main(config: PretrainConfig) -> dict:
         raise ValueError(f"torch {torch.__version__} has no torch.optim.Muon; use --optimizer adamw or torch >= 2.9.")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu.")
+    with claim_folder(config.output, "--output"):
+        return run(config)
+
+
+def run(config: PretrainConfig) -> dict:
     output = Path(config.output)
     work = output / "work"
     settings = work / "settings.json"
@@ -64,12 +70,28 @@ def main(config: PretrainConfig) -> dict:
     if newest:
         state = checkpoints.load(newest, model.model, optimizers)
     parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"{report.device(torch.device(config.device))}, {config.dtype}, seed {config.seed}")
+    print(f"{config.data}: {rows_read(record)}")
     print(f"{parameters:,} parameters; {len(tokens):,} tokens, {len(heldout):,} held out; from step {state['step']}")
 
     state = train(config, model, optimizers, tokens, heldout, work, state)
     result = {**state, "parameters": parameters, "heldout_loss": heldout_loss(model, heldout, config)}
     finish(config, model, tokenizer, record, result)
+    lines = read_metrics(work / "metrics.jsonl")
+    print(f"The target is in {output}, its record in {output / 'training.json'}.")
+    print(report.figures(lines))
+    print(report.draw(lines, output / report.CURVE, work / "metrics.jsonl"))
+    answers = ["--data", config.data, "--output", f"{config.output.rstrip('/')}-answers.jsonl"]
+    print(f"Next: {shlex.join(['ppow', 'regenerate', '--target', config.output, *answers])}")
     return result
+
+
+def rows_read(record: dict) -> str:
+    """What of the data trains, is held out, and was dropped, from the content of corpus.json."""
+    groups = ", ".join(f"{name} {group['rows']}" for name, group in record["groups"].items())
+    dropped = "; ".join(f"{count}: {reason}" for reason, count in record.get("dropped", {}).items() if count)
+    kept = f"{record['train_rows']} rows to train on, {record['heldout_rows']} held out (rows read: {groups})"
+    return f"{kept}; dropped: {dropped or 'none'}"
 
 
 def check_settings(config: PretrainConfig, path: Path) -> None:
@@ -264,8 +286,12 @@ def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout
         # The backbone alone: the head is its embedding.
         checkpoints.save(work, state["step"], model.model, optimizers, progress, keep_last=2)
 
+    def stopped() -> str:
+        told = f"stopped by SIGTERM after step {state['step']}; it is saved in {work}."
+        return f"{told} The same command goes on from there."
+
     bar = tqdm(total=config.tokens or None, initial=state["tokens"], unit="tok", unit_scale=True, disable=None)
-    with MetricsLog(work / "metrics.jsonl") as log, bar:
+    with deferred_sigterm() as asked, MetricsLog(work / "metrics.jsonl") as log, bar:
         log.truncate_after(state["step"])
         while True:
             seconds = time.monotonic() - started
@@ -277,12 +303,14 @@ def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout
                 group["lr"] = group["peak"] * factor
             indices = batch_indices(count, config.batch_size, config.seed, state["step"])
             loss = batch_loss(model, sequences(tokens, config.sequence_length, indices), config)
-            if not torch.isfinite(loss):
-                raise ValueError(f"The loss of step {state['step'] + 1} is {loss.item()}; lower the learning rates.")
+            check_finite(loss, "the loss", state["step"] + 1, work)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            check_finite(norm, "the gradient", state["step"] + 1, work)
             optimizers.step()
             optimizers.zero_grad()
+            largest = torch.stack(torch._foreach_norm(list(model.parameters()), math.inf)).max()
+            check_finite(largest, "a weight", state["step"] + 1, work)
 
             now = time.monotonic() - started
             state = {"step": state["step"] + 1, "tokens": state["tokens"] + step_tokens, "seconds": now}
@@ -295,9 +323,25 @@ def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout
             log.log(metrics.pop("step"), metrics)
             bar.update(step_tokens)
             bar.set_postfix(loss=f"{loss.item():.3f}", spent=f"{progress:.1%}", refresh=False)
-    if state["step"] > saved_step:
-        save()
+            if asked():
+                if state["step"] > saved_step:
+                    save()
+                raise Stopped(stopped())
+        if state["step"] > saved_step:
+            save()
     return state
+
+
+def check_finite(value: torch.Tensor, what: str, step: int, work: Path) -> None:
+    """Raise a ValueError for a diverged run; no checkpoint holds what is not finite."""
+    if not torch.isfinite(value):
+        good = checkpoints.latest(work)
+        kept = f"{good} is the last checkpoint" if good else "there is no checkpoint yet"
+        raise ValueError(
+            f"Step {step}: {what} is {value.item()}, the run has diverged and stops ({kept}; {work / 'metrics.jsonl'} "
+            "tells where the loss began to rise). Start anew into another --output: lower the learning rates "
+            "(--learning-rate, --muon-learning-rate), or raise --warmup."
+        )
 
 
 @torch.compiler.set_stance("force_eager")
@@ -305,11 +349,10 @@ def finish(config: PretrainConfig, model, tokenizer, record: dict, result: dict)
     """Write the model in bfloat16, its tokenizer and training.json, and print sample answers."""
     output = Path(config.output)
     model.eval().to(torch.bfloat16)
-    partial = output / ".unfinished-model"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size=SHARD)
-    tokenizer.save_pretrained(partial)
-    move_in(partial, output)
+    with telling(output), scratch(output / ".unfinished-model") as partial:
+        model.save_pretrained(partial, max_shard_size=SHARD)
+        tokenizer.save_pretrained(partial)
+        move_in(partial, output)
     samples = []
     for prompt in record["prompts"]:
         chat = [{"role": "user", "content": prompt}]

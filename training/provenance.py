@@ -13,6 +13,7 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .files import write_json
 from .fingerprints import fingerprint
 
 FILE = "provenance.json"
@@ -38,7 +39,6 @@ def write(folder: str | Path, command: str, config) -> Path:
         The file written.
     """
     path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = record(command, config)
     target, drafter = getattr(config, "target", None), getattr(config, "drafter", None)
     if target:  # which figures may stand beside what this run makes
@@ -52,9 +52,7 @@ def write(folder: str | Path, command: str, config) -> Path:
         before = read(path)
         before.pop("started_from", None)
         content["earlier"] = [*before.pop("earlier", []), before]
-    partial = path.with_name(f".{FILE}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, content)
     return path
 
 

@@ -18,6 +18,8 @@ only (those up to the first rejection).
 import copy
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from ppow import PPOWDrafter
 from ppow.target_ppow import check_pair
@@ -28,7 +30,7 @@ from .loading import named
 from .loop import Batch, Trainer
 from .objectives import OBJECTIVES, Rollouts, objective_of
 from .rollout import Rollout, policy_logits, roll_out, window_reward
-from .supervised import EVAL_WINDOW, begin, evaluate, freeze_embedding, load_examples, load_target, pad_token
+from .supervised import EVAL_WINDOW, evaluate, freeze_embedding, load_examples, load_target, pad_token
 from .target import FrozenTarget
 from .text_windows import read_windows
 
@@ -37,7 +39,10 @@ def main(config: ReinforceConfig) -> None:
     if config.plan is not None:
         plan.show(config, *supervised.configs(config))
         return
-    accelerator, tokenizer = begin(config)
+    supervised.run(config, train)
+
+
+def train(config: ReinforceConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> None:
     examples = load_examples(config, config.data, tokenizer, config.window_size, answer=config.window_size)
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
@@ -48,6 +53,7 @@ def main(config: ReinforceConfig) -> None:
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
     trainer = Trainer(config, drafter, examples, pad, accelerator, held_out)
+    trainer.announce(target.model, held_out)
     reference = frozen_reference(config, drafter)
     rolls = objective_of(config).batch == "rollouts"
 

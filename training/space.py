@@ -26,8 +26,11 @@ def main(config: SpaceConfig) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The page needs Gradio: pip install -e '.[space]'")
     check_port(config.host, config.port)
+    from .loading import check_model
+
     for part in ("target", "drafter", "baseline"):
         if getattr(config, part):
+            check_model(part, getattr(config, part))
             os.environ[f"PPOW_{part.upper()}"] = getattr(config, part)
     if config.threads:
         import torch

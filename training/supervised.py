@@ -11,6 +11,9 @@ Taken from EAGLE-3: the unrolling, the soft labels, the weights. Ours: a fresh d
 embedding and from the rows of its head that belong to the draft vocabulary; the learning-rate schedule.
 """
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -23,8 +26,9 @@ from ppow.target_ppow import check_pair
 from . import plan
 from .config import SupervisedConfig
 from .data import BadRows, draft_vocabulary, encode, load_rows
-from .loading import named, positions
-from .loop import Batch, Trainer, make_batch
+from .files import claim_folder
+from .loading import check_model, named, positions
+from .loop import Batch, Trainer, make_batch, on_main
 from .objectives import supervised_step_loss
 from .target import FrozenTarget
 from .unrolled import Unrolled
@@ -37,7 +41,10 @@ def main(config: SupervisedConfig) -> None:
     if config.plan is not None:
         plan.show(config, *configs(config))
         return
-    accelerator, tokenizer = begin(config)
+    run(config, train)
+
+
+def train(config: SupervisedConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> None:
     examples = load_examples(config, config.data, tokenizer, config.ttt_steps)
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
@@ -45,6 +52,7 @@ def main(config: SupervisedConfig) -> None:
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
     trainer = Trainer(config, drafter, examples, pad, accelerator, held_out)
+    trainer.announce(target.model, held_out)
 
     for step in trainer.steps():
         metrics = trainer.update(
@@ -123,16 +131,27 @@ def evaluate(target, drafter, examples, pad: int, trainer: Trainer, step_weight:
 # -- preparation -------------------------------------------------------------------------------------------------------
 
 
-def begin(config) -> tuple[Accelerator, PreTrainedTokenizerBase]:
-    """What either stage does first: -> this run's processes, the target's tokenizer."""
+def run(config, train: Callable) -> None:
+    """What either stage does first; then ``train``, given this run's processes and the target's tokenizer.
+
+    The output folder is this run's alone meanwhile.
+
+    Raises:
+        ValueError: a name that is no model or repository, a folder that is no folder or another run's.
+    """
     if config.push_to_hub:
         from .hub import check_repository_name
 
         check_repository_name(config.push_to_hub, "--push-to-hub")
     torch.manual_seed(config.seed)
     accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
-    with named("target", config.target):
-        return accelerator, AutoTokenizer.from_pretrained(config.target)
+    with contextlib.ExitStack() as claimed:
+        on_main(accelerator, lambda: claimed.enter_context(claim_folder(config.output_dir)))
+        if config.drafter is not None:
+            check_model("drafter", config.drafter)
+        with named("target", config.target):
+            tokenizer = AutoTokenizer.from_pretrained(config.target)
+        train(config, accelerator, tokenizer)
 
 
 def load_target(config, accelerator: Accelerator) -> FrozenTarget:
@@ -147,7 +166,15 @@ def load_target(config, accelerator: Accelerator) -> FrozenTarget:
         return target
 
 
-def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -> list:
+class Examples(list):
+    """Encoded texts to learn from. ``dropped`` counts the rows that were left out, by the reason."""
+
+    def __init__(self, examples: list, dropped: dict[str, int]):
+        super().__init__(examples)
+        self.dropped = {reason: count for reason, count in dropped.items() if count}
+
+
+def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -> Examples:
     """Encoded texts long enough for ``steps`` draft steps, with ``answer`` tokens in a row that a drafter can predict.
 
     x_0 and x_1 have no drafter pair before them, so a text needs ``steps`` + 2 tokens.
@@ -159,17 +186,20 @@ def load_examples(config, source: str, tokenizer, steps: int, answer: int = 1) -
     examples = encode(rows, tokenizer, config.max_length, config.drop_long, bad, room)
     bad.report(source)
     run = "1" * answer
-    usable = [
-        example
-        for example in examples
-        if len(example.input_ids) >= steps + 2 and run in "".join(map(str, map(int, example.loss_mask[2:])))
-    ]
+    long = [example for example in examples if len(example.input_ids) >= steps + 2]
+    usable = [example for example in long if run in "".join(map(str, map(int, example.loss_mask[2:])))]
     if not usable:
         raise ValueError(
             f"None of the {len(rows)} rows of {source} holds {steps + 2} tokens with an answer of {answer} tokens in "
             "a row to learn from; bring longer answers or raise max_length."
         )
-    return usable
+    dropped = {
+        **bad.left_out,
+        "bad rows": len(bad.found),
+        f"fewer than {steps + 2} tokens": len(examples) - len(long),
+        f"no answer of {answer} tokens in a row": len(long) - len(usable),
+    }
+    return Examples(usable, dropped)
 
 
 def pad_token(tokenizer) -> int:

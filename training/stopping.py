@@ -1,0 +1,60 @@
+"""SIGTERM, as ``kill`` and schedulers send it: a command ends at once and cleans up, a training saves itself first."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+AGAIN = "regenerate, supervised, reinforce and evaluate go on with --resume, pretrain when it is called again"
+STATUS = 128 + signal.SIGTERM
+
+
+class Stopped(SystemExit):
+    """Ends the process with status 143.
+
+    Attributes:
+        told: what to tell the user; empty in all but one process of a run.
+    """
+
+    def __init__(self, told: str):
+        super().__init__(STATUS)
+        self.told = told
+
+
+class _Sigterm:
+    """The handler. One that comes while another is answered changes nothing: launchers pass it on a second time."""
+
+    def __init__(self):
+        self.asked = self.deferred = False
+
+    def __call__(self, *_) -> None:
+        first, self.asked = not self.asked, True
+        if first and not self.deferred:
+            raise Stopped(f"stopped by SIGTERM; {AGAIN}")
+
+
+_sigterm = _Sigterm()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`Stopped`, so that what is half done is cleaned up. For the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _sigterm.asked = _sigterm.deferred = False
+    before = signal.signal(signal.SIGTERM, _sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def deferred_sigterm() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM is noted only; what is given tells whether it came, and the caller stops where it can go on."""
+    _sigterm.deferred = True
+    try:
+        yield lambda: _sigterm.asked
+    finally:
+        _sigterm.deferred = False
