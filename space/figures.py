@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from race import PLAIN, Run, Settings, identical
 
-KEPT = 100  # races a visitor's page remembers
-
 
 def record(settings: Settings, runs: list[Run]) -> dict:
     """What the figures keep of a finished race."""

@@ -1,8 +1,12 @@
-"""The page: controls, the race, the windows, the figures, and the API. All that a visitor leaves is in ``gr.State``."""
+"""The page: controls, the race, the windows, the figures, and the API.
 
-import functools
+Only a race asks the server. Everything else (examples, settings of a link, Reset, steps through the windows) happens in
+the browser, and every answer to a race carries the number of its press: the browser drops what a newer press of Race
+or Reset has overtaken (``ppow.shown`` in ``head.html``). So no late answer overwrites a newer one.
+"""
+
+import json
 import time
-from pathlib import Path
 
 import gradio as gr
 
@@ -11,8 +15,8 @@ import render
 from inside import look_inside
 from race import LIMITS, MAX_CHARACTERS, MODEL_THREAD, PLAIN, Settings, StopFlag, identical, prompt_ids, race
 from text import answer_pieces
+from visitor import Visitor
 
-HERE = Path(__file__).resolve().parent
 EXAMPLES = {
     "Arithmetic": "Tom has 12 apples. He buys 8 more apples and gives 5 apples to his sister. How many are left?",
     "Percentages": "There are 30 students in a class. 40% of them are boys. How many girls are there in the class?",
@@ -37,6 +41,7 @@ FAIRNESS = (
 )
 READY = render.note("Pick an example or write a prompt, then press Race (or Shift+Enter in the prompt).")
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one visitor at a time has the machine
+PARTS = ("panes", "status", "inside", "figures")  # of the page, in the order in which a race answers
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -53,43 +58,49 @@ class Page:
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
-    def _compute(self, settings: Settings, session: str):
-        """Race, then look inside: yields (runs, windows per drafter or None)."""
-        pair, stop, runs = self.load(), StopFlag(session), []
+    def _compute(self, settings: Settings, stop: StopFlag, inside: bool):
+        """Race, then look inside if asked to: yields (runs, windows per drafter or None)."""
+        pair, runs = self.load(), []
         for runs in race(pair, settings, stop):
             yield runs, None
-        if any(run.stopped for run in runs):
-            return
-        ids = prompt_ids(pair, settings)
-        jobs = {run.name: (pair, pair.drafters[run.name], ids, run, settings) for run in runs[1:]}
-        yield runs, {name: MODEL_THREAD.submit(look_inside, *job).result() for name, job in jobs.items()}
+        if inside and not any(run.stopped for run in runs):
+            ids = prompt_ids(pair, settings)
+            jobs = {run.name: (pair, pair.drafters[run.name], ids, run, settings) for run in runs[1:]}
+            yield runs, {name: MODEL_THREAD.submit(look_inside, *job).result() for name, job in jobs.items()}
 
-    def run(self, request: gr.Request, *values):
-        """A visitor's race, from the controls' values and the races so far: yields (panes, status, races, last)."""
-        *values, races = values
-        nothing = gr.skip()
+    def run(self, press: int, *values):
+        """The race of a press, from the controls' values and the visitor: yields all of ``PARTS`` and the visitor."""
+        *values, visitor = values
+        stop, nothing = visitor.begin(press), gr.skip()
         try:
             settings = Settings(*values).check()
             pair = self.load()
             names, depth = [PLAIN, *pair.drafters], settings.options.get("window_size") or settings.tree_depth
+            asked = f"{settings.label}: {settings.prompt}"
             texts, shown = {}, 0.0
-            yield render.panes([], names, texts, depth), render.note("Measuring ..."), nothing, None
-            for found in self.compute(settings, request.session_hash or ""):
+            start = (render.panes([], names, texts, depth, asked), render.note("Measuring ..."), render.MEASURING)
+            yield *(part(press, html) for html in start), nothing, nothing
+            for found in self.compute(settings, stop, True):
                 runs, windows = found
-                finished = runs[-1].seconds is not None
-                if not finished and time.monotonic() - shown < 0.1:
+                if runs[-1].seconds is None and time.monotonic() - shown < 0.1:
                     continue
                 texts[runs[-1].name] = answer_pieces(pair.tokenizer, runs[-1].tokens)
                 shown = time.monotonic()
-                yield render.panes(runs, names, texts, depth), nothing, nothing, nothing
+                panes = render.panes(runs, names, texts, depth, asked)
+                yield part(press, panes), nothing, nothing, nothing, nothing
             same = identical(runs, settings.temperature)
-            last = None
+            verdict, inside, charts = part(press, render.verdict(runs, settings.temperature, same)), nothing, nothing
             if windows is not None:
-                races = [*races, figures.record(settings, runs)][-figures.KEPT :]
-                last = {"windows": windows, "words": words_of(pair.tokenizer, windows)}
-            yield nothing, render.verdict(runs, settings.temperature, same), races, last
+                visitor.keep(press, figures.record(settings, runs))
+                inside = part(press, render.stepper(windows, words_of(pair.tokenizer, windows)))
+                charts = part(press, self.charts(visitor.races))
+            # all in one answer, so that no part tells of another race
+            yield part(press, panes, replay=windows is not None), verdict, inside, charts, visitor
         except ValueError as error:
-            yield self.waiting(), render.problem(str(error)), nothing, None
+            fresh = (self.waiting(), render.problem(str(error)), render.NO_RACE)
+            yield *(part(press, html) for html in fresh), nothing, nothing
+        finally:
+            visitor.end(press)
 
     def answer(
         self,
@@ -102,7 +113,6 @@ class Page:
         tree_nodes: int = 60,
         max_new_tokens: int = 128,
         seed: int = 0,
-        request: gr.Request = None,
     ) -> dict:
         """Race the plain target against the target with its drafter on one prompt.
 
@@ -126,7 +136,7 @@ class Page:
             tree = (tree_depth, tree_top_k, tree_nodes)
             settings = Settings(prompt, temperature, drafting, window_size, *tree, max_new_tokens, seed).check()
             pair = self.load()
-            *_, (runs, _) = self.compute(settings, request.session_hash or "")
+            *_, (runs, _) = self.compute(settings, StopFlag(), False)
             return report(pair, settings, runs)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -143,35 +153,33 @@ class Page:
                 stop = gr.Button("Stop", elem_id="stop")
                 reset = gr.Button("Reset", elem_id="reset")
                 link = gr.Button("Copy link", elem_id="link")
-            status = gr.HTML(READY, padding=False, elem_id="status")
-            panes = gr.HTML(self.waiting(), padding=False, elem_id="panes")
+            fresh = {"panes": self.waiting(), "status": READY, "inside": render.NO_RACE, "figures": self.charts([])}
+            status = shown("status", fresh, "")
+            panes = shown("panes", fresh, 'watch("value", () => ppow.arrived(props.value));')
             gr.HTML(render.legend() + f'<p class="hint">{FAIRNESS}</p>', padding=False)
-            races, last = gr.State([], time_to_live=3600), gr.State(None, time_to_live=3600)
             with gr.Tabs():
                 with gr.Tab("Inside a window"):
-                    which, shown = self.windows(last)
+                    inside = shown("inside", fresh, 'watch("value", () => ppow.first(element, props.value));')
                 with gr.Tab("Figures"):
-                    charts = gr.HTML(self.charts([]), padding=False, elem_id="figures")
+                    charts = shown("figures", fresh, "")
                 with gr.Tab("Method"):
                     gr.HTML(render.METHOD, padding=False)
                 with gr.Tab("API"):
                     gr.Markdown(API, elem_classes="api")
-            inputs = list(controls.values())
-            outputs = [panes, status, races, last]
-            for trigger in (start.click, prompt.submit):
-                ready = trigger(clear_stop, outputs=[], queue=False, **QUIET)
-                waits = {"show_progress": "minimal", "show_progress_on": [status], "api_visibility": "private"}
-                raced = ready.then(self.run, [*inputs, races], outputs, **waits, **MODEL)
-                raced.then(self.charts, races, charts, queue=False, **QUIET).then(
-                    windows_of, [last, which], shown, queue=False, **QUIET
-                ).then(None, js="() => window.ppow.replay(1, true)", **QUIET)
-            stop.click(set_stop, queue=False, **QUIET)
-            fresh = [*defaults().values(), READY, self.waiting(), [], None, self.charts([])]
-            reset.click(set_stop, queue=False, **QUIET).then(
-                lambda: fresh, outputs=[*inputs, status, panes, races, last, charts], queue=False, **QUIET
-            ).then(windows_of, [last, which], shown, queue=False, **QUIET)
-            link.click(None, inputs, js=f"(...values) => window.ppow.share({list(controls)}, values)", **QUIET)
-            app.load(from_link, outputs=[*inputs, status], queue=False, **QUIET)
+            press, visitor = gr.Number(0, precision=0, visible=False), gr.State(Visitor(), time_to_live=3600)
+            inputs, outputs = list(controls.values()), [panes, status, inside, charts]
+            gr.on(
+                (start.click, prompt.submit), self.run, [press, *inputs, visitor], [*outputs, visitor],
+                js="(_, ...values) => [ppow.next(), ...values]", validator=arrives, trigger_mode="multiple",
+                show_progress="minimal", show_progress_on=[status], api_visibility="private", **MODEL,
+            )  # fmt: skip
+            stop.click(Visitor.stop, [visitor, press], js="() => [null, ppow.press]", queue=False, **QUIET)
+            begin = json.dumps([list(defaults().values()), [[part, fresh[part]] for part in PARTS]])
+            reset.click(None, None, [*inputs, *outputs], js=f"() => ppow.reset(...{begin})", **QUIET)
+            reset.click(Visitor.reset, [visitor, press], js="() => [null, ppow.press]", queue=False, **QUIET)
+            link.click(None, inputs, js=f"(...values) => ppow.share({list(controls)}, values)", **QUIET)
+            opened = json.dumps([defaults(), limits(), render.problem("{}")])
+            app.load(None, None, [*inputs, status], js=f"() => ppow.open(...{opened})", **QUIET)
             gr.api(self.answer, api_name="race", **MODEL)
         return app.queue(max_size=64, default_concurrency_limit=8)
 
@@ -207,48 +215,23 @@ class Page:
         )
         with gr.Row(elem_classes="examples"):
             for name, text in EXAMPLES.items():
-                gr.Button(name, size="sm", min_width=80, elem_classes="example").click(
-                    lambda text=text: text, outputs=prompt, queue=False, **QUIET
-                )
+                button = gr.Button(name, size="sm", min_width=80, elem_classes="example")
+                button.click(None, None, prompt, js=f"() => {json.dumps(text)}", **QUIET)
 
-        def slider(name: str, step=1, visible=True):
+        def slider(name: str, step=1):
             low, high = LIMITS[name]
             shape = {"step": step, "min_width": 150, "buttons": []}
-            return gr.Slider(low, high, start[name], label=LABELS[name], visible=visible, elem_id=name, **shape)
+            return gr.Slider(low, high, start[name], label=LABELS[name], elem_id=name, **shape)
 
         with gr.Accordion("Settings", open=True), gr.Row(elem_classes="knobs"):
             drafting = gr.Radio(["chain", "tree"], value="chain", label="Drafting", min_width=150, elem_id="drafting")
             found = {"prompt": prompt, "temperature": slider("temperature", 0.1), "drafting": drafting}
             found["window_size"] = slider("window_size")
-            tree = ("tree_depth", "tree_top_k", "tree_nodes")
-            found |= {name: slider(name, visible=False) for name in tree}
+            # style.css hides those of the other way of drafting
+            found |= {name: slider(name) for name in ("tree_depth", "tree_top_k", "tree_nodes")}
             found["max_new_tokens"] = slider("max_new_tokens", 8)
             found["seed"] = gr.Number(0, label=LABELS["seed"], precision=0, min_width=150, elem_id="seed")
-        drafting.change(
-            lambda kind: [gr.update(visible=kind == "chain")] + [gr.update(visible=kind == "tree")] * 3,
-            drafting, [found[name] for name in ("window_size", *tree)], queue=False, **QUIET,
-        )  # fmt: skip
         return prompt, found
-
-    def windows(self, last: gr.State) -> tuple:
-        """The stepper over a run's verifications: the choice of a drafter, and the parts :func:`windows_of` fills."""
-        names = self.names()[1:]
-        which = gr.Radio(names, value=names[0], label="Drafter", visible=len(names) > 1, elem_id="which")
-        with gr.Row(elem_classes="stepper", visible=False) as stepper:
-            before = gr.Button("◀ Previous", size="sm", min_width=90, elem_id="previous")
-            number = gr.Slider(
-                1, 2, 1, step=1, label="Verification", interactive=True, buttons=[], elem_id="verification"
-            )
-            after = gr.Button("Next ▶", size="sm", min_width=90, elem_id="next")
-        window = gr.HTML(render.window([], 1, {}), padding=False, elem_id="window")
-        shown = [stepper, number, window]
-        # number and window come in one answer: a change of the number that had to ask for its window could be late
-        for button, way in ((before, -1), (after, 1)):
-            go = functools.partial(step, way=way)
-            button.click(go, [last, number, which], [number, window], queue=False, **QUIET)
-        number.input(show_window, [last, number, which], window, queue=False, trigger_mode="always_last", **QUIET)
-        which.change(windows_of, [last, which], shown, queue=False, **QUIET)
-        return which, shown
 
     def charts(self, races: list[dict]) -> str:
         """The figures of a visitor's races so far."""
@@ -287,29 +270,28 @@ def defaults() -> dict:
     return vars(Settings(EXAMPLES["Arithmetic"]))
 
 
-def clear_stop(request: gr.Request) -> None:
-    StopFlag(request.session_hash or "").clear()
+def limits() -> dict:
+    """Per number among the settings: lowest, highest, whether it is whole."""
+    return {name: [low, high, isinstance(low, int)] for name, (low, high) in LIMITS.items()}
 
 
-def set_stop(request: gr.Request) -> None:
-    StopFlag(request.session_hash or "").set()
+def part(press: int, html: str, **more) -> dict:
+    """What a part of the page shows, as an answer to a press."""
+    return {"press": press, "html": html, **more}
 
 
-def from_link(request: gr.Request):
-    """Control values from a shared link's query; what is not valid is said and left at its default.
+def shown(name: str, fresh: dict, script: str) -> gr.HTML:
+    """A part of the page. Each value that arrives passes ``ppow.shown``, which drops what belongs to an older press."""
+    template = '${typeof ppow === "undefined" ? value.html : ppow.shown(name, value)}'
+    return gr.HTML(
+        part(0, fresh[name]), html_template=template, js_on_load=script, name=name, padding=False, elem_id=name
+    )
 
-    Without such a link nothing is set: the answer may come after the visitor's first keystrokes.
-    """
-    values, given = defaults(), dict(request.query_params)
-    if not values.keys() & given.keys():
-        return [gr.skip()] * (len(values) + 1)
-    try:
-        for name in values.keys() & given.keys():
-            values[name] = given[name] if isinstance(values[name], str) else float(given[name])
-        values = vars(Settings(**values).check())
-        return [*values.values(), gr.skip()]
-    except ValueError as error:
-        return [*defaults().values(), render.problem(f"The link's settings were not used. {error}")]
+
+def arrives(press: int, *values) -> list:
+    """Runs when a press of Race arrives, before it waits for its turn: older races of this visitor end."""
+    values[-1].begin(press)
+    return [None] * (len(values) + 1)
 
 
 def words_of(tokenizer, windows: dict) -> dict:
@@ -318,23 +300,6 @@ def words_of(tokenizer, windows: dict) -> dict:
     for w in (w for found in windows.values() for w in found):
         ids |= {*w["nodes"], *w["gained"], *(token for token, _ in w["target_top"] + w["draft_top"])}
     return {token: tokenizer.decode([token]) for token in ids}
-
-
-def windows_of(last: dict | None, name: str):
-    """The stepper after a race, or for another drafter: back at the first verification."""
-    count = len(last["windows"][name]) if last else 0
-    number = gr.update(maximum=max(count, 2), value=1)
-    return gr.update(visible=count > 1), number, show_window(last, 1, name)
-
-
-def show_window(last: dict | None, number: int, name: str) -> str:
-    return render.window(last["windows"][name], int(number), last["words"]) if last else render.window([], 1, {})
-
-
-def step(last: dict | None, number: int, name: str, way: int) -> tuple[int, str]:
-    """The verification one before or after, and its window."""
-    number = min(max(int(number) + way, 1), len(last["windows"][name]) if last else 1)
-    return number, show_window(last, number, name)
 
 
 def report(pair, settings: Settings, runs: list) -> dict:

@@ -4,11 +4,11 @@ Every token is stamped when it arrives, so that the page can show the runs live 
 speed that was measured. The settings of a generation are those of ``ppow evaluate``.
 """
 
-import hashlib
 import math
 import tempfile
 import time
 import unicodedata
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -139,10 +139,10 @@ class Clock(BaseStreamer):
 
 
 class StopFlag(StoppingCriteria):
-    """A visitor's wish to stop, as a file: also seen from the process of its own in which a ZeroGPU runs."""
+    """The wish to stop one race, as a file: also seen from the process of its own in which a ZeroGPU runs."""
 
-    def __init__(self, session: str):
-        self.path = _STOPS / hashlib.sha256(session.encode("utf-8", "replace")).hexdigest()
+    def __init__(self):
+        self.path = _STOPS / uuid.uuid4().hex
 
     def set(self) -> None:
         self.path.touch()
@@ -239,5 +239,5 @@ def identical(runs: list[Run], temperature: float) -> bool | None:
 def warm_up(pair) -> None:
     """Let every system run once, so that nobody's race pays for first-time work."""
     for drafting in ("chain", "tree"):
-        for _ in race(pair, Settings("Hello", drafting=drafting, max_new_tokens=16), StopFlag("warm-up")):
+        for _ in race(pair, Settings("Hello", drafting=drafting, max_new_tokens=16), StopFlag()):
             pass

@@ -1,6 +1,7 @@
 """What the page shows, as HTML: pure functions of runs, windows and figures. Every text from outside is escaped."""
 
 import html
+import json
 
 from figures import Figures
 from race import PLAIN, Run
@@ -45,10 +46,11 @@ def legend() -> str:
     return f'<ul class="legend" aria-label="Legend">{items}</ul>'
 
 
-def panes(runs: list[Run], names: list[str], texts: dict[str, list[str]], depth: int) -> str:
-    """The panes side by side. ``texts``: per run the piece of every token."""
+def panes(runs: list[Run], names: list[str], texts: dict[str, list[str]], depth: int, asked: str = "") -> str:
+    """The panes side by side, below what was asked. ``texts``: per run the piece of every token."""
     by_name = {run.name: run for run in runs}
-    return f'<div class="panes">{"".join(pane(by_name.get(n), n, runs, texts.get(n, []), depth) for n in names)}</div>'
+    shown = "".join(pane(by_name.get(n), n, runs, texts.get(n, []), depth) for n in names)
+    return f'<p class="hint asked"><bdi>{html.escape(asked) or "&nbsp;"}</bdi></p><div class="panes">{shown}</div>'
 
 
 def pane(run: Run | None, name: str, runs: list[Run], texts: list[str], depth: int) -> str:
@@ -141,11 +143,38 @@ HINT = (
 )
 
 
-def window(windows: list[dict], number: int, words: dict) -> str:
-    """Verification ``number`` (from 1). ``words``: token id -> piece."""
-    if not windows:
-        return '<p class="hint">Run a race first; then step through its verifications here.</p>'
-    w = windows[min(max(number, 1), len(windows)) - 1]
+NO_RACE = '<p class="hint">Run a race first; then step through its verifications here.</p>'
+MEASURING = '<p class="hint">The windows of this race are shown once it has ended.</p>'
+NO_WINDOW = '<p class="hint">The first token ended this answer, so no window was drafted.</p>'
+
+
+def stepper(windows: dict[str, list[dict]], words: dict) -> str:
+    """The verifications of a race's drafters. All windows come along as JSON, and ``head.html`` steps through them: a
+    step asks nobody, so no answer can be late. ``words``: token id -> piece."""
+    views = {name: [window(w, words) for w in found] or [NO_WINDOW] for name, found in windows.items()}
+    first = next(iter(views.values()))
+    choices = "".join(
+        f'<label><input type="radio" name="drafter" value="{html.escape(name)}" {"" if number else "checked"}> '
+        f"{html.escape(name)}</label>"
+        for number, name in enumerate(views)
+    )
+    choice = f'<fieldset class="which"><legend>Drafter</legend>{choices}</fieldset>'
+    count = len(first)
+    shape = f'aria-label="Verification" min="1" max="{count}" step="1" value="1"'
+    return (
+        f'<div class="inside" data-windows="{html.escape(json.dumps(views, ensure_ascii=False))}">'
+        f"{choice if len(views) > 1 else ''}"
+        f'<div class="stepper" {"" if count > 1 else "hidden"}>'
+        '<button type="button" class="small" id="previous" data-step="-1">◀ Previous</button>'
+        f'<div id="verification"><span class="place" role="status">Verification 1 of {count}</span>'
+        f'<input type="number" {shape}><input type="range" {shape}></div>'
+        '<button type="button" class="small" id="next" data-step="1">Next ▶</button></div>'
+        f'<div id="window">{first[0]}</div>{HINT}</div>'
+    )
+
+
+def window(w: dict, words: dict) -> str:
+    """One verification. ``words``: token id -> piece."""
     broke = w["accepted"] < w["drafted"]
     if not w["drafted"]:
         line = "Only one token was left to write, so nothing was drafted."
@@ -164,7 +193,7 @@ def window(windows: list[dict], number: int, words: dict) -> str:
             "the drafter's likeliest tokens.</p>"
         )
     parts.append(candidates(w, broke, words))
-    return f'<div class="window">{"".join(parts)}{HINT}</div>'
+    return f'<div class="window">{"".join(parts)}</div>'
 
 
 def rejected(w: dict) -> list[int]:

@@ -1,7 +1,6 @@
-"""A running page of the bundled pair, in a process of its own."""
+"""A running page of the bundled pair, in a process of its own; ``pytest_plugins = ["space_helpers"]`` shares one."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,11 +9,9 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from hub.ports import reserved_port
 
 
 class Server:
@@ -32,26 +29,34 @@ class Server:
 @contextmanager
 def serve(log: Path, *options: str):
     """Start ``ppow space`` with ``options`` on a free port and wait until it answers."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), "--threads", "1", *options]
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
-    with log.open("w") as output:
+    with reserved_port() as port, log.open("w") as output:
+        url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), "--threads", "1", *options]
+        environment = {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
+        # one arena of the allocator: memory that threads have given back is used again, whichever thread asks
+        environment = os.environ | environment | {"MALLOC_ARENA_MAX": "1"}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        wait_until_it_answers(process, url, log)
-        yield Server(process, url, log)
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def wait_until_it_answers(process, url: str, log: Path, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()
         try:
-            urllib.request.urlopen(url, timeout=5).close()
+            wait_until_it_answers(process, url, log)
+            yield Server(process, url, log)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_until_it_answers(process, url: str, log: Path) -> None:
+    """As long as the process lives and pytest's own limit allows: how long a start takes is no property of the page."""
+    while process.poll() is None:
+        try:
+            urllib.request.urlopen(url).close()
             return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise AssertionError(f"no answer within {seconds} s:\n{log.read_text()}")
+            time.sleep(0.1)
+    raise AssertionError(f"it has ended:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The page of the bundled pair, one for all tests of this process: its start costs more than most of them."""
+    with serve(tmp_path_factory.mktemp("space") / "log.txt") as server:
+        yield server

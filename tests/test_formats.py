@@ -271,8 +271,11 @@ def test_sharded_checkpoints(tmp_path, name):
 class Evil:
     """Unpickling it would make a file."""
 
+    def __init__(self, file):
+        self.file = file
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/ppow-was-here"),))
+        return (Path.touch, (self.file,))
 
 
 def without(name):
@@ -392,10 +395,10 @@ def test_pickled_code_is_never_run(tmp_path, save):
     _, config, tensors = checkpoint("EAGLE")
     folder = write(tmp_path, config, {"fc.weight": tensors["fc.weight"]})
     (folder / "model.safetensors").unlink()
-    save({**tensors, "norm.weight": Evil()}, folder / "pytorch_model.bin")
+    save({**tensors, "norm.weight": Evil(tmp_path / "was-here")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds pickled code .* as safetensors"):
         PPOWDrafter.from_pretrained(folder, target=TARGET)
-    assert not Path("/tmp/ppow-was-here").exists()
+    assert not (tmp_path / "was-here").exists()
 
 
 def test_folders_that_are_no_checkpoint(tmp_path):

@@ -106,7 +106,7 @@ def test_the_repository_serves_a_process_without_this_package(pair, tmp_path):
         "ours = target.generate(ids, max_new_tokens=9, do_sample=False, assistant_model=drafter)\n"
         "assert torch.equal(plain, ours) and 'ppow' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=120)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=280)
 
 
 def test_the_card_says_what_was_recorded_and_nothing_else(pair):

@@ -138,14 +138,16 @@ def test_xet_outlives_a_storm(hub, pair, monkeypatch):
 
 @pytest.mark.parametrize("moment", [UPLOAD, pytest.param("api POST .*/preupload/", marks=pytest.mark.slow)])
 def test_kill_minus_nine_during_a_push(hub, pair, tmp_path, moment):
-    fault = strike(hub, moment, seconds=1.0)
+    fault = strike(hub, moment, until=(killed := threading.Event()))
     command = ppow("push", pair / "drafter", "--repo", REPO)
     process = subprocess.Popen(command, env=environment(hub, tmp_path / "home"), stderr=subprocess.DEVNULL)
     try:
-        assert fault.met.wait(120)
+        while not fault.met.wait(0.1):
+            assert process.poll() is None
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        killed.set()
     assert titles() == ["initial commit"]
     assert push(pair, REPO) == 0
     assert titles() == ["ppow push", "initial commit"]
@@ -162,7 +164,7 @@ def test_two_pushes_at_once(hub, pair, monkeypatch):
             return load(*arguments, **options)
 
     monkeypatch.setattr(PPOWDrafter, "from_pretrained", one_at_a_time)
-    strike(hub, COMMIT, times=2, seconds=1.5)  # both have seen the same head by then
+    strike(hub, COMMIT, times=2, until=threading.Barrier(2))  # both have seen the same head by then
     configs = [PushConfig(drafter=str(pair / "drafter"), repo=REPO, license=name) for name in ("mit", "bsd")]
     with ThreadPoolExecutor(2) as pool:
         errors = [job.exception() for job in [pool.submit(pushing.main, config) for config in configs]]
@@ -217,19 +219,29 @@ def test_a_tag_that_git_does_not_take(hub, pair, capsys):
     assert not HfApi().repo_exists(REPO)
 
 
-def test_the_hub_restarts_in_the_middle_of_a_push(hub, pair):
-    fault = strike(hub, UPLOAD, seconds=0.2)
+def test_the_hub_restarts_in_the_middle_of_a_push(hub, pair, monkeypatch):
+    """A client that finds nobody waits, as clients do, and by then the hub is back."""
+    stopped, asked, back = threading.Event(), threading.Event(), threading.Event()
+    fault = strike(hub, UPLOAD, until=stopped)
 
     def restart():
-        fault.met.wait(60)
+        fault.met.wait()
         hub.stop()
-        time.sleep(0.05)
+        stopped.set()
+        asked.wait()
         hub.start()
+        back.set()
 
-    other = threading.Thread(target=restart)
+    def wait(seconds):
+        asked.set()
+        back.wait()
+
+    monkeypatch.setattr(_http, "time", types.SimpleNamespace(**{**vars(time), "sleep": wait}))
+    other = threading.Thread(target=restart, daemon=True)
     other.start()
     assert push(pair, REPO) == 0
     other.join()
+    assert asked.is_set()
     assert titles() == ["ppow push", "initial commit"]
     assert_whole(pair, revision=head())
 

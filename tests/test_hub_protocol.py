@@ -222,7 +222,7 @@ assert load_dataset("acme/chats", split="train").to_list() == rows
 assert list(load_dataset("acme/chats", split="train", streaming=True)) == rows
 """
     command = [sys.executable, "-I", "-c", code]
-    subprocess.run(command, env=environment(hub, tmp_path / "home"), check=True, timeout=120)
+    subprocess.run(command, env=environment(hub, tmp_path / "home"), check=True, timeout=280)
     assert api.dataset_info("acme/chats").private
 
 

@@ -281,7 +281,7 @@ def test_training_on_a_data_set_of_the_hub_and_pushing_along(hub, pair, target, 
         sys.exit(cli.main({first!r}) or cli.main({second!r}))
     """
     where = {"env": environment(hub, tmp_path / "home"), "cwd": tmp_path}
-    subprocess.run([sys.executable, "-c", code], **where, check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", code], **where, check=True, timeout=280)
     titles = [row.title for row in HfApi().list_repo_commits("acme/drafter")]
     assert titles[0] == "step 4" and titles[-1] == "initial commit" and len(titles) >= 2
     card = ModelCard.load("acme/drafter")

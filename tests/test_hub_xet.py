@@ -55,7 +55,7 @@ def run(hub, tmp_path):
         more |= {"HF_HUB_DISABLE_XET": MODES[mode], "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms"}
         command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
         settings = environment(hub, tmp_path / home, **more)
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=280)
         assert (done.returncode != 0) == fails, done.stderr
         return done.stderr if fails else done.stdout.strip()
 

@@ -29,7 +29,7 @@ import inside
 import pair as pairs
 import render
 from decoding_helpers import build_target, random_drafter
-from page import Page, show_window, step, windows_of
+from page import PARTS, Page, arrives
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DrafterState
 from ppow.training import evaluate, space, windows
@@ -38,6 +38,7 @@ from ppow.transcript_ppow import Acceptance
 from race import MAX_CHARACTERS, PLAIN, Run, Settings, StopFlag, prompt_ids, race
 from space_helpers import serve
 from text import pieces, visible
+from visitor import KEPT, Visitor
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = [
@@ -81,7 +82,7 @@ def pair():
 def run(pair, prompt: str = QUESTIONS[0], **settings) -> tuple[Settings, list[Run]]:
     """One finished race."""
     settings = Settings(prompt, **{"max_new_tokens": 48, **settings}).check()
-    *_, runs = race(pair, settings, StopFlag("test"))
+    *_, runs = race(pair, settings, StopFlag())
     return settings, runs
 
 
@@ -157,7 +158,8 @@ def test_text_is_escaped_wherever_it_is_shown():
     }  # fmt: skip
     pages = [
         render.panes([Run(PLAIN, [(0.1, [0])], 1.0), made], [PLAIN, "PPOW"], {PLAIN: [evil], "PPOW": [evil]}, 3),
-        render.window([window], 1, {0: evil}),
+        render.window(window, {0: evil}),
+        render.stepper({evil: [window]}, {0: evil}),
         render.problem(evil),
         render.note(evil),
     ]
@@ -292,23 +294,90 @@ def test_stage_1_races_against_ppow_when_both_are_given(pair):
     """Three systems: every pane, every window and every chart tells the two drafters apart."""
     baseline = random_drafter(pair.target)
     both = dataclasses.replace(pair, drafters=pair.drafters | {"stage 1": baseline})
-    page, visitor = Page(lambda: both), SimpleNamespace(session_hash="both")
-    values = vars(Settings(QUESTIONS[1], max_new_tokens=24)).values()
-    found = list(page.run(visitor, *values, []))
-    shown, (_, verdict, races, last) = found[-2][0], found[-1]
-    assert shown.count('class="pane done"') == 3 and "with stage 1" in shown
-    assert "Identical output" in verdict and "with stage 1" in verdict
-    lengths = {name: len(made["gained"]) for name, made in races[0]["systems"].items() if name != PLAIN}
+    page = Page(lambda: both)
+    shown, visitor = ask(page, QUESTIONS[1], max_new_tokens=24)
+    assert shown["panes"].count('class="pane done"') == 3 and "with stage 1" in shown["panes"]
+    assert "Identical output" in shown["status"] and "with stage 1" in shown["status"]
+    lengths = {name: len(made["gained"]) for name, made in visitor.races[0]["systems"].items() if name != PLAIN}
     assert lengths["stage 1"] > lengths["PPOW"]
-    for name, count in lengths.items():
-        _, number, view = windows_of(last, name)
-        assert number["maximum"] == count and view == show_window(last, 1, name)
-        assert step(last, count, name, 1) == (count, show_window(last, count, name))
-        assert step(last, 1, name, 1) == (2, show_window(last, 2, name)) and step(last, 1, name, -1) == (1, view)
-    assert show_window(last, 1, "stage 1") != show_window(last, 1, "PPOW")
-    charts = page.charts(races)
-    assert charts.count("<td>stage 1</td>") == charts.count("<td>PPOW</td>") == 1
-    assert "stage 1: " in charts
+    found = views(shown["inside"])
+    assert {name: len(windows) for name, windows in found.items()} == lengths
+    assert found["stage 1"][0] != found["PPOW"][0]
+    assert found["PPOW"][0] in shown["inside"] and f"Verification 1 of {lengths['PPOW']}" in shown["inside"]
+    assert shown["figures"].count("<td>stage 1</td>") == shown["figures"].count("<td>PPOW</td>") == 1
+    assert "stage 1: " in shown["figures"]
+
+
+def ask(page: Page, prompt: str, press: int = 1, visitor: Visitor | None = None, **settings) -> tuple[dict, Visitor]:
+    """A race from the page to its end: -> what the parts of the page show then, and the visitor."""
+    visitor, shown = visitor or Visitor(), {}
+    for answer in page.run(press, *vars(Settings(prompt, **settings)).values(), visitor):
+        assert len(answer) == len(PARTS) + 1
+        for name, value in zip(PARTS, answer):
+            if "html" in value:  # not skipped
+                assert value["press"] == press
+                shown[name] = value["html"]
+    return shown, visitor
+
+
+def views(stepper: str) -> dict[str, list[str]]:
+    """All windows that come along with a stepper."""
+    return json.loads(html.unescape(re.search('data-windows="([^"]*)"', stepper)[1]))
+
+
+def test_every_window_comes_along_with_the_race(pair):
+    shown, visitor = ask(Page(lambda: pair), QUESTIONS[0], max_new_tokens=48)
+    _, (_, ours) = run(pair)
+    (found,) = views(shown["inside"]).values()
+    facts = [re.search("<strong>(.*?)</strong>", view)[1] for view in found]
+    assert len(facts) == len(ours.drafted)
+    for fact, drafted, accepted in zip(facts, ours.drafted, ours.accepted):
+        assert drafted == 0 or f"{accepted} of {drafted}" in fact or (accepted == drafted and f"All {drafted}" in fact)
+    assert visitor.running == {} and len(visitor.races) == 1
+
+
+def test_an_answer_without_a_window_has_a_stepper_all_the_same():
+    shown = render.stepper({"PPOW": [], "stage 1": []}, {})
+    assert views(shown) == {"PPOW": [render.NO_WINDOW], "stage 1": [render.NO_WINDOW]}
+
+
+def test_only_the_newest_press_of_a_visitor_goes_on():
+    """Whatever order the requests come in: a press ends the races of older ones, Stop its own and older ones."""
+    visitor = Visitor()
+    first, third = visitor.begin(1), visitor.begin(3)
+    assert first.is_set and not third.is_set
+    assert visitor.begin(2).is_set and not third.is_set  # has been overtaken by the third
+    assert visitor.begin(3) is third
+    visitor.stop(4)
+    assert third.is_set and visitor.begin(4).is_set and not visitor.begin(5).is_set
+    assert not Visitor().begin(1).is_set  # another tab
+    flags = list(visitor.running.values())
+    for press in range(1, 6):
+        visitor.end(press)
+    assert visitor.running == {} and not any(flag.is_set for flag in flags)
+
+
+def test_reset_forgets_races_that_have_yet_to_end():
+    visitor = Visitor()
+    for press in range(1, KEPT + 3):
+        visitor.keep(press, {"press": press})
+    assert [visitor.races[0], visitor.races[-1], len(visitor.races)] == [{"press": 3}, {"press": KEPT + 2}, KEPT]
+    running = visitor.begin(KEPT + 3)
+    visitor.reset(KEPT + 4)
+    visitor.keep(KEPT + 3, {"press": "late"})
+    assert running.is_set and visitor.races == []
+    visitor.keep(KEPT + 5, {"press": "new"})
+    assert visitor.races == [{"press": "new"}]
+
+
+def test_a_press_that_was_overtaken_while_it_waited_costs_next_to_nothing(pair):
+    page, visitor = Page(lambda: pair), Visitor()
+    values = [*vars(Settings(QUESTIONS[0])).values(), visitor]
+    assert arrives(1, *values) == [None] * len([1, *values])  # one verdict per input
+    arrives(2, *values)
+    shown, _ = ask(page, QUESTIONS[0], 1, visitor)
+    assert "Stopped" in shown["status"] and "Run a race" not in shown["inside"]
+    assert visitor.races == [] and list(visitor.running) == [2]
 
 
 def test_a_zero_gpu_gets_the_race(tmp_path):
@@ -319,14 +388,14 @@ def test_a_zero_gpu_gets_the_race(tmp_path):
     )
     code = "import app, spaces; app.Page(app.load, app.ON_DEVICE); print(app.ZERO_GPU, spaces.wrapped)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280,
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT / "space")))},
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["True [('_compute', 120)]"], done.stderr
 
 
 def test_a_stopped_race_keeps_what_was_written(pair):
-    stop, settings = StopFlag("visitor"), Settings(QUESTIONS[0], max_new_tokens=256).check()
+    stop, settings = StopFlag(), Settings(QUESTIONS[0], max_new_tokens=256).check()
     for runs in race(pair, settings, stop):
         if len(runs[-1].tokens) >= 5:
             stop.set()
@@ -336,13 +405,14 @@ def test_a_stopped_race_keeps_what_was_written(pair):
 
 
 def test_a_visitor_who_leaves_frees_the_machine(pair):
-    racing = race(pair, Settings(QUESTIONS[0], max_new_tokens=256).check(), StopFlag("gone"))
+    stop = StopFlag()
+    racing = race(pair, Settings(QUESTIONS[0], max_new_tokens=256).check(), stop)
     next(racing)
     started = time.monotonic()
     racing.close()
     _, runs = run(pair, max_new_tokens=8)
     assert time.monotonic() - started < 5 and len(runs) == 2
-    assert not StopFlag("gone").is_set
+    assert not stop.is_set
 
 
 # -- the API -----------------------------------------------------------------------------------------------------------
@@ -468,7 +538,7 @@ from inside import look_inside
 page = Page(lambda: pair)
 page.build()
 settings = Settings("I want to book a table.", max_new_tokens=24).check()
-for runs in race(pair, settings, StopFlag("")): pass
+for runs in race(pair, settings, StopFlag()): pass
 found = look_inside(pair, pair.drafters["PPOW"], prompt_ids(pair, settings), runs[1], settings)
 length = summarize([record(settings, runs)], "PPOW", pair.part("transcript_ppow").Acceptance).acceptance_length
 page.charts([record(settings, runs)])
@@ -484,7 +554,7 @@ def test_it_runs_from_its_own_folder_with_a_drafter_that_brings_its_code(tmp_pat
     names |= {"target_revision": None, "drafter_revision": None}
     (tmp_path / "space" / "pair.json").write_text(json.dumps(names))
     done = subprocess.run(
-        [sys.executable, "-c", ON_THE_HUB], cwd=tmp_path / "space", capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", ON_THE_HUB], cwd=tmp_path / "space", capture_output=True, text=True, timeout=280,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(tmp_path / "space")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -534,10 +604,9 @@ def test_drafter_of_another_target_in_the_page(tmp_path, pair):
     random_drafter(build_target(vocab_size=64)).save_pretrained(tmp_path / "d")
     page = Page(lambda: pairs.load_pair(pairs.Names(pair.names.target, str(tmp_path / "d"))))
     page.build()
-    visitor = SimpleNamespace(session_hash="other")
-    *_, (panes, status, _, last) = page.run(visitor, *vars(Settings("Hello")).values(), [])
-    assert "waiting" in panes and last is None
-    for shown in (page.header(), status):
-        assert "role='alert'" in shown.replace('"', "'") and "drafter" in shown
+    shown, visitor = ask(page, "Hello")
+    assert "waiting" in shown["panes"] and visitor.races == []
+    for said in (page.header(), shown["status"]):
+        assert "role='alert'" in said.replace('"', "'") and "drafter" in said
     with pytest.raises(Error, match="drafter"):
-        page.answer("Hello", request=visitor)
+        page.answer("Hello")

@@ -187,24 +187,131 @@ def test_stop_really_stops_and_the_page_goes_on(visit, shots):
     race(page, 16)
 
 
-def test_stepping_through_a_window(visit, shots):
+SHOWS = """
+html => document.querySelector("#window").innerHTML
+        === Object.assign(document.createElement("div"), {innerHTML: html}).innerHTML
+"""
+
+
+def test_stepping_through_a_window_asks_nobody(visit, shots):
+    """All windows come with the race: every step shows its window at once, with the server out of reach."""
     page = visit()
     race(page, 64)
-    window = page.locator("#window")
-    expect(window).to_contain_text("accepted")
-    first = window.text_content()
-    forward = (
-        lambda: page.click("#next"),
-        lambda: number(page, "verification", 2),
-        lambda: page.locator("#verification input[type=range]").press("ArrowRight"),
-    )
-    for go in forward:
-        go()
-        expect(window).not_to_have_text(first)
-        page.locator("#previous").press("Enter")
-        expect(window).to_have_text(first)
-    assert "Target's top candidates" in first and "criticality" in first
+    views = page.evaluate("JSON.parse(document.querySelector('.inside').dataset.windows)")["PPOW"]
+    assert len(views) > 4
+    page.context.set_offline(True)
+    page.evaluate("window.fetch = window.EventSource = () => { throw Error('a step asked the server'); }")
+
+    def stands_at(number):
+        """Checked without waiting: the step has been made when the event has been handled."""
+        assert page.locator(".place").text_content() == f"Verification {number} of {len(views)}"
+        assert page.locator("#verification input").evaluate_all("all => all.map(i => +i.value)") == [number, number]
+        assert page.evaluate(SHOWS, views[number - 1])
+
+    stands_at(1)
+    page.locator("#previous").press("Enter")
+    stands_at(1)
+    page.click("#next")
+    stands_at(2)
+    number(page, "verification", 4)
+    stands_at(4)
+    page.locator("#verification input[type=range]").press("ArrowRight")
+    stands_at(5)
+    page.locator("#previous").press("Enter")
+    stands_at(4)
+    for _ in range(30):
+        page.locator("#next").press("Enter")
+    stands_at(len(views))
+    for given, meant in ((0, 1), (10**6, len(views)), ("", 1), (2.4, 2)):
+        number(page, "verification", given)
+        stands_at(meant)
+    assert "Target's top candidates" in views[0] and "criticality" in views[0]
     page.screenshot(path=shots / "window.png", full_page=True)
+
+
+def test_a_new_race_brings_its_own_windows_and_begins_at_the_first(visit):
+    page = visit()
+    race(page, 64)
+    page.click("#next")
+    before = page.evaluate("document.querySelector('.inside').dataset.windows")
+    page.get_by_role("button", name="Code", exact=True).click()
+    race(page, 32)
+    assert page.evaluate("document.querySelector('.inside').dataset.windows") != before
+    expect(page.locator(".place")).to_contain_text("Verification 1 of")
+    page.click("#reset")
+    expect(page.locator("#inside")).to_contain_text("Run a race first")
+
+
+LATE = """
+([press, races]) => {
+  const stale = { press, html: "<p id='late'>late</p>", replay: true };
+  return races.map((part) => ppow.shown(part, stale).includes("late") || ppow.shown(part, stale) !== ppow.kept[part]);
+}
+"""
+PARTS = ["panes", "status", "inside", "figures"]
+
+
+def test_answers_to_an_older_press_change_nothing(visit):
+    """Those of a race that another press has overtaken, however late they come."""
+    page = visit()
+    race(page, 16)
+    race(page, 16)
+    page.get_by_role("tab", name="Figures").click()
+    page.wait_for_selector("#figures table")
+    assert page.evaluate("ppow.press") == 2
+    before = page.locator("#panes").inner_text()
+    assert page.evaluate(LATE, [1, PARTS]) == [False] * 4
+    assert page.locator("#panes").inner_text() == before and page.locator("#late").count() == 0
+
+
+def test_the_newest_press_wins(visit):
+    """Race while a race runs, from the button and from the prompt: the older one ends, only the newest is shown."""
+    page = visit()
+    number(page, "temperature", 2)
+    number(page, "max_new_tokens", 256)
+    page.click("#race")
+    page.wait_for_selector("#panes .pane .t")
+    number(page, "temperature", 0)
+    number(page, "max_new_tokens", 24)
+    page.get_by_role("button", name="Booking", exact=True).click()
+    page.click("#race")
+    page.fill("#prompt textarea", "How are you?")
+    page.locator("#prompt textarea").press("Shift+Enter")
+    page.wait_for_selector("#status [data-replay]")
+    expect(page.locator("#panes .asked")).to_contain_text("chain of 10, temperature 0: How are you?")
+    assert page.locator("#panes .pane.done").count() == 2
+    assert page.evaluate("ppow.press") == 3
+    page.get_by_role("tab", name="Figures").click()
+    expect(page.locator("#figures tbody tr td:nth-child(3)")).to_have_text("1")  # races that ran to their end
+
+
+def test_reset_during_a_race_stays(visit):
+    page = visit()
+    number(page, "temperature", 2)
+    number(page, "max_new_tokens", 256)
+    page.click("#race")
+    page.wait_for_selector("#panes .pane .t")
+    page.click("#reset")
+    assert page.locator("#panes .t").count() == 0  # at once, without the server
+    page.fill("#prompt textarea", "mine")
+    race(page, 8)  # waits until the one before has ended
+    expect(page.locator("#panes .asked")).to_contain_text("temperature 0: mine")
+    page.click("#reset")
+    page.fill("#prompt textarea", "typed after Reset")
+    other = visit()
+    race(other, 8)  # the server has answered everything of before
+    assert page.locator("#prompt textarea").input_value() == "typed after Reset"
+    assert page.locator("#panes .t").count() == 0
+    expect(page.locator("#status")).to_contain_text("Pick an example")
+
+
+def test_a_replay_ends_where_a_new_race_begins(visit):
+    page = visit()
+    race(page, 64)
+    page.click("text=4 times slower")
+    page.wait_for_selector("#panes .t.later", state="attached")
+    page.evaluate("ppow.next()")  # what a press does before anything is sent
+    assert page.locator("#panes .t.later").count() == 0 and page.evaluate("ppow.draw") is None
 
 
 def test_bad_input_is_answered_on_the_page(visit, shots):
@@ -227,7 +334,16 @@ def test_a_bad_link_is_answered_on_the_page(visit):
     page = visit(query="?window_size=500&prompt=%3Cb%3Ehi")
     alert = page.locator("#status [role=alert]")
     alert.wait_for()
-    expect(alert).to_contain_text("window_size must be a whole number from 1 to 16")
+    expect(alert).to_contain_text("window_size must be a whole number from 1 to 16, got '500'")
+    expect(page.locator("#window_size input[type=number]").first).to_have_value("10")
+    page = visit(query="?drafting=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E&seed=&temperature=hot")
+    alert = page.locator("#status [role=alert]")
+    for wrong in (
+        "Drafting must be 'chain' or 'tree', got '<img",
+        "seed must be a whole number",
+        "temperature must be",
+    ):
+        expect(alert).to_contain_text(wrong)
 
 
 def test_the_keyboard_reaches_everything(visit):

@@ -177,10 +177,8 @@ def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
     """SIGKILL as soon as the second checkpoint exists; the resumed run equals an uninterrupted one."""
     config = options(home, stage, tmp_path)
     command = [sys.executable, "-m", "ppow.training.cli", stage, *flags_of(config)]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 120
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "checkpoints" / "step-000004").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -209,7 +207,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, change
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     command = [*launcher, "-m", "ppow.training.cli", stage, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     for name in one:
@@ -248,7 +246,7 @@ def test_a_sharded_target_holds_its_share_and_reads_the_same(home, tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [tmp_path / "script.py", home / "target"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.raises(ValueError, match="accelerate launch"):
         supervised.main(options(home, "supervised", tmp_path / "run", shard_target=True))

@@ -1,5 +1,6 @@
 """The hub itself: its folder, tokens and permissions, and its two servers."""
 
+import contextlib
 import hashlib
 import hmac
 import re
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from . import api, files
 from .objects import Objects
+from .ports import reserved_port
 from .repository import Repository
 from .web import Fault, Refused, Request, Server
 
@@ -47,7 +49,8 @@ class Hub:
         self.faults: list[Fault] = []
         self._secret = secrets.token_bytes(16)
         self._lock = threading.Lock()
-        self._ports = (port, 0)
+        self._held = contextlib.ExitStack()  # nobody else gets the ports between a stop and a start
+        self._ports = (port or self._held.enter_context(reserved_port()), self._held.enter_context(reserved_port()))
         self.start()
 
     def __enter__(self) -> "Hub":
@@ -55,12 +58,12 @@ class Hub:
 
     def __exit__(self, *_) -> None:
         self.stop()
+        self._held.close()
 
     def start(self) -> None:
         """Serve, after :meth:`stop` on the same ports."""
         self._api = Server("api", self._ports[0], self, api.ROUTES)
         self._files = Server("files", self._ports[1], self, files.ROUTES)
-        self._ports = (self._api.server_port, self._files.server_port)
 
     def stop(self) -> None:
         """Cut every connection, as a crash would."""

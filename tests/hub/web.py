@@ -62,6 +62,7 @@ class Fault:
         cut_upload: bytes of the request's body after which the connection is cut; nothing is done then.
         cut_reply: bytes of the answer's body after which the connection is cut; -1: not even its headers.
         seconds: waited before anything else.
+        until: waited for before anything else: an event, or a barrier of several requests.
         met: set when the fault strikes.
     """
 
@@ -71,6 +72,7 @@ class Fault:
     cut_upload: int | None = None
     cut_reply: int | None = None
     seconds: float = 0.0
+    until: threading.Event | threading.Barrier | None = None
     met: threading.Event = field(default_factory=threading.Event)
 
 
@@ -139,6 +141,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.hub.strike(request.line)
         if fault:
             time.sleep(fault.seconds)
+            if fault.until:
+                fault.until.wait()
             if fault.cut_upload is not None:
                 self.rfile.read(min(fault.cut_upload, int(headers.get("content-length", 0))))
                 return self.cut()
