@@ -24,7 +24,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 TABLE = Path(__file__).with_suffix(".txt")
 NUMBER = r"[+-]?\d[\d,]*(?:\.\d+)?"
 UNITS = r"x|tokens/s|rollouts/s|texts/s|ms|us|s|minutes?|seconds?|hours?|GB|MB|GiB|TB/s|M|points?|nats"
-FIGURE = re.compile(rf"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:%|\s?(?:{UNITS})\b)|(?<![\w.])[+-]?\d[\d,]*\.\d+(?![\d.])")
+FIGURE = re.compile(  # a number with a unit, with a decimal point, or alone in a cell
+    rf"(?<![\w.])(?:({NUMBER})(?:%|\s?(?:{UNITS})\b)|([+-]?\d[\d,]*\.\d+)(?![\d.]))|(?<=\| )({NUMBER})(?= \|)"
+)
 # code, comments and addresses; papers; names that hold a number
 PASSAGES = r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]+-\d[\w.-]*|\A---\n.*?\n---\n"
 NO_FIGURES = re.compile(PASSAGES, re.S)
@@ -205,10 +207,10 @@ def peak(step: str, which: str = "peak_memory_gib") -> float:
 
 
 def scaled(name: str, run: int) -> str:
-    """Cells: rollouts per second, over one process, seconds of a step (quartiles)."""
+    """Cells: processes, rollouts per second, over one process, seconds of a step (quartiles)."""
     found = summary(f"scaling-{name}")["runs"][run]
     low, _, high = found["seconds_per_step_quartiles"]
-    cells = [f"{found['rollouts_per_second']:.0f}", f"{found['speedup']:.2f}"]
+    cells = [f"{found['processes']}", f"{found['rollouts_per_second']:.0f}", f"{found['speedup']:.2f}"]
     return " | ".join([*cells, f"{found['seconds_per_step']:.3f} ({low:.3f} to {high:.3f})"])
 
 
@@ -267,8 +269,9 @@ def pattern(parts: list) -> re.Pattern:
     for literal, value in parts:
         text += spaced(literal)
         if value is not None:
-            text += f"({NUMBER})".join(map(spaced, re.split(NUMBER, value)))
-    return re.compile(text)
+            text += rf"({NUMBER})(?!\.?\d)".join(map(spaced, re.split(NUMBER, value)))
+    whole = r"(?!\w)" if parts[-1][1] is None else ""  # a unit may follow a figure at once
+    return re.compile(rf"(?<![\w.,]){text}{whole}")
 
 
 def spaced(literal: str) -> str:
@@ -289,7 +292,8 @@ def fill(page: str, lines: list[str]) -> tuple[str, list[str]]:
             covered += [match.span(1 + i) for i in range(len(today))] or [match.span()]
     hidden = [match.span() for match in NO_FIGURES.finditer(page)]
     for match in FIGURE.finditer(page):
-        if not any(start < match.end() and match.start() < end for start, end in covered + hidden):
+        first, last = match.span(match.lastindex)  # of the number alone
+        if not any(start <= first and last <= end for start, end in covered + hidden):
             around = page[max(0, match.start() - 30) : match.end() + 30]
             faults.append(f"looked up nowhere: {match[0]!r} in {' '.join(around.split())!r}")
     for (start, end), number in sorted(places, reverse=True):

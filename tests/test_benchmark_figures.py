@@ -68,6 +68,18 @@ def test_code_names_and_counts_are_no_figures(benchmark, words):
     assert benchmark.fill(f"See {words} there.", []) == (f"See {words} there.", [])
 
 
+def test_a_setting_covers_itself_alone(benchmark, summary):
+    lines = ["2x", 'at {summary("x")["speed"]:.1f}']
+    assert benchmark.fill("A bar of 2x, at 12.3x.", lines)[1] == []
+    for page, found in (
+        ("A bar of 2x, 22x, at 12.3.", "22x"),
+        ("2x, at 12.3, | 7 | 8 |", "7"),
+        ("2x, 2.5, at 12.3.", "2.5"),
+    ):
+        (fault, *_) = benchmark.fill(page, lines)[1]
+        assert fault.startswith(f"looked up nowhere: {found!r}")
+
+
 def test_a_line_stands_in_its_page_once(benchmark, summary):
     line = 'at {summary("x")["speed"]:.1f} tokens/s'
     for page in ("Nowhere.", "Here at 1.0 tokens/s, there at 2.0 tokens/s."):
