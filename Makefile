@@ -13,8 +13,8 @@ help:
 	@echo "make space  serve the page on which both race, at http://127.0.0.1:7860"
 	@echo "make test   lint, format check and tests"
 	@echo "make style  apply the lint fixes and the format"
-	@echo "make figures  put the figures of benchmarks/results into the pages"
 	@echo "make hub    start a Hub of your own on this machine, to try pushing and pulling"
+	@echo "make figures  put the figures of benchmarks/results into the pages"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
