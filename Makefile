@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo space test style hub
+.PHONY: help demo space test style hub figures
 
 help:
 	@echo "make demo   generate with and without the bundled drafter and compare"
@@ -14,6 +14,7 @@ help:
 	@echo "make test   lint, format check and tests"
 	@echo "make style  apply the lint fixes and the format"
 	@echo "make hub    start a Hub of your own on this machine, to try pushing and pulling"
+	@echo "make figures  put the figures of benchmarks/results into the pages"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -40,3 +41,11 @@ style: $(STAMP)
 
 hub: $(STAMP)
 	$(BIN)/python -m tests.hub
+
+# the arms of the picture; what they are stands in benchmarks/objectives.py
+ARMS := ppow,lk,lk averaged,lk 3e-3 averaged,exact text-rule + 3 lk,exact text-rule + 3 lk averaged,exact text-rule + 3 lk 3e-3 averaged
+
+figures: $(STAMP)
+	$(BIN)/python -m benchmarks.comparison benchmarks/results/objectives-*.json --arms "$(ARMS)" \
+		--plot benchmarks/results/objectives.png
+	$(BIN)/python -m benchmarks.figures --write

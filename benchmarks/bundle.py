@@ -1,6 +1,6 @@
 """Makes the bundled pair: pretrain a small target, let it write its own texts, train its drafter in two stages.
 
-    python benchmarks/bundle.py --text DATA/text --prompts DATA/prompts --work runs/bundle
+    python -m benchmarks.bundle --text DATA/text --prompts DATA/prompts --work runs/bundle
 
 Every stage is a plain `ppow` command, printed before it runs; a stage whose result exists is skipped, one that was cut
 off resumes. `--scale gpu` takes the settings of the bundled pair: one H100 for about 25 minutes, five of them for the
@@ -27,6 +27,8 @@ import torch
 
 from ppow.model_cards import render
 from ppow.training import hub
+
+from .machine import check_gpus, on_gpus
 
 SEED = 0
 # a chain that stops where it is unlikely to be accepted: on a CPU every draft step counts
@@ -303,20 +305,6 @@ def ppow(command: str, processes: int = 1, environment: dict | None = None, **op
     print("+", *launch, "ppow", command, *arguments, flush=True)
     module = ["-m", "ppow.training.cli", command, *arguments]
     subprocess.run([sys.executable, *launch, *module], check=True, env=environment)
-
-
-def check_gpus(parser: argparse.ArgumentParser, wanted: int) -> None:
-    """Refuse more GPUs than there are; machines without any run everything on the CPU."""
-    there = torch.cuda.device_count()
-    if wanted < 1 or there and wanted > there:
-        parser.error(f"--gpus {wanted}: this machine shows {there}")
-
-
-def on_gpus(indices) -> dict[str, str]:
-    """Variables that show a process some of this process's GPUs only."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    known = visible.split(",") if visible else None
-    return {"CUDA_VISIBLE_DEVICES": ",".join(known[index] if known else str(index) for index in indices)}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,62 @@
-"""What the comparison of objectives says: pooled figures with intervals, a table and a plot.
+"""What the comparison of objectives says: pooled figures with intervals, tables and a picture.
 
 Acceptance length = tokens gained / verifications, pooled, bonus included. Intervals are 95% percentile bootstrap over
-prompts, of the difference to the best ``cst`` arm on the same texts. Texts that end in an exact loop are counted, and
-the others are reported apart.
+prompts, of the difference between two arms on the same texts. Texts that end in an exact loop are counted, and the
+others are reported apart.
 
-    python -m benchmarks.comparison benchmarks/results/objectives-large-160s.json --control lk
+    python -m benchmarks.comparison benchmarks/results/objectives-large-averaged.json --control "lk averaged"
 
-compares the arms of a report with another of them; with ``--plot``, several reports make one picture of their gains.
+compares the arms of a summary with another of them; with ``--plot``, several make one picture of their gains.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
 import numpy
+
+RESAMPLES = 2000
+
+# -- of a raw report ---------------------------------------------------------------------------------------------------
+
+
+def figures(report: dict) -> dict:
+    """What a raw report of benchmarks.objectives amounts to.
+
+    Pooled over domains, for both temperatures, for all texts and those that do not loop, and for trees: the acceptance
+    length of every arm, and the difference of every arm to each one named before it, as [difference, low, high].
+    """
+    resamples = report.get("bootstrap", RESAMPLES)
+    parts = {}
+    for temperature in (0, 1):
+        for straight in (False, True):
+            found = pooled(report, f"T={temperature}", straight)
+            if len(found[0]):
+                parts[f"T={temperature}" + (", not looping" if straight else "")] = compared(*found, resamples)
+    if report["settings"]["tree_prompts"]:
+        for tree in (f"tree {nodes}" for nodes in report["settings"]["tree_nodes"].split(",")):
+            parts[f"{tree}, T=0"] = compared(*tree_pooled(report, tree), resamples)
+    domains = [name for name, text in report["texts"].items() if text["tokens"]]
+    return {
+        "arms": arms(report),
+        "parts": parts,
+        "seeds": {part: seed_lengths(report, part) for part in ("T=0", "T=1")},
+        "domains": {name: lengths(*pooled(report, name)) for name in domains},
+        "looping": {name: float(numpy.mean(text["loops"])) for name, text in report["texts"].items()},
+    }
+
+
+def arms(report: dict) -> dict:
+    """arm -> what it changes in the recipe, and of its seeds how many there are, and the least and most steps."""
+    rows = {}
+    for key, row in report["arms"].items():
+        rows.setdefault(key.rpartition("/")[0], []).append(row)
+    found = {}
+    for name, seeds in rows.items():
+        taken = [row.get("steps", 0) for row in seeds]
+        found[name] = {"changes": seeds[0].get("changes"), "seeds": len(seeds), "steps": [min(taken), max(taken)]}
+    return found
 
 
 def pooled(report: dict, ending: str, straight: bool = False, seeds: bool = False) -> tuple[numpy.ndarray, dict]:
@@ -45,132 +88,105 @@ def tree_pooled(report: dict, tree: str) -> tuple[numpy.ndarray, dict]:
     return tokens, counts
 
 
-def compared(tokens: numpy.ndarray, counts: dict, resamples: int) -> dict:
-    """Acceptance length of every arm, and the paired difference to the best CST arm with its 95% interval."""
-    lengths = {name: float(tokens.sum() / values.sum()) for name, values in counts.items()}
-    control = best_cst(counts)
-    found = {name: {"acceptance_length": length} for name, length in lengths.items()}
-    if control is not None:
-        for name, (difference, low, high) in differences(tokens, counts, control, resamples).items():
-            found[name] |= {"over_cst": difference, "over_cst_95": [low, high]}
-    return {"control": control, "prompts": len(tokens), "arms": found}
+def lengths(tokens: numpy.ndarray, counts: dict) -> dict:
+    return {name: float(tokens.sum() / values.sum()) for name, values in counts.items()}
 
 
-def best_cst(counts: dict) -> str | None:
-    """The arm of continued supervised training with the fewest verifications; None when there is no such arm."""
-    return min((name for name in counts if name.startswith("cst")), key=lambda name: counts[name].sum(), default=None)
-
-
-def differences(tokens: numpy.ndarray, counts: dict, control: str, resamples: int, seed: int = 0) -> dict:
-    """name -> difference of every arm's acceptance length to the control's, paired by prompt, and its 95% interval."""
-    draws = numpy.random.default_rng(seed).integers(0, len(tokens), (resamples, len(tokens)))
-    weights = numpy.stack([numpy.bincount(row, minlength=len(tokens)) for row in draws])  # (resamples, n)
-    resampled = {name: (weights @ tokens) / (weights @ values) for name, values in counts.items()}
+def seed_lengths(report: dict, ending: str) -> dict:
+    """arm -> the acceptance length of each of its seeds."""
     found = {}
-    for name, values in counts.items():
-        low, high = numpy.percentile(resampled[name] - resampled[control], [2.5, 97.5])
-        difference = tokens.sum() / values.sum() - tokens.sum() / counts[control].sum()
-        found[name] = (float(difference), float(low), float(high))
+    for key, length in lengths(*pooled(report, ending, seeds=True)).items():
+        found.setdefault(key.rpartition("/")[0], []).append(length)
     return found
 
 
-def summarize(report: dict, resamples: int) -> dict:
-    """Pooled over domains: at both temperatures, all texts and those that do not loop; trees; and per seed."""
-    summary = {}
-    for temperature in (0, 1):
-        for straight in (False, True):
-            tokens, counts = pooled(report, f"T={temperature}", straight)
-            if len(tokens):
-                title = f"T={temperature}" + (", not looping" if straight else "")
-                summary[title] = compared(tokens, counts, resamples)
-    if report["settings"]["tree_prompts"]:
-        for tree in (f"tree {nodes}" for nodes in report["settings"]["tree_nodes"].split(",")):
-            summary[f"{tree}, T=0"] = compared(*tree_pooled(report, tree), resamples)
-    summary["by domain"] = {
-        name: compared(*pooled(report, name), resamples) for name in report["texts"] if report["texts"][name]["tokens"]
-    }
-    summary["loops"] = {name: float(numpy.mean(text["loops"])) for name, text in report["texts"].items()}
-    summary["seeds"] = {key: {} for key in report["arms"]}
-    for temperature in (0, 1):
-        tokens, counts = pooled(report, f"T={temperature}", seeds=True)
-        for key, values in counts.items():
-            summary["seeds"][key][f"T={temperature}"] = float(tokens.sum() / values.sum())
-    return summary
+def compared(tokens: numpy.ndarray, counts: dict, resamples: int, seed: int = 0) -> dict:
+    """Acceptance length of every arm; arm -> every later arm's difference to it, paired by prompt, and 95% interval."""
+    draws = numpy.random.default_rng(seed).integers(0, len(tokens), (resamples, len(tokens)))
+    weights = numpy.stack([numpy.bincount(row, minlength=len(tokens)) for row in draws])  # (resamples, n)
+    resampled = {name: (weights @ tokens) / (weights @ values) for name, values in counts.items()}
+    whole, differences = lengths(tokens, counts), {name: {} for name in list(counts)[:-1]}
+    for control, name in itertools.combinations(counts, 2):
+        low, high = numpy.percentile(resampled[name] - resampled[control], [2.5, 97.5])
+        differences[control][name] = [whole[name] - whole[control], float(low), float(high)]
+    return {"prompts": len(tokens), "lengths": whole, "differences": differences}
 
 
-def table(report: dict) -> str:
-    """The summary in Markdown: acceptance length, and the difference to the best CST with its interval."""
-    parts = {name: part for name, part in report["summary"].items() if "arms" in part}
+# -- of a summary ------------------------------------------------------------------------------------------------------
+
+
+def best_cst(part: dict) -> str | None:
+    """The arm of continued supervised training with the longest acceptance; None when there is no such arm."""
+    lengths = part["lengths"]
+    return max((name for name in lengths if name.startswith("cst")), key=lengths.get, default=None)
+
+
+def gain(part: dict, arm: str, control: str) -> tuple[float, float, float]:
+    """Difference of an arm's acceptance length to a control's, and its 95% interval."""
+    if arm == control:
+        return 0.0, 0.0, 0.0
+    differences = part["differences"]
+    if arm in differences.get(control, ()):
+        return tuple(differences[control][arm])
+    difference, low, high = differences[arm][control]
+    return -difference, -high, -low
+
+
+def shown(values: tuple[float, float, float]) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
+
+
+def table(summary: dict) -> str:
+    """The summary in Markdown: acceptance length, and the difference to the best CST of the part with its interval."""
+    parts = summary["parts"]
     lines = ["| arm | steps | " + " | ".join(parts) + " |", "|---" * (len(parts) + 2) + "|"]
-    steps = {}
-    for key, row in report["arms"].items():
-        steps.setdefault(key.rpartition("/")[0], []).append(row.get("steps", 0))
-    for name in steps:
+    for name, arm in summary["arms"].items():
         cells = []
         for part in parts.values():
-            row = part["arms"][name]
-            cell = f"{row['acceptance_length']:.3f}"
-            if "over_cst" in row:
-                low, high = row["over_cst_95"]
-                cell += f" {row['over_cst']:+.3f} [{low:+.3f}, {high:+.3f}]"
-            cells.append(cell)
-        least, most = min(steps[name]), max(steps[name])
-        taken = f"{least}" if least == most else f"{least} to {most}"
-        lines.append(f"| {name} | {taken} | " + " | ".join(cells) + " |")
-    loops = ", ".join(f"{name} {share:.0%}" for name, share in report["summary"]["loops"].items())
+            if name not in part["lengths"]:
+                cells.append("")  # trees are of the first seed only
+                continue
+            control = best_cst(part)
+            cells.append(f"{part['lengths'][name]:.3f}" + (f" {shown(gain(part, name, control))}" if control else ""))
+        lines.append(f"| {name} | {steps(arm)} | " + " | ".join(cells) + " |")
+    loops = ", ".join(f"{name} {share:.0%}" for name, share in summary["looping"].items())
     return "\n".join([*lines, "", f"looping texts: {loops}"])
 
 
-def plot(report: dict, path: Path) -> None:
-    """Differences to CST with intervals, and training curves; without matplotlib, nothing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def steps(arm: dict) -> str:
+    least, most = arm["steps"]
+    return f"{least}" if least == most else f"{least} to {most}"
 
-    parts = [name for name in ("T=0", "T=1") if report["summary"].get(name, {}).get("control")]
-    # along texts first, where every objective has the same figure; rollouts have only their own
-    curves = (("reward",), ("greedy_acceptance_length", "acceptance_length"), ("text_kl", "kl"))
-    wide = len(parts) + len(curves)
-    figure, axes = pyplot.subplots(1, wide, figsize=(5 * wide, 6), layout="constrained")
-    for axis, part in zip(axes, parts):
-        arms = report["summary"][part]["arms"]
-        for y, row in enumerate(arms.values()):
-            axis.plot(row["over_cst_95"], [y, y], color="tab:blue")
-            axis.plot(row["over_cst"], y, "o", color="tab:blue")
-        axis.axvline(0, color="gray", linewidth=0.8)
-        axis.set_yticks(range(len(arms)), list(arms))
-        axis.invert_yaxis()
-        axis.set(title=f"chain, {part}", xlabel=f"acceptance length over {report['summary'][part]['control']}")
-    for axis, figures in zip(axes[len(parts) :], curves):
-        switches = [
-            point["seconds"]
-            for row in report["arms"].values()
-            for point in row.get("curve", ())
-            if point.get("adaptive")
-        ]
-        if switches:
-            axis.axvline(min(switches), color="gray", linestyle=":", label="windows by criticality from here")
-        for key, row in report["arms"].items():
-            name = next((f for f in figures if f in (row.get("curve") or [{}])[-1]), None)
-            if name and key.endswith("/0"):
-                points = [(point["seconds"], point[name]) for point in row["curve"] if name in point]
-                axis.plot(*zip(*points), label=key[:-2], linewidth=0.8)
-        axis.set(title=figures[0].replace("_", " "), xlabel="seconds of training")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+def over(summary: dict, control: str | None, wanted: list[str]) -> dict:
+    """Gains over an arm, by default the best CST: {"T=0": {control, length, gains by arm}, "T=1": ..}.
+
+    Empty for a summary that has none of these arms or not the control.
+    """
+    found = {}
+    for name in ("T=0", "T=1"):
+        part = summary["parts"][name]
+        chosen = control or best_cst(part)
+        gains = {arm: gain(part, arm, chosen) for arm in wanted if arm in part["lengths"] and chosen in part["lengths"]}
+        if not gains:
+            return {}
+        found[name] = {"control": chosen, "length": part["lengths"][chosen], "gains": gains}
+    return found
+
+
+def show(name: str, parts: dict) -> None:
+    print(f"| {name} | " + " | ".join(f"{part}, over {found['control']}" for part, found in parts.items()) + " |")
+    print("|---" * 3 + "|")
+    for arm in parts["T=0"]["gains"]:
+        print(f"| {arm} | " + " | ".join(shown(found["gains"][arm]) for found in parts.values()) + " |")
+    print()
 
 
 def overview(found: dict[str, dict], arms: list[str], path: Path) -> None:
-    """One picture of several reports: gains in percent of the control's acceptance length, with intervals.
+    """One picture of several summaries: gains in percent of the control's acceptance length, with intervals.
 
     Args:
-        found: name of a report -> "T=0" and "T=1" -> arm -> (gain, low, high) in percent.
+        found: name of a summary -> "T=0" and "T=1" -> arm -> (gain, low, high) in percent.
     """
     import matplotlib
 
@@ -197,58 +213,30 @@ def overview(found: dict[str, dict], arms: list[str], path: Path) -> None:
     pyplot.close(figure)
 
 
-def over(report: dict, control: str | None, wanted: list[str], resamples: int) -> dict:
-    """Gains over an arm, by default the best CST: {"T=0": {control, length, gains by arm}, "T=1": ..}.
-
-    Empty for a report that has none of these arms or not the control.
-    """
-    found = {}
-    for part in ("T=0", "T=1"):
-        tokens, counts = pooled(report, part)
-        chosen = control or best_cst(counts)
-        shown = [arm for arm in wanted if arm in counts]
-        if not shown or chosen not in counts:
-            return {}
-        gains = differences(tokens, counts, chosen, resamples)
-        length = tokens.sum() / counts[chosen].sum()
-        found[part] = {"control": chosen, "length": length, "gains": {arm: gains[arm] for arm in shown}}
-    return found
-
-
-def show(name: str, parts: dict) -> None:
-    print(f"| {name} | " + " | ".join(f"{part}, over {found['control']}" for part, found in parts.items()) + " |")
-    print("|---" * 3 + "|")
-    for arm in parts["T=0"]["gains"]:
-        cells = ("{:+.3f} [{:+.3f}, {:+.3f}]".format(*found["gains"][arm]) for found in parts.values())
-        print(f"| {arm} | " + " | ".join(cells) + " |")
-    print()
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reports", type=Path, nargs="+", help="what benchmarks/objectives.py wrote")
+    parser.add_argument("summaries", type=Path, nargs="+", help="what benchmarks/objectives.py wrote")
     parser.add_argument("--control", help="the arm to compare the others with; none: the best CST of each column")
     parser.add_argument("--arms", help="comma separated names of the arms to show; none: all")
-    parser.add_argument("--plot", type=Path, help="draw the gains of all reports into this file")
-    parser.add_argument("--bootstrap", type=int, default=2000)
+    parser.add_argument("--plot", type=Path, help="draw the gains of all summaries into this file")
     arguments = parser.parse_args(argv)
-    reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
-    if len(reports) < len(arguments.reports):
-        parser.error("two reports have one name; a name stands for a report in the picture")
-    known = {key.rpartition("/")[0]: None for report in reports.values() for key in report["arms"]}
+    summaries = {path.stem: json.loads(path.read_text()) for path in arguments.summaries}
+    if len(summaries) < len(arguments.summaries):
+        parser.error("two summaries have one name; a name stands for a summary in the picture")
+    known = {name: None for summary in summaries.values() for name in summary["arms"]}
     wanted = arguments.arms.split(",") if arguments.arms else list(known)
     unknown = {*wanted, *([arguments.control] if arguments.control else [])} - set(known)
     if unknown:
-        parser.error(f"no report has an arm {sorted(unknown)[0]!r}; they have {', '.join(known)}")
+        parser.error(f"no summary has an arm {sorted(unknown)[0]!r}; they have {', '.join(known)}")
     drawn = {}
-    for name, report in reports.items():
-        parts = over(report, arguments.control, wanted, arguments.bootstrap)
+    for name, summary in summaries.items():
+        parts = over(summary, arguments.control, wanted)
         if not parts:
             print(f"{name}: left out, it has none of these arms or not the control\n")
             continue
         show(name, parts)
         drawn[name.removeprefix("objectives-")] = {
-            part: {arm: [100 * gain / found["length"] for gain in gains] for arm, gains in found["gains"].items()}
+            part: {arm: [100 * value / found["length"] for value in row] for arm, row in found["gains"].items()}
             for part, found in parts.items()
         }
     if arguments.plot:

@@ -1,7 +1,7 @@
 """What a decoding cycle costs, and what that makes of an acceptance length.
 
-    python benchmarks/decoding.py --shape llama-3.1-8b --output benchmarks/results/decoding-llama-3.1-8b.json
-    python benchmarks/decoding.py --target bundled/target --drafter bundled/drafter
+    python -m benchmarks.decoding --shape llama-3.1-8b --output benchmarks/results/decoding-llama-3.1-8b.json
+    python -m benchmarks.decoding --target bundled/target --drafter bundled/drafter
 
 With `--shape` target and drafter have the shapes of a known pair and random weights. Every forward, cache move and
 synchronisation is real; only which drafted tokens count as accepted is drawn from a seeded profile, so that an
@@ -12,48 +12,24 @@ are medians over repetitions, and speeds are compared within the run only.
 
 import argparse
 import contextlib
-import os
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from ppow import PPOWConfig, PPOWDrafter, generation_ppow
+from ppow import PPOWDrafter, generation_ppow
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
 from ppow.training.demo import bundled_prompts
-from ppow.training.files import write_json
 from ppow.training.prompts import first_turn, load_prompts
-from ppow.training.provenance import hardware, versions
 from ppow.verifier_ppow import Verdict, Verifier
 
-_LLAMA = {"rope_theta": 500000.0, "max_position_embeddings": 131072, "vocab_size": 128256, "num_key_value_heads": 8}
-_QWEN = {"rope_theta": 1e6, "max_position_embeddings": 40960, "vocab_size": 151936, "num_key_value_heads": 8}
+from .machine import copy_speed, matmul_speed, seconds_of, synchronize
+from .pairs import SHAPES, SMALL, random_model, random_pair
+from .report import add_output, facts, save
 
-
-def _shape(hidden: int, inner: int, layers: int, heads: int, **more) -> dict:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "head_dim": 128,
-        **more,
-    }
-
-
-# name -> (configuration class, its fields, draft vocabulary)
-SHAPES = {
-    "llama-3.1-8b": (LlamaConfig, _shape(4096, 14336, 32, 32, **_LLAMA), 32000),
-    "llama-3.3-70b": (LlamaConfig, _shape(8192, 28672, 80, 64, **_LLAMA), 32000),
-    "qwen3-8b": (Qwen3Config, _shape(4096, 12288, 36, 32, **_QWEN), 32000),
-    "qwen3-32b": (Qwen3Config, _shape(5120, 25600, 64, 64, **_QWEN), 32000),
-    "tiny": (LlamaConfig, {**_shape(64, 128, 4, 4, **_LLAMA), "head_dim": 16, "num_key_value_heads": 2}, 500),
-}
-SMALL = _shape(2048, 8192, 16, 32, **_LLAMA) | {"head_dim": 64}  # Llama-3.2-1B, for transformers' assisted decoding
 CHAIN = {"window_size": 10}
 TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}
 
@@ -80,7 +56,7 @@ def main(argv=None) -> dict:
         target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).to(device).eval()
         drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=dtype).to(device).eval()
     target.generation_config = GenerationConfig(pad_token_id=0)
-    report = facts(arguments, device=device, dtype=str(dtype).split(".")[-1]) | {
+    report = facts("decoding", arguments, argv, device=device, dtype=str(dtype).split(".")[-1]) | {
         "forced_acceptance": bool(arguments.shape),
         "machine": machine(target, drafter, device, dtype),
         "systems": [],
@@ -94,8 +70,6 @@ def main(argv=None) -> dict:
         report["verification"] = verification_costs(target, drafter, arguments.prompt)
         print("a verification of N nodes, compiled and replayed, ms:", report["verification"])
     save(report, arguments.output)
-    if arguments.output:
-        plot(report, arguments.output.with_suffix(".png"))
     return report
 
 
@@ -114,37 +88,11 @@ def parse(argv):
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.shape) == bool(arguments.target and arguments.drafter):
         parser.error("give --shape, or --target and --drafter")
     return arguments
-
-
-def random_pair(shape: str, device: str, dtype: torch.dtype):
-    """Target and drafter of a shape, with random weights made where they will stay."""
-    kind, fields, draft_vocabulary = SHAPES[shape]
-    target = random_model(kind(**fields), device, dtype)
-    config = PPOWConfig.from_target(target.config, draft_vocab_size=draft_vocabulary)
-    with torch.device(device), default_dtype(dtype):
-        drafter = PPOWDrafter(config).eval()
-    return target, drafter.to(device=device, dtype=dtype)
-
-
-def random_model(config, device: str, dtype: torch.dtype):
-    config._attn_implementation = "sdpa"
-    with torch.device(device), default_dtype(dtype):
-        return AutoModelForCausalLM.from_config(config).eval()
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def random_prompts(target, arguments, device: str) -> list[torch.Tensor]:
@@ -253,11 +201,6 @@ def run_once(system: System, target, ids, calls: dict, new: int, lengths: list) 
     return seconds
 
 
-def synchronize(device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 # -- forced acceptance -------------------------------------------------------------------------------------------------
 
 
@@ -355,43 +298,6 @@ def machine(target, drafter, device: str, dtype: torch.dtype) -> dict:
     return facts
 
 
-def copy_speed(device: str) -> float:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    sink = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(lambda: sink.copy_(source))
-
-
-def matmul_speed(device: str, dtype: torch.dtype, nodes: int = 11) -> float:
-    """Bytes of weights per second through matrix products with ``nodes`` rows, each weight read for the first time."""
-    weights = [torch.randn(14336, 4096, device=device, dtype=dtype) for _ in range(8)]
-    rows = torch.randn(nodes, 4096, device=device, dtype=dtype)
-    replay = recorded(lambda: [torch.nn.functional.linear(rows, weight) for weight in weights])
-    return sum(w.numel() for w in weights) * dtype.itemsize / seconds_of(replay)
-
-
-def recorded(function):
-    """Replays ``function`` from a CUDA graph, so that launching its kernels takes no time."""
-    function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-def seconds_of(function, repeats: int = 20) -> float:
-    """Median seconds of a call, behind one that does not count."""
-    function()
-    device, times = "cuda" if torch.cuda.is_available() else "cpu", []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 @torch.no_grad()
 def verification_costs(target, drafter, kept: int) -> dict[int, float]:
     """Milliseconds of one verification of 1, 11 and 61 nodes behind ``kept`` slots, compiled and replayed."""
@@ -422,52 +328,6 @@ def show(row: dict, stock: dict) -> None:
         f"acceptance length {length}{forced_note}  {parts}",
         flush=True,
     )
-
-
-def facts(arguments, **more) -> dict:
-    """What a report opens with: settings (options, ``more``, what torch's compiler was told), versions and hardware."""
-    settings = {**vars(arguments), "output": None, **more}
-    told = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_")}
-    told.pop("TORCHINDUCTOR_CACHE_DIR", None)  # a place, no setting
-    if told:
-        settings["environment"] = told
-    return {"settings": settings, "versions": versions(), "hardware": hardware()}
-
-
-def save(report: dict, output: Path | None) -> None:
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, report)
-
-
-def plot(report: dict, path: Path) -> None:
-    """Tokens per second against the acceptance length: what each cycle's cost allows, and the roofline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    lengths = [1 + 0.1 * i for i in range(101)]
-    for row in report["systems"]:
-        if row["batch"] > 1:
-            continue
-        if "acceptance_length" in row:
-            rate = row["tokens_per_second"] / row["acceptance_length"]  # cycles per second
-            axes.plot(lengths, [rate * length for length in lengths], label=row["name"])
-            axes.plot(row["acceptance_length"], row["tokens_per_second"], "o", color=axes.lines[-1].get_color())
-        else:
-            label = f"{row['name']}: {row['tokens_per_second']:.0f}"  # these may lie too close to tell lines apart
-            axes.axhline(row["tokens_per_second"], linestyle=":", color="grey", label=label)
-    facts = report["machine"]
-    if "matmul_bytes_per_second" in facts:
-        cycle = (facts["target_bytes"] + 10 * facts["draft_step_bytes"]) / facts["matmul_bytes_per_second"]
-        axes.plot(lengths, [length / cycle for length in lengths], "k--", label="weights at measured bandwidth, K = 10")
-    axes.set(xlabel="acceptance length (bonus included)", ylabel="tokens per second", ylim=(0, None))
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import math
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -33,8 +32,8 @@ from ppow.training.rollout import roll_out
 from ppow.training.supervised import load_examples, pad_token
 from ppow.training.target import FrozenTarget
 
-from .decoding import facts, save
-from .objectives import load
+from .pairs import load, stage2
+from .report import add_output, facts, save
 
 ESTIMATORS = {
     "exact": {"estimator": "exact"},
@@ -61,7 +60,7 @@ def main(argv=None) -> dict:
             found[name][0].append(gradient(config, target, drafter, batch))
             found[name][1].append(time.perf_counter() - began)
     exact = torch.stack(found["exact"][0])
-    report = facts(arguments, device=device, texts=len(examples)) | {
+    report = facts("gradients", arguments, argv, device=device, texts=len(examples)) | {
         "estimators": {name: figures(torch.stack(g), seconds, exact) for name, (g, seconds) in found.items()},
     }
     print(table(report))
@@ -82,7 +81,7 @@ def parse(argv):
     parser.add_argument("--max-length", type=int, default=192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     arguments = parser.parse_args(argv)
     if arguments.seeds < 2:
         parser.error(f"--seeds {arguments.seeds}: noise shows between at least 2 gradients")
@@ -92,12 +91,7 @@ def parse(argv):
 def make_config(arguments, changes: dict) -> ReinforceConfig:
     group = changes.get("group_size", 8)
     shared = {
-        "target": arguments.target,
-        "drafter": arguments.drafter,
-        "data": arguments.data,
-        "output_dir": "-",
         "verification": arguments.verification,
-        "window_size": arguments.window_size,
         "windows_per_sequence": arguments.windows * 8 // group,
         "all_windows": False,
         "adaptive_switch": 1.0,
@@ -106,11 +100,9 @@ def make_config(arguments, changes: dict) -> ReinforceConfig:
         "normalize_advantages": False,
         "supervised_coef": 0.0,
         "kl_coef": 0.0,
-        "max_length": arguments.max_length,
         "drop_long": True,
-        "dtype": arguments.dtype,
     }
-    return ReinforceConfig(**(shared | changes))
+    return stage2(arguments, **(shared | changes))
 
 
 def gradient(config: ReinforceConfig, target: FrozenTarget, drafter, batch) -> torch.Tensor:

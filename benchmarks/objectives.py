@@ -28,23 +28,20 @@ from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoTokenizer
 
-from ppow import PPOWDrafter
-from ppow.target_ppow import check_pair
 from ppow.training.config import ReinforceConfig
 from ppow.training.data import batch_indices
 from ppow.training.loop import make_batch
 from ppow.training.objectives import objective_of
-from ppow.training.provenance import hardware, versions
 from ppow.training.reinforce import frozen_reference, loss
 from ppow.training.rollout import roll_out
-from ppow.training.supervised import freeze_embedding, load_examples, pad_token
+from ppow.training.supervised import load_examples, pad_token
 from ppow.training.target import FrozenTarget
 
 from . import acceptance, comparison
-from .bundle import check_gpus, on_gpus
-from .decoding import save
+from .machine import check_gpus, on_gpus
+from .pairs import load, stage2
+from .report import add_output, facts, keep, raw_path, save
 
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
 WARMUP = 0.03  # share of the budget in which the learning rate rises
@@ -123,19 +120,14 @@ def main(argv=None) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms: see README.md
     texts = acceptance.kept_texts(arguments, lambda: answers(arguments, device))
-    report = opened(arguments, texts)
+    report = opened(arguments, argv, texts)
     if arguments.gpus > 1:
         share(arguments, argv, texts, report, started)
     else:
         run(arguments, device, texts, report, started)
-    if arguments.part:
-        return report
-    report["summary"] = comparison.summarize(report, arguments.bootstrap)
-    report["wall_seconds"] = time.perf_counter() - started
-    save(report, arguments.output)
-    print(comparison.table(report))
-    if arguments.output:
-        comparison.plot(report, arguments.output.with_suffix(".png"))
+    if not arguments.part:
+        report["wall_seconds"] = time.perf_counter() - started
+        print(comparison.table(save(report, arguments.output)))
     return report
 
 
@@ -171,7 +163,7 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         tokens = {name: sum(text["tokens"]) for name, text in texts.items()}
         figures = {name: f"{tokens[name] / sum(found['chain']):.3f}" for name, found in row["results"].items()}
         print(f"{time.perf_counter() - started:6.0f} s  {key}: {row.get('steps', 0)} steps, {figures}", flush=True)
-        save(report, arguments.output)
+        keep(report, arguments.output)
 
 
 def share(arguments, argv: list[str], texts: dict, report: dict, started: float) -> None:
@@ -216,17 +208,17 @@ def collect(report: dict, parts: list[Path], arguments) -> None:
     """Move the arms that the parts hold into the report and its file, in the order of the list."""
     found = report["arms"]
     for part in parts:
-        if part.exists():
-            held = json.loads(part.read_text())
+        if raw_path(part).exists():
+            held = json.loads(raw_path(part).read_text())
             check_same(held, report, part)
             found |= held["arms"]
     order = [key for key, _, _ in arm_list(arguments)]
     report["arms"] = {
         key: found[key] for key in sorted(found, key=lambda k: order.index(k) if k in order else len(order))
     }
-    save(report, arguments.output)
+    keep(report, arguments.output)
     for part in parts:
-        part.unlink(missing_ok=True)
+        raw_path(part).unlink(missing_ok=True)
 
 
 def parse(argv):
@@ -253,7 +245,7 @@ def parse(argv):
     parser.add_argument("--bootstrap", type=int, default=2000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     parser.add_argument(
         "--texts", type=Path, help="file of the target's answers to the prompts, for several comparisons"
     )
@@ -269,16 +261,6 @@ def parse(argv):
     return arguments
 
 
-def load(arguments, device: str) -> tuple:
-    """Tokenizer, frozen target and drafter as training takes them."""
-    target = FrozenTarget.load(arguments.target, arguments.dtype, device)
-    drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=torch.float32).to(device)
-    freeze_embedding(drafter)
-    check_pair(target.model, drafter)
-    target.taps = drafter.config.target_taps
-    return AutoTokenizer.from_pretrained(arguments.target), target, drafter
-
-
 def answers(arguments, device: str) -> dict:
     tokenizer, target, _ = load(arguments, device)
     return acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
@@ -287,22 +269,15 @@ def answers(arguments, device: str) -> dict:
 def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
     """The defaults of `ppow reinforce`, but for last weights and a rate that falls, with an arm's changes."""
     shared = {
-        "target": arguments.target,
-        "drafter": arguments.drafter,
-        "data": arguments.data,
-        "output_dir": "-",
         "steps": STEPS,
         "batch_size": arguments.batch_size,
-        "max_length": arguments.max_length,
         "limit": arguments.train_limit,
         "drop_long": True,
-        "dtype": arguments.dtype,
-        "window_size": arguments.window_size,
         "max_forest_nodes": arguments.batch_size * 8 * 8 * arguments.window_size,  # every rollout in one forward
         "average_from": 1.0,
         "seed": seed,
     }
-    return ReinforceConfig(**shared | {name: value for name, value in changes.items() if name != "alternated"})
+    return stage2(arguments, **shared | {name: value for name, value in changes.items() if name != "alternated"})
 
 
 def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
@@ -397,19 +372,16 @@ def train(
 # -- what is there already ---------------------------------------------------------------------------------------------
 
 
-def opened(arguments, texts: dict) -> dict:
-    """The report to add to: a new one, or the one in the output file when it rests on the same texts."""
+def opened(arguments, argv: list[str], texts: dict) -> dict:
+    """The raw report to add to: a new one, or that of the output file when it rests on the same texts."""
     free = ("output", "arms", "seeds", "budget_seconds", "bootstrap", "texts", "gpus", "part")  # they change no arm
-    settings = {k: v for k, v in vars(arguments).items() if k not in free}
+    new = facts("objectives", arguments, argv, free) | {"bootstrap": arguments.bootstrap}
     mark = zlib.crc32(json.dumps([text["ids"] for text in texts.values()]).encode())
-    if arguments.output and arguments.output.exists():
-        report = json.loads(arguments.output.read_text())
-        check_same(report, {"settings": settings, "texts_crc32": mark}, arguments.output)
-        return report
-    return {
-        "settings": settings,
-        "versions": versions(),
-        "hardware": hardware(),
+    if arguments.output and raw_path(arguments.output).exists():
+        report = json.loads(raw_path(arguments.output).read_text())
+        check_same(report, {"settings": new["settings"], "texts_crc32": mark}, raw_path(arguments.output))
+        return report | {name: new[name] for name in ("command", "bootstrap")}
+    return new | {
         "texts_crc32": mark,
         "texts": {name: {k: v for k, v in text.items() if k != "ids"} for name, text in texts.items()},
         "arms": {},

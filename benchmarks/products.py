@@ -13,12 +13,13 @@ is measured.
 import argparse
 import functools
 import itertools
-from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
 
-from .decoding import SHAPES, copy_speed, facts, recorded, save, seconds_of
+from .machine import copy_speed, recorded, seconds_of
+from .pairs import SHAPES
+from .report import add_output, facts, save
 
 try:
     import triton
@@ -34,7 +35,7 @@ def main(argv=None) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(arguments.seed)
-    report = facts(arguments, device=device, dtype=str(dtype).split(".")[-1]) | {
+    report = facts("products", arguments, argv, device=device, dtype=str(dtype).split(".")[-1]) | {
         "copy_bytes_per_second": copy_speed(device) if device == "cuda" else None,
         "products": [],
     }
@@ -58,7 +59,7 @@ def parse(argv):
     parser.add_argument("--nodes", default="11,61", help="comma separated sizes of the verified windows")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     return parser.parse_args(argv)
 
 

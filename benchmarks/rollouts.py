@@ -19,7 +19,6 @@ import argparse
 import importlib.metadata
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -31,7 +30,9 @@ from ppow.training.loop import Batch
 from ppow.training.rollout import forest_rows, roll_out, verify
 from ppow.training.target import FrozenTarget
 
-from .decoding import SHAPES, facts, random_pair, save, synchronize
+from .machine import synchronize
+from .pairs import SHAPES, random_pair, stage2
+from .report import add_output, facts, save
 from .speculators_step import AVAILABLE, working_step
 
 TTT_STEPS, STEP_WEIGHT = 7, 0.8  # of stage 1, as in EAGLE-3
@@ -57,7 +58,7 @@ def main(argv=None) -> dict:
     }
     rollouts = arguments.windows * arguments.group_size
     agreement = {name: float((way() == ways["forest"]()).float().mean()) for name, way in ways.items()}
-    report = facts(arguments, device=device) | {"verification": {}}
+    report = facts("rollouts", arguments, argv, device=device) | {"verification": {}}
     if AVAILABLE:
         report["versions"]["speculators"] = importlib.metadata.version("speculators")
     timings = timed(ways, arguments.repeats, device)
@@ -108,7 +109,7 @@ def parse(argv):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     return parser.parse_args(argv)
 
 
@@ -116,23 +117,21 @@ def make_config(arguments, estimator: str) -> ReinforceConfig:
     shared = {
         "windows_per_sequence": arguments.windows,
         "group_size": arguments.group_size,
-        "window_size": arguments.window_size,
         "max_forest_nodes": arguments.max_forest_nodes,
     }
-    return ReinforceConfig(**common(arguments), drafter="-", estimator=estimator, **shared)
+    return stage2(arguments, estimator=estimator, **shared, **common(arguments))
 
 
 def common(arguments) -> dict:
-    length = arguments.prompt + arguments.answer
-    names = {"target": "-", "data": "-", "output_dir": "-"}
-    return names | {"max_length": length, "dtype": arguments.dtype, "average_from": 1.0}  # a step here takes no mean
+    return {"max_length": arguments.prompt + arguments.answer, "average_from": 1.0}  # a step here takes no mean
 
 
 def planned(configs: dict, arguments, target_config, drafter_config) -> dict:
     """What `--plan here` says of each step."""
     device = plan.this_device()
     stages = {f"stage 2 step, {name}": config for name, config in configs.items()}
-    stages["stage 1 step"] = SupervisedConfig(**common(arguments))
+    names = {"target": "-", "data": "-", "output_dir": "-", "dtype": arguments.dtype}
+    stages["stage 1 step"] = SupervisedConfig(**names, **common(arguments))
     found = {name: plan.plan(config, target_config, drafter_config, device) for name, config in stages.items()}
     return {
         name: {"planned_seconds": row["seconds"]["total"], "planned_peak_memory_gib": row["memory_gib"]["total"]}

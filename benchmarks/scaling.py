@@ -25,12 +25,13 @@ from ppow.training.config import ReinforceConfig
 from ppow.training.corpus import train_tokenizer
 
 from .bundle import ppow
-from .decoding import SHAPES, facts, random_pair, save
+from .pairs import SHAPES, random_pair
+from .report import add_output, facts, save
 
 
 def main(argv=None) -> dict:
     arguments = parse(argv)
-    report = facts(arguments)
+    report = facts("scaling", arguments, argv)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.shape:
             make_random(arguments, Path(folder))
@@ -58,7 +59,7 @@ def parse(argv):
     parser.add_argument("--limit", type=int, default=4000, help="texts to read")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     arguments = parser.parse_args(argv)
     pair = arguments.target, arguments.drafter, arguments.data
     if any(pair) if arguments.shape else not all(pair):

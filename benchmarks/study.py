@@ -7,7 +7,7 @@ three seeds on texts that stage 1 has not seen; a few of them for longer, on tex
 further from their target, one with less room (an MLP of 128) and one that sees nothing of the target but its
 embeddings; then every other arm. ``--drafters near`` leaves those two out. What exists is not made again, so a call
 that was cut off goes on; ``--budget-seconds`` starts no arm that would end later. ``--set`` goes to bundle.py, and
-options that are not listed here to objectives.py. Writes WORK/objectives-DRAFTER-TEXTS-SECONDSs.json and .png for each
+options that are not listed here to objectives.py. Writes WORK/objectives-DRAFTER-TEXTS-SECONDSs.json for each
 comparison, WORK/study.json, and of the pair itself WORK/pair.json.
 """
 
@@ -23,10 +23,11 @@ from pathlib import Path
 from statistics import mean
 
 from ppow.training.files import write_json
-from ppow.training.provenance import hardware, versions
 
 from . import objectives
-from .bundle import check_gpus, on_gpus
+from .comparison import best_cst, gain, shown
+from .machine import check_gpus, on_gpus
+from .report import facts, save
 
 DRAFTERS = {  # name -> settings of its stage 1 beside those of the scale
     "near": {},
@@ -61,8 +62,8 @@ def main(argv=None) -> dict:
             if name != "near" and not (folder / shared).exists():
                 (folder / shared).symlink_to(Path("..") / "near" / shared)
     train_drafters(work, arguments.drafters, options, arguments.gpus)
-    facts = pair_facts(work, arguments.drafters)
-    write_json(work / "pair.json", {"settings": {k: str(v) for k, v in vars(arguments).items()}, **facts})
+    settings = argparse.Namespace(**{name: str(value) for name, value in vars(arguments).items()})
+    save(facts("study", settings, argv) | pair_facts(work, arguments.drafters), work / "pair.json")
     report, failed = {}, []
     for name, texts, seconds, arms, seeds in COMPARISONS:
         if name not in arguments.drafters:
@@ -116,7 +117,7 @@ def parse(argv) -> tuple:
 
 
 def bundle(folder: Path, options: list[str], until: str, gpus) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("bundle.py")), "--work", str(folder), "--until", until]
+    command = [sys.executable, "-m", "benchmarks.bundle", "--work", str(folder), "--until", until]
     environment = {**os.environ, **on_gpus(gpus)}
     subprocess.run([*command, f"--gpus={len(gpus)}", *options], check=True, env=environment)
 
@@ -144,13 +145,13 @@ def train_drafters(work: Path, names: list[str], options: list[str], gpus: int) 
 def pair_facts(work: Path, drafters: list[str]) -> dict:
     """What the target became, how many texts there are, and how each stage 1 went, from the files of their own runs."""
     near = work / "near"
-    facts = {"versions": versions(), "hardware": hardware(), "texts": {}}
+    found = {"texts": {}}
     for name in ("train", "stage2", "heldout"):
         # as bytes: a text may hold what str.splitlines takes for an end of line
         with open(near / f"{name}.jsonl", "rb") as lines:
-            facts["texts"][name] = sum(1 for _ in lines)
-    facts["target"] = json.loads((near / "target" / "training.json").read_text())["result"]
-    return facts | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in drafters}}
+            found["texts"][name] = sum(1 for _ in lines)
+    found["target"] = json.loads((near / "target" / "training.json").read_text())["result"]
+    return found | {"stage 1": {name: course(work / name / "supervised" / "metrics.jsonl") for name in drafters}}
 
 
 def course(metrics: Path) -> list[dict]:
@@ -178,9 +179,16 @@ def compare(work: Path, name: str, texts: str, options: list[str]) -> None:
 
 
 def gains(path: Path) -> dict:
-    """Of a comparison: {"T=0": {arm: {acceptance_length, over_cst, ..}}, "T=1": ..}; empty when there is none."""
-    summary = json.loads(path.read_text()).get("summary", {}) if path.exists() else {}
-    return {part: summary[part]["arms"] for part in ("T=0", "T=1") if part in summary}
+    """Of a comparison: {"T=0": {arm: [length, difference to the best CST, low, high]}, "T=1": ..}; {}: there is none.
+
+    An arm of a comparison without CST has its length alone.
+    """
+    parts, found = json.loads(path.read_text())["parts"] if path.exists() else {}, {}
+    for name in [name for name in ("T=0", "T=1") if name in parts]:
+        part, control = parts[name], best_cst(parts[name])
+        differences = {arm: gain(part, arm, control) if control else () for arm in part["lengths"]}
+        found[name] = {arm: [length, *differences[arm]] for arm, length in part["lengths"].items()}
+    return found
 
 
 def table(report: dict) -> str:
@@ -189,9 +197,8 @@ def table(report: dict) -> str:
         for arm in parts.get("T=0", ()):
             cells = []
             for rows in parts.values():
-                low, high = rows[arm].get("over_cst_95", (math.nan, math.nan))
-                cells.append(f"{rows[arm]['acceptance_length']:.3f}")
-                cells.append(f"{rows[arm].get('over_cst', math.nan):+.3f} [{low:+.3f}, {high:+.3f}]")
+                length, *difference = rows[arm]
+                cells += [f"{length:.3f}", shown(difference) if difference else ""]
             lines.append(f"| {name} | {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

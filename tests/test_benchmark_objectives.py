@@ -90,7 +90,8 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
     output = tmp_path / "objectives.json"
     given = arguments(prompts, "--seeds", "1", "--tree-prompts", "1", "--output", str(output), "--arms")
     benchmark.main([*given, "stage1,cst 3e-4"])
-    before = json.loads(output.read_text())["arms"]
+    raw = tmp_path / "raw" / "objectives.json"
+    before = json.loads(raw.read_text())["arms"]
     report = benchmark.main(
         [*given, "stage1,cst 3e-4,exact text-rule alternated,exact text-rule + supervised averaged,gto"]
     )
@@ -98,22 +99,22 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
     row = report["arms"]["exact text-rule alternated/0"]
     assert row["steps"] == 2 and len(row["curve"]) == 2
     assert row["curve"][0]["reward"] >= 0 and "reward" not in row["curve"][1]  # the second step is CST's
+    summary = json.loads(output.read_text())
     for part in ("T=0", "T=1", "tree 60, T=0", "tree 4, T=0"):
-        summary = report["summary"][part]
-        assert summary["control"] == "cst 3e-4"
-        assert summary["arms"]["cst 3e-4"]["over_cst_95"] == [0, 0]
-        assert all(1 <= arm["acceptance_length"] <= 11 for arm in summary["arms"].values())
-    assert report["hardware"] and report["versions"]["torch"]
-    assert output.with_suffix(".png").stat().st_size > 5000
+        assert benchmark.comparison.best_cst(summary["parts"][part]) == "cst 3e-4"
+        assert all(1 <= length <= 11 for length in summary["parts"][part]["lengths"].values())
+    assert summary["hardware"] and summary["versions"]["torch"] and summary["arms"]["gto"]["steps"] == [2, 2]
+    assert "--arms" in summary["command"] and json.loads(raw.read_text()) == report
     assert "| exact text-rule alternated | 2 |" in capsys.readouterr().out
-    benchmark.comparison.main([str(output), "--control", "cst 3e-4", "--bootstrap", "100"])
+    benchmark.comparison.main([str(output), "--control", "cst 3e-4"])
     found = capsys.readouterr().out
-    shown = ("{over_cst:+.3f} [".format(**report["summary"][part]["arms"]["gto"]) for part in ("T=0", "T=1"))
+    parts = (summary["parts"][part]["differences"]["cst 3e-4"]["gto"] for part in ("T=0", "T=1"))
+    shown = (f"{difference:+.3f} [" for difference, _, _ in parts)
     (row,) = (line for line in found.splitlines() if line.startswith("| gto |"))
     assert all(cell.startswith(figure) for cell, figure in zip(row.split(" | ")[1:], shown))
     with pytest.raises(SystemExit):
         benchmark.comparison.main([str(output), "--control", "nobody"])
-    assert "no report has an arm 'nobody'" in capsys.readouterr().err
+    assert "no summary has an arm 'nobody'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="other settings"):
         benchmark.main([*given, "stage1", "--batch-size", "3"])
     monkeypatch.setitem(benchmark.ARMS, "cst 3e-4", ({"objective": "cst", "learning_rate": 1e-3}, 3))
@@ -122,7 +123,7 @@ def test_the_command_resumes_and_compares(benchmark, prompts, tmp_path, capsys, 
 
 
 def made_report(path, arms: dict, **settings) -> dict:
-    """A report of two prompts with 6 and 4 tokens at each temperature, of which the second loops.
+    """A raw report of two prompts with 6 and 4 tokens at each temperature, the second looping; its summary in ``path``.
 
     ``arms``: "ARM/SEED" or an arm of seed 0 -> verifications of the two prompts, with a tree of 4 as well.
     """
@@ -135,7 +136,10 @@ def made_report(path, arms: dict, **settings) -> dict:
         for arm, c in arms.items()
     }
     report = {"settings": {"tree_prompts": 0, "tree_nodes": "4", **settings}, "texts": texts, "arms": rows}
-    path.write_text(json.dumps(report))
+    report["bootstrap"] = 50
+    from benchmarks.report import summarize, write  # found only while the fixture of this module is
+
+    write(summarize(report), path)
     return report
 
 
@@ -144,19 +148,20 @@ def test_a_summary_by_hand(benchmark, tmp_path):
     arms = {"cst 3e-4": [3, 2], "cst 3e-4/1": [5, 4], "lk": [2, 2], "lk/1": [1, 1], "lk/2": [3, 1]}
     report = made_report(tmp_path / "objectives.json", arms, tree_prompts=1)
     report["arms"]["lk/1"]["steps"] = 5
-    report["summary"] = summary = benchmark.comparison.summarize(report, 50)
-    lengths = {
-        part: {arm: row["acceptance_length"] for arm, row in summary[part]["arms"].items()}
-        for part in summary
-        if "arms" in summary[part]
-    }
+    summary = benchmark.comparison.figures(report)
+    lengths = {name: part["lengths"] for name, part in summary["parts"].items()}
     assert lengths["T=0"] == lengths["T=1"] == pytest.approx({"cst 3e-4": 10 / 7, "lk": 10 / (2 + 4 / 3)})
     assert lengths["T=0, not looping"] == pytest.approx({"cst 3e-4": 6 / 4, "lk": 6 / 2})
     assert lengths["tree 4, T=0"] == pytest.approx({"cst 3e-4": 6 / 3, "lk": 6 / 2})
-    assert summary["T=0"]["arms"]["lk"]["over_cst"] == pytest.approx(3 - 10 / 7)
-    assert summary["seeds"]["lk/2"] == pytest.approx({"T=0": 10 / 4, "T=1": 10 / 4})
-    assert summary["loops"] == {"chats T=0": 0.5, "chats T=1": 0.5}
-    assert "| lk | 3 to 5 | 3.000 +1.571 [" in benchmark.comparison.table(report)
+    part = summary["parts"]["T=0"]
+    difference, low, high = gained = benchmark.comparison.gain(part, "lk", "cst 3e-4")
+    assert difference == pytest.approx(3 - 10 / 7) and low <= difference <= high
+    assert benchmark.comparison.gain(part, "cst 3e-4", "lk") == (-difference, -high, -low)
+    assert summary["seeds"]["T=1"]["lk"] == pytest.approx([10 / 4, 10 / 2, 10 / 4])
+    assert summary["domains"]["chats T=0"]["lk"] == pytest.approx(3)
+    assert summary["looping"] == {"chats T=0": 0.5, "chats T=1": 0.5}
+    assert summary["arms"]["lk"] == {"changes": None, "seeds": 3, "steps": [3, 5]}
+    assert f"| lk | 3 to 5 | 3.000 {benchmark.comparison.shown(gained)} |" in benchmark.comparison.table(summary)
 
 
 def test_reports_are_compared_with_their_best_cst_in_one_picture(benchmark, tmp_path, capsys, monkeypatch):
@@ -181,23 +186,25 @@ def test_reports_are_compared_with_their_best_cst_in_one_picture(benchmark, tmp_
     assert low <= gain <= high
     with pytest.raises(SystemExit):
         benchmark.comparison.main([str(paths[0]), str(paths[0])])
-    assert "two reports have one name" in capsys.readouterr().err
+    assert "two summaries have one name" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot be shared")
 def test_processes_share_the_arms_and_a_later_call_goes_on(benchmark, prompts, tmp_path, monkeypatch):
     """Shared or alone, in one call or two, also after a call that was cut off: the same arms, the same figures."""
     given = arguments(prompts, "--seeds", "1", "--tree-prompts", "0")
-    output, part = tmp_path / "objectives.json", tmp_path / ".objectives-1.json"
+    output, part = tmp_path / "objectives.json", tmp_path / "raw" / ".objectives-1.json"
     sharing = ["--gpus", "2", "--output", str(output), "--arms"]
     shared = [*given, *sharing]
-    benchmark.main([*given, "--part", "stage1/0", "--output", str(part)])  # as a call that was cut off leaves it
+    benchmark.main(
+        [*given, "--part", "stage1/0", "--output", str(tmp_path / part.name)]
+    )  # as a call that was cut off leaves it
     anew = arguments(prompts, "--seeds", "1", "--tree-prompts", "0", kept=False)
     report = benchmark.main([*anew, *sharing, "stage1,cst 3e-4,exact text-rule 2e-4"])
     assert list(report["arms"]) == ["stage1/0", "cst 3e-4/0", "exact text-rule 2e-4/0"]
     alone = benchmark.main([*given, "--arms", "exact text-rule 2e-4"])["arms"]
     assert report["arms"]["exact text-rule 2e-4/0"]["results"] == alone["exact text-rule 2e-4/0"]["results"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["objectives.json", "objectives.png"]
+    assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["objectives.json"] * 2  # summary and raw
     part.write_text(json.dumps({**report, "texts_crc32": 0}))
     with pytest.raises(ValueError, match="objectives-1.json holds arms measured with other settings or on other texts"):
         benchmark.main([*shared, "stage1"])
@@ -223,6 +230,7 @@ def test_a_terminated_parent_takes_its_children_along(benchmark, prompts, tmp_pa
             ended.append(self)
 
     monkeypatch.setattr(benchmark.subprocess, "Popen", Child)
+    monkeypatch.setattr("ppow.training.provenance.git_revision", lambda folder: None)  # it starts processes too
     texts = tmp_path / "texts.json"
     given = arguments(prompts, "--tree-prompts", "0", "--texts", str(texts), "--output", str(tmp_path / "out.json"))
     before = signal.getsignal(signal.SIGTERM)

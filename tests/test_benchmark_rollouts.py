@@ -12,7 +12,7 @@ SMALL = ["--shape", "tiny", "--prompt", "24", "--answer", "24", "--windows", "3"
 def test_three_ways_agree_and_are_timed(benchmark, tmp_path, capsys):
     output = tmp_path / "rollouts.json"
     benchmark.main([*SMALL, "--window-size", "4", "--max-forest-nodes", "8", "--output", str(output)])
-    report = json.loads(output.read_text())
+    report = json.loads((tmp_path / "raw" / output.name).read_text())
     assert set(report["verification"]) == {"forest", "cached", "naive"}
     for row in report["verification"].values():
         assert row["same_argmax_as_forest"] == 1 and len(row["seconds_runs"]) == 2

@@ -67,7 +67,8 @@ def test_every_drafter_is_trained_and_compared_once(benchmark, made, tmp_path, m
     assert span["to_step"] == 2 and span["acceptance_length"] == 1.5 and span["eval_first_draft_agreement"] == 0.5
     assert span["first_draft_agreement"] == pytest.approx(0.15) and pair["settings"]["set"] == "['supervised.steps=7']"
     names = ("near-stage2", "thin-stage2", "near-train")
-    near, thin, known = (json.loads((tmp_path / "work" / f"objectives-{n}-45s.json").read_text()) for n in names)
+    raw = tmp_path / "work" / "raw"
+    near, thin, known = (json.loads((raw / f"objectives-{n}-45s.json").read_text()) for n in names)
     assert near["texts_crc32"] == thin["texts_crc32"]  # the target's answers are written once
     assert thin["settings"]["data"].endswith("stage2.jsonl") and known["settings"]["data"].endswith("train.jsonl")
     assert "| thin, stage2, 45 s | stage1 |" in capsys.readouterr().out

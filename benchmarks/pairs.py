@@ -1,0 +1,80 @@
+"""The pairs of target and drafter that benchmarks work on: real ones, and random ones of a known pair's shape."""
+
+import contextlib
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+
+from ppow import PPOWConfig, PPOWDrafter
+from ppow.target_ppow import check_pair
+from ppow.training.config import ReinforceConfig
+from ppow.training.supervised import freeze_embedding
+from ppow.training.target import FrozenTarget
+
+_LLAMA = {"rope_theta": 500000.0, "max_position_embeddings": 131072, "vocab_size": 128256, "num_key_value_heads": 8}
+_QWEN = {"rope_theta": 1e6, "max_position_embeddings": 40960, "vocab_size": 151936, "num_key_value_heads": 8}
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, **more) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "head_dim": 128,
+        **more,
+    }
+
+
+# name -> (configuration class, its fields, draft vocabulary)
+SHAPES = {
+    "llama-3.1-8b": (LlamaConfig, _shape(4096, 14336, 32, 32, **_LLAMA), 32000),
+    "llama-3.3-70b": (LlamaConfig, _shape(8192, 28672, 80, 64, **_LLAMA), 32000),
+    "qwen3-8b": (Qwen3Config, _shape(4096, 12288, 36, 32, **_QWEN), 32000),
+    "qwen3-32b": (Qwen3Config, _shape(5120, 25600, 64, 64, **_QWEN), 32000),
+    "tiny": (LlamaConfig, {**_shape(64, 128, 4, 4, **_LLAMA), "head_dim": 16, "num_key_value_heads": 2}, 500),
+}
+SMALL = _shape(2048, 8192, 16, 32, **_LLAMA) | {"head_dim": 64}  # Llama-3.2-1B, for transformers' assisted decoding
+
+
+def load(arguments, device: str) -> tuple:
+    """Tokenizer, frozen target and drafter as training takes them."""
+    target = FrozenTarget.load(arguments.target, arguments.dtype, device)
+    drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=torch.float32).to(device)
+    freeze_embedding(drafter)
+    check_pair(target.model, drafter)
+    target.taps = drafter.config.target_taps
+    return AutoTokenizer.from_pretrained(arguments.target), target, drafter
+
+
+def stage2(arguments, **more) -> ReinforceConfig:
+    """A configuration of `ppow reinforce` on the pair and data of these options, which writes nothing."""
+    names = ("target", "drafter", "data", "max_length", "dtype", "window_size")
+    given = {name: getattr(arguments, name, "-") for name in names}
+    return ReinforceConfig(**{**given, "output_dir": "-", **more})
+
+
+def random_pair(shape: str, device: str, dtype: torch.dtype):
+    """Target and drafter of a shape, with random weights made where they will stay."""
+    kind, fields, draft_vocabulary = SHAPES[shape]
+    target = random_model(kind(**fields), device, dtype)
+    config = PPOWConfig.from_target(target.config, draft_vocab_size=draft_vocabulary)
+    with torch.device(device), default_dtype(dtype):
+        drafter = PPOWDrafter(config).eval()
+    return target, drafter.to(device=device, dtype=dtype)
+
+
+def random_model(config, device: str, dtype: torch.dtype):
+    config._attn_implementation = "sdpa"
+    with torch.device(device), default_dtype(dtype):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
