@@ -4,48 +4,68 @@ TORCH_VERSION ?= 2.13.0
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# One stamp for what each target needs: the package alone, with the page, with the test tools (and the page, which they test).
+DEMO := $(VENV)/.installed-demo
+SPACE := $(VENV)/.installed-space
+TEST := $(VENV)/.installed-test
 
-.PHONY: help demo space test style hub figures
+.PHONY: help demo space test types style hub figures
 
 help:
 	@echo "make demo   generate with and without the bundled drafter and compare"
 	@echo "make space  serve the page on which both race, at http://127.0.0.1:7860"
-	@echo "make test   lint, format check and tests"
+	@echo "make test   lint, format check, type check and tests"
+	@echo "make types  the type check alone"
 	@echo "make style  apply the lint fixes and the format"
 	@echo "make hub    start a Hub of your own on this machine, to try pushing and pulling"
 	@echo "make figures  put the figures of benchmarks/results into the pages"
 
-$(STAMP): pyproject.toml
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "Python 3.10 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install "torch==$(TORCH_VERSION)"
-	$(BIN)/python -m pip install -e ".[test]"
-	touch $(STAMP)
+	$(BIN)/python -m pip install -e "$(1)"
+endef
 
-demo: $(STAMP)
+$(DEMO): pyproject.toml
+	$(call install,.)
+	touch $(DEMO)
+
+$(SPACE): pyproject.toml
+	$(call install,.[space])
+	touch $(DEMO) $(SPACE)
+
+$(TEST): pyproject.toml
+	$(call install,.[test])
+	touch $(DEMO) $(SPACE) $(TEST)
+
+demo: $(DEMO)
 	$(BIN)/ppow demo
 
-space: $(STAMP)
+space: $(SPACE)
 	$(BIN)/ppow space
 
-test: $(STAMP)
+test: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-style: $(STAMP)
+types: $(TEST)
+	$(BIN)/mypy
+
+style: $(TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-hub: $(STAMP)
+hub: $(DEMO)
 	$(BIN)/python -m tests.hub
 
 # the arms of the picture; what they are stands in benchmarks/objectives.py
 ARMS := ppow,lk,lk averaged,lk 3e-3 averaged,exact text-rule + 3 lk,exact text-rule + 3 lk averaged,exact text-rule + 3 lk 3e-3 averaged
 
-figures: $(STAMP)
+figures: $(TEST)
 	$(BIN)/python -m benchmarks.comparison benchmarks/results/objectives-*.json --arms "$(ARMS)" \
 		--plot benchmarks/results/objectives.png
 	$(BIN)/python -m benchmarks.figures --write

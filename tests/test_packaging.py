@@ -47,11 +47,11 @@ def isolated(folder: Path, code: str, cwd: Path) -> str:
 
 
 def sources() -> set[str]:
-    """Every Python file and card template that the wheel should carry, under its installed name."""
+    """Every Python file, card template and ``py.typed`` that the wheel should carry, under its installed name."""
     files = set()
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).iterdir():
-            if path.suffix in (".py", ".md", ".jinja"):
+            if path.suffix in (".py", ".md", ".jinja") or path.name == "py.typed":
                 files.add(f"{package}/{path.name}")
     return files
 
@@ -59,6 +59,7 @@ def sources() -> set[str]:
 def test_the_wheel_holds_every_module_once_and_nothing_else(unpacked):
     found = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == sources()
+    assert "ppow/py.typed" in found
     assert any(name.endswith("licenses/LICENSE") for name in found)
 
 
@@ -181,14 +182,85 @@ def test_make_refuses_an_old_python_by_name(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+STAMPS = {"demo": ".", "space": ".[space]", "test": ".[test]"}  # what make installs for each, least first
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_installs_first_and_only_once(tmp_path):
+@pytest.mark.parametrize("target", STAMPS)
+def test_make_installs_first_only_once_and_no_more_than_is_needed(tmp_path, target):
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    plan = make("-n", "demo", folder=tmp_path).stdout
-    steps = ["-m venv .venv", 'pip install "torch==', 'pip install -e ".[test]"', "ppow demo"]
+    plan = make("-n", target, folder=tmp_path).stdout
+    run = {"test": "-m pytest"}.get(target, f"ppow {target}")
+    steps = ["-m venv .venv", 'pip install "torch==', f'pip install -e "{STAMPS[target]}"', run]
     places = [plan.find(step) for step in steps]
     assert -1 not in places and places == sorted(places)
+    assert plan.count("pip install -e") == 1
     (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / ".installed").touch()
-    assert make("-n", "demo", folder=tmp_path).stdout.strip() == ".venv/bin/ppow demo"
+    touched = [line.split()[1:] for line in plan.splitlines() if line.startswith("touch ")]
+    for stamp in (name for names in touched for name in names):
+        (tmp_path / stamp).touch()
+    held = list(STAMPS)[: list(STAMPS).index(target) + 1]
+    for other in STAMPS:
+        assert ("pip install" in make("-n", other, folder=tmp_path).stdout) == (other not in held)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_test_checks_style_and_types_before_the_tests(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    plan = make("-n", "test", folder=tmp_path).stdout
+    places = [plan.find(step) for step in ("ruff check .", "ruff format --check .", "mypy", "-m pytest")]
+    assert -1 not in places and places == sorted(places)
+
+
+def project() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or newer reads TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_type_checkers_and_editors_find_every_module_under_its_import_name():
+    """By the links that mypy and pyright search: neither of them runs the finder hook of an editable install."""
+    tools = project()["tool"]
+    roots = [".imports/core", ".imports/rest"]
+    assert tools["mypy"]["mypy_path"] == [f"$MYPY_CONFIG_FILE_DIR/{root}" for root in roots]
+    assert tools["pyright"]["extraPaths"][:2] == roots
+    assert sorted(tools["mypy"]["packages"]) == sorted(tools["setuptools"]["packages"])
+    for folder, package in FOLDERS.items():
+        for path in (ROOT / folder).glob("*.py"):
+            found = [place for root in roots if (place := ROOT / root / package / path.name).exists()]
+            assert found, f"{package}/{path.name}"
+            assert all(place.samefile(path) for place in found)
+
+
+def test_the_type_check_is_strict_and_follows_the_import_name(tmp_path):
+    pytest.importorskip("mypy")
+    files = {
+        "right": ("from ppow.model_cards import render\n\ntext: str = render('drafter', {})\n", None),
+        "argument": ("from ppow.model_cards import render\n\nrender('drafter', 1)\n", "[arg-type]"),
+        "name": ("from ppow.model_cards import rendering\n", "[attr-defined]"),
+        "module": ("import ppow.model_card\n", "[import-not-found]"),
+        "untyped": ("def plain(text):\n    return text\n", "[no-untyped-def]"),
+    }
+    for name, (code, _) in files.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        ROOT / "pyproject.toml",
+        "--cache-dir",
+        tmp_path / "cache",
+    ]
+    done = subprocess.run([*command, *sorted(tmp_path.glob("*.py"))], capture_output=True, text=True, cwd=tmp_path)
+    found = {line.split(".py:")[0]: line.split()[-1] for line in done.stdout.splitlines() if ": error: " in line}
+    assert found == {name: error for name, (_, error) in files.items() if error}, done.stdout + done.stderr
+
+
+def test_a_commit_and_make_test_judge_by_the_same_ruff():
+    pins = [line for line in project()["project"]["optional-dependencies"]["test"] if line.startswith("ruff")]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert pins == [f"ruff=={pins[0].partition('==')[2]}"]
+    assert hooks.count(f"additional_dependencies: [{pins[0]}]") == hooks.count("language: python") == 2
+    assert ".venv" not in hooks

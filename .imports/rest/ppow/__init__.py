@@ -1,0 +1,1 @@
+../../../modeling_ppow/__init__.py
