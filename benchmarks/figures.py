@@ -145,7 +145,7 @@ def at(name: str, wanted: str, aim: float = 6.4) -> float:
 
 
 def stocked(name: str, wanted: str) -> str:
-    """594.9 (18.9x)"""
+    """594.9 (18.9x)."""
     return f"{speed(name, wanted):.1f} ({over_stock(name, wanted):.1f}x)"
 
 
@@ -189,7 +189,7 @@ def noise(verification: str, name: str) -> str:
 
 
 def timed(found: dict, unit: str) -> str:
-    """Cells: 994 rollouts | 0.0644 (0.0643 to 0.0661)"""
+    """Cells: 994 rollouts | 0.0644 (0.0643 to 0.0661)."""
     least, most = found["seconds_range"]
     return f"{found[f'{unit}_per_second']:.0f} {unit} | {found['seconds']:.4f} ({least:.4f} to {most:.4f})"
 

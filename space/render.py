@@ -149,8 +149,11 @@ NO_WINDOW = '<p class="hint">The first token ended this answer, so no window was
 
 
 def stepper(windows: dict[str, list[dict]], words: dict) -> str:
-    """The verifications of a race's drafters. All windows come along as JSON, and ``head.html`` steps through them: a
-    step asks nobody, so no answer can be late. ``words``: token id -> piece."""
+    """The verifications of a race's drafters.
+
+    All windows come along as JSON, and ``head.html`` steps through them: a step asks nobody, so no answer can be late.
+    ``words``: token id -> piece.
+    """
     views = {name: [window(w, words) for w in found] or [NO_WINDOW] for name, found in windows.items()}
     first = next(iter(views.values()))
     choices = "".join(
