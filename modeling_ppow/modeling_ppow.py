@@ -34,6 +34,7 @@ from .configuration_ppow import PPOWConfig
 from .drafting_ppow import DEFAULT_WINDOW_SIZE
 from .formats_ppow import import_checkpoint, is_foreign
 from .generation_ppow import decode, register_assisted_decoding
+from .lossless_ppow import explain
 from .masks_ppow import additive_mask
 from .weights_ppow import HUB_OPTIONS
 
@@ -331,6 +332,12 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
     def assisted_decoding(self, target: PreTrainedModel, input_ids: torch.LongTensor, **kwargs):
         """What ``target.generate(..., assistant_model=drafter)`` runs; arguments as transformers' decoding methods."""
         return decode(target, input_ids, assistant_model=self, **kwargs)
+
+    def explain(
+        self, target: PreTrainedModel, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
+    ):
+        """Why a greedy answer with this drafter is not stock ``generate``'s: see :func:`lossless_ppow.explain`."""
+        return explain(target, self, prompt, answer, expected, config)
 
     def generate(self, *args, **kwargs):
         raise ValueError(
