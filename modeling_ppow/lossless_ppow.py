@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .drafting_ppow import call_config
+from .drafting_ppow import DraftOptions, call_config
 from .target_ppow import decoder_layers
 
+FAULT, NEAR_TIE = "fault", "near tie"
 LIKELIEST = 64  # tokens over which the rounding is measured
 DEVIATIONS = 6
 
@@ -38,27 +39,21 @@ class Difference:
     Attributes:
         position: index in the answer.
         token, expected: the two ids; None where an answer has ended.
-        gap: what the two scores differ by; NaN where one has ended or cannot be had.
+        gap: what the two scores differ by; None where an answer has ended, or a score is not finite.
         rounding: what rounding explains.
+        verdict: "near tie" or "fault".
     """
 
     position: int
     token: int | None
     expected: int | None
-    gap: float = math.nan
-    rounding: float = 0.0
-
-    @property
-    def is_near_tie(self) -> bool:
-        return abs(self.gap) <= self.rounding
-
-    @property
-    def verdict(self) -> str:
-        return "near tie" if self.is_near_tie else "fault"
+    gap: float | None = None
+    rounding: float | None = None
+    verdict: str = FAULT
 
     def __str__(self) -> str:
-        if self.token is None or self.expected is None:
-            return f"fault at token {self.position + 1}: one answer ends where the other goes on"
+        if self.gap is None:
+            return f"{self.verdict} at token {self.position + 1}: {self.token} instead of {self.expected}"
         return (
             f"{self.verdict} at token {self.position + 1}: the scores of {self.token} and {self.expected} are "
             f"{self.gap:.3g} apart, rounding explains {self.rounding:.3g}"
@@ -66,7 +61,7 @@ class Difference:
 
 
 def first_difference(
-    target, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
+    target, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None, exact: bool = False
 ) -> Difference | None:
     """Compare two greedy answers to one prompt.
 
@@ -75,6 +70,7 @@ def first_difference(
         prompt: (1, P) ids.
         answer, expected: new tokens of the two.
         config: the call's generation config, whose processors and lengths count; None: the target's own.
+        exact: the two must agree, so any difference is a fault.
 
     Returns:
         None when they are the same; else where they part, and what that is.
@@ -90,13 +86,49 @@ def first_difference(
     pair = [answer[position], expected[position]]
     ids = torch.cat((prompt, torch.tensor([answer[:position]], dtype=torch.long, device=prompt.device)), 1)
     config = ending_at(config or target.generation_config, prompt.shape[1])
-    exact, own = precise_scores(target, ids, config), scores_after(target, ids, config).double()
-    likely = exact.topk(min(LIKELIEST, exact.shape[-1])).indices
-    noise = (own - exact)[likely]
+    precise, own = precise_scores(target, ids, config), scores_after(target, ids, config).double()
+    likely = precise.topk(min(LIKELIEST, precise.shape[-1])).indices
+    noise = (own - precise)[likely]
     sigma = float(noise[torch.isfinite(noise)].std(correction=0))
-    one, other = exact[pair].tolist()
+    one, other = precise[pair].tolist()
     rounding = torch.finfo(target.dtype).eps * max(abs(one), abs(other)) + DEVIATIONS * math.sqrt(2) * sigma
-    return Difference(position, *pair, one - other, rounding)
+    gap = abs(one - other)
+    if not math.isfinite(gap + rounding):
+        return Difference(position, *pair)
+    return Difference(position, *pair, gap, rounding, NEAR_TIE if gap <= rounding and not exact else FAULT)
+
+
+def without_drafts(target, drafter, prompt: torch.Tensor, config) -> tuple[list[int], DraftOptions]:
+    """The reference of a call: the same loop with windows of the same shapes and nothing drafted in them.
+
+    Args:
+        prompt: (1, P) ids.
+        config: the call's generation config.
+
+    Returns:
+        Its new tokens, and the options that were in effect. Where ``cuda_graphs`` is among them, every window has one
+        shape whatever the length of the text, and a call with drafts must give these very tokens. On the plain path
+        attention's shapes follow the text's length and the window's place in it, and near ties are possible.
+    """
+    config = call_config(config, accept_drafts=False, return_dict_in_generate=True)
+    mask = torch.ones_like(prompt)
+    out = target.generate(prompt, attention_mask=mask, generation_config=config, assistant_model=drafter)
+    return out.sequences[0, prompt.shape[1] :].tolist(), out.drafting
+
+
+def explain(
+    target, drafter, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
+) -> list[Difference]:
+    """Why a greedy answer with a drafter is not stock ``generate``'s; arguments as for :func:`first_difference`.
+
+    Returns:
+        Where it parts from stock ``generate``'s answer; and, if it does, where from the same loop without drafts.
+    """
+    config = call_config(config or target.generation_config, do_sample=False)
+    reference, ran = without_drafts(target, drafter, prompt, config)
+    found = [first_difference(target, prompt, answer, expected, config)]
+    found.append(first_difference(target, prompt, answer, reference, config, exact=ran.cuda_graphs))
+    return [difference for difference in found if difference is not None]
 
 
 class _AtOnce(StoppingCriteria):

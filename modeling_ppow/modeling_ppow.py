@@ -35,6 +35,7 @@ from .drafting_ppow import DEFAULT_WINDOW_SIZE, DraftOptions
 from .entrances_ppow import register_assisted_decoding
 from .formats_ppow import import_checkpoint, is_foreign
 from .generation_ppow import decode
+from .lossless_ppow import explain
 from .masks_ppow import additive_mask
 from .weights_ppow import HUB_OPTIONS, check_path
 
@@ -334,6 +335,12 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
     def assisted_decoding(self, target: PreTrainedModel, input_ids: torch.LongTensor, **kwargs):
         """What ``target.generate(..., assistant_model=drafter)`` runs; arguments as transformers' decoding methods."""
         return decode(target, input_ids, assistant_model=self, **kwargs)
+
+    def explain(
+        self, target: PreTrainedModel, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
+    ):
+        """Why a greedy answer with this drafter is not stock ``generate``'s: see :func:`lossless_ppow.explain`."""
+        return explain(target, self, prompt, answer, expected, config)
 
     def generate(self, *args, **kwargs):
         raise ValueError(

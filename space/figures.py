@@ -1,7 +1,7 @@
 """Figures of a visitor's own runs, defined as ``ppow evaluate`` defines them (a test compares the two).
 
 A record is one race as plain values: ``{"label", "drafting", "window", "temperature", "identical", "systems": {name:
-{"tokens", "seconds", "drafted", "accepted", "gained"}}}``.
+{"tokens", "seconds", "verdicts", "drafted", "accepted", "gained"}}}``; ``verdicts`` say why greedy tokens differ.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ def record(settings: Settings, runs: list[Run]) -> dict:
     systems = {}
     for run in runs:
         systems[run.name] = {"tokens": len(run.tokens), "seconds": run.seconds}
+        systems[run.name]["verdicts"] = [found["verdict"] for found in run.differences]
         systems[run.name] |= {"drafted": run.drafted, "accepted": run.accepted, "gained": run.gained}
     return {
         "label": settings.label,
@@ -37,6 +38,8 @@ class Figures:
     plain_tokens_per_second: float
     speedup: float
     identical: int
+    near_ties: int
+    faults: int
 
 
 def summarize(records: list[dict], name: str, acceptance_class) -> Figures:
@@ -54,6 +57,8 @@ def summarize(records: list[dict], name: str, acceptance_class) -> Figures:
         plain,
         rate / plain,
         sum(bool(record["identical"]) for record in records),
+        sum("near tie" in run["verdicts"] and "fault" not in run["verdicts"] for run in runs),
+        sum("fault" in run["verdicts"] for run in runs),
     )
 
 

@@ -11,6 +11,7 @@ import time
 import gradio as gr
 
 import figures
+import method
 import render
 from inside import look_inside
 from race import LIMITS, MAX_CHARACTERS, MODEL_THREAD, PLAIN, Settings, StopFlag, identical, prompt_ids, race
@@ -129,8 +130,8 @@ class Page:
 
         Returns:
             settings, identical (true or false at temperature 0, else null), and per system its text, token ids,
-            seconds, tokens_per_second and steps; per drafter also speedup, acceptance_length, per_position and, per
-            verification, drafted, accepted and gained.
+            seconds, tokens_per_second and steps; per drafter also speedup, acceptance_length, per_position, differences
+            and, per verification, drafted, accepted and gained.
         """
         try:
             tree = (tree_depth, tree_top_k, tree_nodes)
@@ -163,7 +164,7 @@ class Page:
                 with gr.Tab("Figures"):
                     charts = shown("figures", fresh, "")
                 with gr.Tab("Method"):
-                    gr.HTML(render.METHOD, padding=False)
+                    gr.HTML(self.method(), padding=False)
                 with gr.Tab("API"):
                     gr.Markdown(API, elem_classes="api")
             press, visitor = gr.Number(0, precision=0, visible=False), gr.State(Visitor(), time_to_live=3600)
@@ -197,6 +198,13 @@ class Page:
             return render.html.escape(self.load().describe())
         except ValueError as error:
             return f"<span class='problem' role='alert'>⚠ {render.html.escape(str(error))}</span>"
+
+    def method(self) -> str:
+        """How the drafter that is shown was trained."""
+        try:
+            return method.page(self.load().trained)
+        except (ValueError, TypeError):  # no pair, or a record of another form
+            return method.page(None)
 
     def names(self) -> list[str]:
         try:
@@ -317,6 +325,7 @@ def report(pair, settings: Settings, runs: list) -> dict:
         if run.name != PLAIN:
             f = figures.summarize([kept], run.name, acceptance)
             one |= {"speedup": f.speedup, "acceptance_length": f.acceptance_length, "per_position": f.per_position}
+            one |= {"differences": run.differences}
             one |= {"drafted": run.drafted, "accepted": run.accepted, "gained": run.gained}
         systems[run.name] = one
     return {"settings": vars(settings), "identical": kept["identical"], "systems": systems}
@@ -336,6 +345,6 @@ print(race["systems"]["PPOW"]["speedup"], race["identical"])
 Arguments besides `prompt`, with their defaults: `temperature=0`, `drafting="chain"` or `"tree"`, `window_size=10`,
 `tree_depth=7`, `tree_top_k=10`, `tree_nodes=60`, `max_new_tokens=128`, `seed=0`. What is out of range raises an error
 that says what is allowed. The result holds `settings`, `identical` and, per system, `text`, `tokens`, `seconds`,
-`tokens_per_second` and `steps`; per drafter also `speedup`, `acceptance_length`, `per_position` and, per verification,
-`drafted`, `accepted` and `gained`.
+`tokens_per_second` and `steps`; per drafter also `speedup`, `acceptance_length`, `per_position`, `differences` (near
+ties and faults, where greedy tokens are not the target's) and, per verification, `drafted`, `accepted` and `gained`.
 """

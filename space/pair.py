@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE.parent / "bundled"
+RECORD = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Pair:
     tokenizer: object
     drafters: dict
     names: Names
+    trained: dict | None = None  # the record of the drafter's last stage, if its repository keeps one
 
     @property
     def longest(self) -> int:
@@ -101,10 +105,23 @@ def load_pair(names: Names, device: str | None = None) -> Pair:
     drafters = {"PPOW": _load("drafter", names.drafter, _drafter, names.drafter_revision, dtype)}
     if names.baseline:
         drafters["stage 1"] = _load("baseline", names.baseline, _drafter, names.baseline_revision, dtype)
-    pair = Pair(target.to(device), tokenizer, {name: model.to(device) for name, model in drafters.items()}, names)
+    drafters = {name: model.to(device) for name, model in drafters.items()}
+    pair = Pair(target.to(device), tokenizer, drafters, names, record_of(names.drafter, names.drafter_revision))
     for drafter in drafters.values():
         pair.part("target_ppow").check_pair(pair.target, drafter)
     return pair
+
+
+def record_of(name: str, revision: str | None = None) -> dict | None:
+    """provenance.json of a drafter's folder or repository; None where it has none, or none that can be read."""
+    file = Path(name) / RECORD
+    try:
+        if not Path(name).is_dir():
+            file = Path(hf_hub_download(name, RECORD, revision=revision))
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, HfHubHTTPError):  # what is missing here costs the page its method, no more
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _load(what: str, name: str, load, *arguments, **options):

@@ -101,6 +101,8 @@ class Run:
         steps: (seconds since the start, tokens that arrived) per forward of the target.
         seconds: whole generation, prefill included; None while it runs.
         drafted, accepted, gained: per verification, as in the drafter's ``Acceptance``.
+        differences: why its greedy tokens are not the plain target's (``lossless_ppow`` of the drafter's code): dicts
+            with ``verdict``, "near tie" or "fault", and ``text``.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Run:
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     gained: list[int] = field(default_factory=list)
+    differences: list[dict] = field(default_factory=list)
     stopped: bool = False
 
     @property
@@ -179,7 +182,7 @@ def generation_config(pair, settings: Settings, drafter) -> GenerationConfig:
     chosen |= {"max_new_tokens": settings.max_new_tokens}
     if drafter is not None:
         chosen |= {**settings.options, "return_dict_in_generate": True}
-    return GenerationConfig(**(pair.target.generation_config.to_diff_dict() | chosen))
+    return pair.part("drafting_ppow").call_config(pair.target.generation_config, **chosen)
 
 
 def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFlag) -> Iterator[Run]:
@@ -200,6 +203,7 @@ def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFla
         )
         run.seconds = time.perf_counter() - clock.started
         if drafter is not None:
+            pair.part("drafting_ppow").what_was_drafted(out, settings.options)
             figures = out.acceptance
             run.drafted, run.accepted, run.gained = figures.drafted[0], figures.accepted[0], figures.gained[0]
 
@@ -228,6 +232,17 @@ def race(pair, settings: Settings, stop: StopFlag) -> Iterator[list[Run]]:
         done.append(run)
         if run.stopped:
             return
+        if settings.temperature == 0 and run.tokens != done[0].tokens:
+            run.differences = MODEL_THREAD.submit(explain, pair, settings, ids, run, done[0]).result()
+            yield [*done]
+
+
+def explain(pair, settings: Settings, ids: torch.Tensor, run: Run, plain: Run) -> list[dict]:
+    """Why a run's greedy tokens are not the plain target's."""
+    drafter = pair.drafters[run.name]
+    config = generation_config(pair, settings, drafter)
+    found = drafter.explain(pair.target, ids, run.tokens, plain.tokens, config)
+    return [{"verdict": difference.verdict, "text": str(difference)} for difference in found]
 
 
 def identical(runs: list[Run], temperature: float) -> bool | None:

@@ -89,6 +89,16 @@ def numbers(shown: list[tuple]) -> str:
     return f"<dl class='numbers'>{cells}</dl>"
 
 
+def difference(run: Run) -> str:
+    """Why a run's greedy tokens are not the plain target's: a near tie, or a fault."""
+    why, name = run.differences, html.escape(run.name)
+    said = html.escape("; ".join(found["text"] for found in why))
+    if any(found["verdict"] == "fault" for found in why):
+        return f"✗ <strong>FAULT: {name} gives other tokens than the target</strong>, and not by rounding: {said}."
+    agrees = " Token for token it is what the same loop gives without drafts." if len(why) == 1 else ""
+    return f"≈ <strong>Identical but for rounding</strong> with {name}: {said}.{agrees}"
+
+
 def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
     """The facts of a finished race, and the replay's buttons."""
     if any(run.stopped for run in runs):
@@ -104,19 +114,12 @@ def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
     elif same:
         facts.append(f"✓ <strong>Identical output</strong>: all {len(plain.tokens)} tokens compared, none differs.")
     else:
-        place = min(first_difference(plain.tokens, run.tokens) for run in runs[1:] if run.tokens != plain.tokens)
-        facts.append(
-            f"✗ <strong>The outputs differ</strong>, from token {place + 1} on. In float32 this should not happen."
-        )
+        facts += [difference(run) for run in runs[1:] if run.differences]
     buttons = "".join(
         f'<button type="button" class="small" data-replay="{slower}">{label}</button>'
         for slower, label in ((1, "▶ Replay at true speed"), (4, "▶ 4 times slower"))
     )
     return f'<div class="verdict" role="status"><p>{" · ".join(facts)}</p><p class="row">{buttons}</p></div>'
-
-
-def first_difference(one: list[int], other: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def note(text: str) -> str:
@@ -288,6 +291,8 @@ def figures_table(groups: dict[str, dict[str, Figures]], temperatures: dict[str,
     for label, systems in groups.items():
         for name, f in systems.items():
             same = f"{f.identical} of {f.races}" if temperatures[label] == 0 else "sampled"
+            same += f", {f.near_ties} near ties" if f.near_ties else ""
+            same += f", <strong>{f.faults} FAULTS</strong>" if f.faults else ""
             cells = (
                 *(html.escape(text) for text in (label, name)), f.races, f"{f.acceptance_length:.2f}",
                 f"{f.plain_tokens_per_second:.0f}", f"{f.tokens_per_second:.0f}", f"{f.speedup:.2f}×", same,
@@ -362,32 +367,3 @@ def chart(title: str, xlabel: str, series: dict, shapes: str, highest: str, perc
         f"<line class='axis' x1='40' x2='360' y1='150' y2='150'/><text class='end' x='34' y='24'>{highest}</text>"
         f"<text class='end' x='34' y='153'>0</text>{shapes}<text x='200' y='185'>{xlabel}</text></svg></figure>"
     )
-
-
-METHOD = """
-<div class="method">
-<svg viewBox="0 0 760 250" role="img" aria-label="The method: stage 1 trains the drafter on the target's own
-answers; stage 2 draws windows where target and drafter diverge, lets the drafter write eight rollouts of each, lets the
-target verify them in one forward, and rewards accepted prefixes per unit of cost.">
-<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">
-<path d="M0 0 8 4 0 8z"/></marker></defs>
-<g class="box"><rect x="8" y="40" width="150" height="78" rx="10"/><text x="83" y="64" class="big">Stage 1</text>
-<text x="83" y="84">imitate the target's</text><text x="83" y="101">answers (EAGLE-3)</text></g>
-<g class="box"><rect x="196" y="40" width="150" height="78" rx="10"/>
-<text x="271" y="64" class="big">Choose windows</text>
-<text x="271" y="84">where the target is sure</text><text x="271" y="101">and the drafter differs</text></g>
-<g class="box"><rect x="384" y="40" width="150" height="78" rx="10"/><text x="459" y="64" class="big">Roll out</text>
-<text x="459" y="84">8 windows of 10 tokens</text><text x="459" y="101">from each prefix</text></g>
-<g class="box"><rect x="572" y="40" width="180" height="78" rx="10"/>
-<text x="662" y="64" class="big">Verify and reward</text>
-<text x="662" y="84">k accepted tokens earn</text><text x="662" y="101">k / (0.12 k + 1)</text></g>
-<path class="arrow" d="M158 79H194"/><path class="arrow" d="M346 79H382"/><path class="arrow" d="M534 79H570"/>
-<path class="arrow" d="M662 118V190H271V120"/>
-<text x="466" y="182">group-relative advantages update the drafter, held near the target</text>
-<text x="466" y="22" class="big">Stage 2: PPOW</text><text x="466" y="212">and again</text></svg>
-<p>The target verifies a whole window in one forward and keeps the longest accepted prefix, so one early mismatch
-throws away everything behind it. Token imitation does not know that; PPOW trains on what decoding gains: accepted
-prefixes per unit of cost. When no token was accepted, a smaller reward still tells near misses from far ones.</p>
-<p><a href="https://arxiv.org/abs/2605.14978">PPOW: Performance-Driven Policy Optimization for Speculative Decoding with
-Adaptive Windowing (arXiv 2605.14978)</a></p></div>
-"""

@@ -7,6 +7,7 @@ The answer streams while it is made with the drafter; the figures come from sile
 two systems take turns.
 """
 
+import dataclasses
 import os
 import statistics
 import sys
@@ -111,6 +112,7 @@ def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
     import torch
 
     from ppow.drafting_ppow import what_was_drafted
+    from ppow.lossless_ppow import FAULT
 
     from .evaluate import drafting_options, timed
 
@@ -125,9 +127,13 @@ def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
     plain_rate, rate = statistics.median(slow), statistics.median(fast)
     what_was_drafted(out, drafting_options(config))
     same, answer, differences = torch.equal(expected, out.sequences), "sampled from one distribution", []
-    if config.temperature == 0:
-        differences = [] if same else explain(target, drafter, ids, expected, out, plain, ours)
-        answer = "; ".join(["identical: NO", *map(say, differences)]) if differences else "identical: yes"
+    if config.temperature == 0 and not same:
+        answers = (sequences[0, ids.shape[1] :].tolist() for sequences in (out.sequences, expected))
+        differences = drafter.explain(target, ids, *answers, ours)
+        agrees = "; the same tokens as without drafts" if len(differences) == 1 else ""
+        answer = f"identical: NO, {'; '.join(map(str, differences))}{agrees}"
+    elif config.temperature == 0:
+        answer = "identical: yes"
     length = out.acceptance.acceptance_length
     print(
         f"  plain {plain_rate:.0f} tokens/s, with drafter {rate:.0f} tokens/s, speedup {rate / plain_rate:.2f}x, "
@@ -135,31 +141,9 @@ def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
     )
     sys.stdout.flush()
     figures = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
-    fault = any(found and found["verdict"] == "fault" for found in differences)
-    return {**figures, "acceptance_length": length, "identical": same, "differences": differences, "fault": fault}
-
-
-def explain(target, drafter, ids, expected, out, plain, ours) -> list[dict | None]:
-    """Why an answer is not stock ``generate``'s: where it parts from it, and from the same loop without drafts."""
-    from .evaluate import judged, without_drafts
-
-    start, fast = ids.shape[1], out.drafting.cuda_graphs
-    answer = out.sequences[0, start:].tolist()
-    reference = without_drafts(target, drafter, ids, ours)
-    against_stock = judged(target, ids, answer, expected[0, start:].tolist(), plain)
-    return [against_stock, judged(target, ids, answer, reference, plain, exact=fast)]
-
-
-def say(found: dict | None) -> str:
-    """One of :func:`explain`'s two, in words."""
-    if found is None:
-        return "the same tokens as without drafts"
-    if found["gap"] is None:
-        return f"{found['verdict']} at token {found['position'] + 1}, where one answer ends"
-    return (
-        f"{found['verdict']} at token {found['position'] + 1}: two scores {abs(found['gap']):.2g} apart, rounding "
-        f"explains {found['rounding']:.2g}"
-    )
+    fault = any(found.verdict == FAULT for found in differences)
+    figures |= {"acceptance_length": length, "identical": same, "fault": fault}
+    return {**figures, "differences": [dataclasses.asdict(found) for found in differences]}
 
 
 def bundled(part: str) -> Path:

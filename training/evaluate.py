@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 
@@ -32,11 +31,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DraftOptions, call_config, what_was_drafted
-from ppow.lossless_ppow import first_difference
+from ppow.lossless_ppow import first_difference, without_drafts
 
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
-from .figures import FAULT, ends_in_a_loop, faults, gain, plot, summarize, table
+from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import write_json
 from .fingerprints import fingerprint
 from .loading import named
@@ -215,27 +214,16 @@ def compare(
             sample.difference = judged(target, ids, answer, expected, plain)
         if check:
             if ran not in references:
-                references[ran] = without_drafts(target, drafter, ids, ours)
+                references[ran], _ = without_drafts(target, drafter, ids, ours)
             sample.reference = judged(target, ids, answer, references[ran], plain, exact=ran.cuda_graphs) or {}
         samples.append(sample)
     return samples
 
 
-def without_drafts(target, drafter, ids: torch.Tensor, ours) -> list[int]:
-    """The reference answer: the same loop with the same windows, and nothing drafted in them."""
-    config = call_config(ours, accept_drafts=False)
-    mask = torch.ones_like(ids)
-    out = target.generate(ids, attention_mask=mask, generation_config=config, assistant_model=drafter)
-    return out.sequences[0, ids.shape[1] :].tolist()
-
-
-def judged(target, ids, answer: list[int], expected: list[int], plain, exact: bool = False) -> dict | None:
-    """Where two answers part, ready for JSON; ``exact``: whatever the gap, it is a fault. None where they do not."""
-    found = first_difference(target, ids, answer, expected, plain)
-    if found is None:
-        return None
-    facts = dataclasses.asdict(found) | {"verdict": FAULT if exact else found.verdict}
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in facts.items()}
+def judged(*arguments, **options) -> dict | None:
+    """:func:`ppow.lossless_ppow.first_difference`, ready for JSON."""
+    found = first_difference(*arguments, **options)
+    return None if found is None else dataclasses.asdict(found)
 
 
 def timed(target, seed: int, ids, **arguments):

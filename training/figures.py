@@ -3,11 +3,11 @@
 import random
 from pathlib import Path
 
+from ppow.lossless_ppow import FAULT, NEAR_TIE, Difference
 from ppow.transcript_ppow import Acceptance
 
 from .samples import Sample
 
-FAULT, NEAR_TIE = "fault", "near tie"
 _COUNTS = ("drafted", "accepted", "gained")
 
 
@@ -55,14 +55,10 @@ def faults(title: str, samples: list[Sample]) -> list[str]:
     """A line for every fault."""
     lines = []
     for number, sample in enumerate(samples):
-        for against, found in (("stock generate", sample.difference), ("the reference", sample.reference)):
+        for against, found in (("stock generate", sample.difference), ("the loop without drafts", sample.reference)):
             if verdict(found) == FAULT:
-                gap = "one answer ends" if found["gap"] is None else f"gap {found['gap']:.3g}"
-                lines.append(
-                    f"{title}, sample {number + 1}, prompt {sample.prompt + 1}: FAULT at token {found['position'] + 1} "
-                    f"against {against}: {found['token']}, expected {found['expected']} ({gap}, rounding explains "
-                    f"{found['rounding']:.3g})"
-                )
+                place = f"{title}, sample {number + 1}, prompt {sample.prompt + 1}, against {against}"
+                lines.append(f"{place}: {Difference(**found)}")
     return lines
 
 
