@@ -47,8 +47,8 @@ HERMES = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content %}{{ m.content }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}"
-    "{{ '<tool_call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name + (c.function.arguments | tojson) }}"
+    "{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}" + ASK
 )
 PARTS = (  # Llava: it reads parts, and of a text nothing
@@ -102,7 +102,7 @@ CUT = {"complete": False, "by": {}}
             say("a", f"{THOUGHT}one", "b", f"{THOUGHT}two"),
             [[f"Well.\n</think>\n\n{x}{END}"] for x in ("one", "two")],
         ),
-        (R1, say("a", "one", "b", f"{THOUGHT}two"), [[f"one{END}"], [f"Well.\n</think>\n\ntwo{END}"]]),
+        (R1, say("a", "one", "b", f"{THOUGHT}two"), [[f"one{END}", f"Well.\n</think>\n\ntwo{END}"]]),
         # ... and shows in the last turn
         (QWEN, say("a", "one"), [[f"\n</think>\n\none{END}"]]),
         (QWEN, say("a", f"{THOUGHT}one"), [[f"Well.\n</think>\n\none{END}"]]),

@@ -125,10 +125,8 @@ class Chat:
 
     def _end(self, text: str, start: int, cut: bool) -> int:
         """Where an answer ends: the line break after an end-of-turn token is the template's, never the target's."""
-        stripped = text[start:].rstrip()
-        ending = next(
-            (token for token in self.tokenizer.all_special_tokens if token and stripped.endswith(token)), None
-        )
+        stripped, specials = text[start:].rstrip(), self.tokenizer.all_special_tokens
+        ending = next((token for token in specials if token and stripped.endswith(token)), None)
         if cut and ending:
             stripped = stripped.removesuffix(ending).rstrip()
         return start + len(stripped) if ending or cut else len(text)
@@ -137,10 +135,8 @@ class Chat:
         """The thought before an answer as the target wrote it, if there is one that the template does not show."""
         if not self.knows_thoughts():
             return None
-        content, thought = (
-            self.messages[index]["content"] or "",
-            self.messages[index].get("reasoning_content", "").strip(),
-        )
+        message = self.messages[index]
+        content, thought = message["content"] or "", message.get("reasoning_content", "").strip()
         found = THOUGHT.match(content)
         tag = opened or ("[THINK]" if "[THINK]" in self.template else "<think>")
         closing = f"\n{tag[0]}/{tag[1:]}\n\n"

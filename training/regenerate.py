@@ -207,9 +207,11 @@ def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -
         theirs += [f"{key}: {chat[key]}" for key in TEMPLATE_COLUMNS if key in chat]
         for one, other in itertools.zip_longest(ours, theirs, fillvalue="nothing"):
             if one != other:
+                shared = max(0, len(os.path.commonprefix((one, other))) - 20)  # long texts are shown where they part
                 raise ValueError(
-                    f"{output}:{number} answers {one!r:.80} as row {index}, but row {index} of --data asks "
-                    f"{other!r:.80}. Resume with the data and --limit it was made from, or give another --output."
+                    f"{output}:{number} answers {one[shared:]!r:.80} as row {index}, but row {index} of --data asks "
+                    f"{other[shared:]!r:.80}. Resume with the data and --limit it was made from, or give another "
+                    "--output."
                 )
         if writer != by:
             raise ValueError(

@@ -175,7 +175,8 @@ def _read_reply(reply) -> Answer:
     if isinstance(refusal, str) and refusal and not told:
         return Answer({"role": "assistant", "content": refusal}, "refusal")
     try:
-        message = normal_message({"role": "assistant", "content": "", **told})
+        called = "tool_calls" in told or "function_call" in told
+        message = normal_message({"role": "assistant", "content": None if called else "", **told})
     except BadRow as error:
         raise RefusedError(f"answered with something else than a message: {error}") from None
     if message.get("tool_calls"):
