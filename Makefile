@@ -32,6 +32,7 @@ space: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 style: $(STAMP)
