@@ -50,6 +50,7 @@ test: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/browser.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 types: $(TEST)

@@ -1,5 +1,7 @@
-"""How the drafter on the page was trained, as its own record says: with PPOW's rollouts, with their closed form, or not
-with PPOW."""
+"""How the drafter on the page was trained, as its own record says.
+
+With PPOW's rollouts, with their closed form, or not with PPOW.
+"""
 
 import html
 

@@ -290,10 +290,8 @@ def part(press: int, html: str, **more) -> dict:
 
 def shown(name: str, fresh: dict, script: str) -> gr.HTML:
     """A part of the page. Each value that arrives passes ``ppow.shown``, which drops what belongs to an older press."""
-    template = '${typeof ppow === "undefined" ? value.html : ppow.shown(name, value)}'
-    return gr.HTML(
-        part(0, fresh[name]), html_template=template, js_on_load=script, name=name, padding=False, elem_id=name
-    )
+    template = f'${{typeof ppow === "undefined" ? value.html : ppow.shown("{name}", value)}}'
+    return gr.HTML(part(0, fresh[name]), html_template=template, js_on_load=script, padding=False, elem_id=name)
 
 
 def arrives(press: int, *values) -> list:

@@ -2,54 +2,33 @@
 
 import os
 import re
-import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("gradio", reason="the Space needs Gradio: pip install -e '.[space]'")
 
-from page import EXAMPLES
-from space_helpers import serve
+from browser import find
+from page import EXAMPLES, PARTS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need: pip install -e '.[test]'")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)
+PATIENCE = 200_000  # ms; how fast a busy machine is is no property of the page, and pytest has a limit of its own
+expect.set_options(timeout=PATIENCE)
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-def find_browser(playwright) -> str | None:
-    """Path of a Chromium, installed if need be and possible; None without one."""
-    if Path(playwright.chromium.executable_path).exists():
-        return playwright.chromium.executable_path
-    installed = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if installed or os.environ.get("PPOW_INSTALL_BROWSER") == "0":
-        return installed
-    for command in (["playwright", "install", "chromium"], ["apt-get", "install", "-y", "-qq", "chromium"]):
-        if shutil.which(command[0]) and subprocess.run(command, capture_output=True, timeout=240).returncode == 0:
-            return next(filter(None, map(shutil.which, BROWSERS)), playwright.chromium.executable_path)
-    return None
+pytest_plugins = ["space_helpers"]
 
 
 @pytest.fixture(scope="module")
 def browser():
+    path = find()
+    if path is None:
+        pytest.skip("no Chromium: `make test` installs one where it can, or run `python tests/browser.py`")
     with sync_api.sync_playwright() as playwright:
-        path = find_browser(playwright)
-        if path is None:
-            pytest.skip("no Chromium, and neither playwright nor apt could install one")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=0)
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("space") / "log.txt") as server:
-        yield server.url
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +39,7 @@ def shots(tmp_path_factory):
 
 
 @pytest.fixture
-def visit(browser, address):
+def visit(browser, server):
     """Open the page: visit(width=..., dark=..., query=...) -> page. Errors on the console fail the test."""
     errors, contexts = [], []
 
@@ -68,13 +47,13 @@ def visit(browser, address):
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
         )
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(PATIENCE)
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(address + query)
+        page.goto(server.url + query)
         page.wait_for_selector("#panes .pane")
         page.wait_for_function("document.querySelector('#prompt textarea')?.value.length > 0")
         return page
@@ -91,7 +70,7 @@ def race(page, tokens=48):
     # what an earlier race left is renamed: a short race may be over before a busy machine looks at it
     page.evaluate("document.querySelectorAll('#panes .pane').forEach(pane => pane.className = 'earlier')")
     page.click("#race")
-    page.wait_for_function("document.querySelectorAll('#panes .pane.done').length === 2", timeout=60_000)
+    page.wait_for_function("document.querySelectorAll('#panes .pane.done').length === 2")
     page.wait_for_selector("#status [data-replay]")
     return page.locator("#panes").inner_text()
 
@@ -102,19 +81,34 @@ def number(page, name, value):
     field.blur()
 
 
-def test_the_first_tokens_are_seen_within_two_seconds(visit, shots):
-    """The best of five, since other work on the machine is no property of the page."""
-    waits = []
-    while len(waits) < 5 and min(waits, default=9) >= 2:
-        page = visit()
-        started = time.perf_counter()
-        page.click("#race")
-        page.wait_for_selector("#panes .pane .t")
-        waits.append(time.perf_counter() - started)
-        page.screenshot(path=shots / "running.png")
-        page.wait_for_selector("#status [data-replay]", timeout=60_000)
-    print(f"first tokens after {', '.join(f'{seconds:.2f}' for seconds in waits)} s")
-    assert min(waits) < 2
+WATCH = """
+() => new MutationObserver((_, watch) => {
+  const tokens = document.querySelectorAll("#panes .pane .t");
+  if (!tokens.length) return;
+  watch.disconnect();
+  const pane = tokens[0].closest(".pane");
+  window.first = { running: pane.classList.contains("running"), seconds: +tokens[tokens.length - 1].dataset.t };
+}).observe(document.querySelector("#panes"), { childList: true, subtree: true })
+"""
+
+
+def test_the_first_tokens_are_seen_within_two_seconds(visit, server, shots):
+    """While the answer is still being written, and with what was written in its first two seconds. What comes before
+    the writing is counted in the server's own processor time, since other work on the machine is no property of the
+    page."""
+    page = visit()
+    number(page, "temperature", 2)  # such texts do not come to an end by themselves
+    number(page, "max_new_tokens", 256)
+    page.evaluate(WATCH)
+    before = server.processor_seconds()
+    page.click("#race")
+    page.wait_for_selector("#panes .pane .t")
+    used = server.processor_seconds() - before
+    page.wait_for_function("window.first")
+    page.screenshot(path=shots / "running.png")
+    found = page.evaluate("window.first")
+    print(f"first tokens {found['seconds']:.2f} s after the start, with {used:.2f} s of the processor")
+    assert found["running"] and found["seconds"] < 2 and used < 2
 
 
 def test_a_race_shows_its_facts_and_replays(visit, shots):
@@ -160,7 +154,7 @@ def test_every_control_reaches_the_race_and_reset_undoes_it(visit, shots):
     page.get_by_role("tab", name="Inside a window").click()
     page.screenshot(path=shots / "tree.png", full_page=True)
     page.click("#link")
-    page.wait_for_function("document.querySelector('#link').textContent.includes('Copied')")
+    page.wait_for_function("navigator.clipboard.readText().then(text => text.startsWith('http'))")
     link = page.evaluate("navigator.clipboard.readText()")
     page.click("#reset")
     page.wait_for_selector("#window_size", state="visible")
@@ -174,8 +168,10 @@ def test_every_control_reaches_the_race_and_reset_undoes_it(visit, shots):
 
 def test_stop_really_stops_and_the_page_goes_on(visit, shots):
     page = visit()
-    number(page, "max_new_tokens", 256)
-    number(page, "temperature", 2)  # such texts do not come to an end by themselves
+    page.get_by_role("radio", name="tree", exact=True).check()
+    # such texts do not come to an end by themselves, and such trees take their time
+    for name, value in (("temperature", 2), ("max_new_tokens", 256), ("tree_nodes", 128), ("tree_depth", 10)):
+        number(page, name, value)
     page.click("#race")
     page.wait_for_selector("#panes .pane .t")
     page.click("#stop")
@@ -183,7 +179,11 @@ def test_stop_really_stops_and_the_page_goes_on(visit, shots):
     expect(page.locator("#status")).to_contain_text("Stopped")
     assert page.locator("#panes .pane.stopped .t").count() < 256
     page.screenshot(path=shots / "stopped.png")
-    number(page, "temperature", 0)
+    page.click("#race")  # and before anything has been written
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#status').textContent.includes('Stopped')")
+    assert page.locator("#panes .pane.stopped .t").count() < 256
+    page.click("#reset")
     race(page, 16)
 
 
@@ -200,7 +200,7 @@ def test_stepping_through_a_window_asks_nobody(visit, shots):
     views = page.evaluate("JSON.parse(document.querySelector('.inside').dataset.windows)")["PPOW"]
     assert len(views) > 4
     page.context.set_offline(True)
-    page.evaluate("window.fetch = window.EventSource = () => { throw Error('a step asked the server'); }")
+    page.evaluate("() => { window.fetch = window.EventSource = () => { throw Error('a step asked the server'); }; }")
 
     def stands_at(number):
         """Checked without waiting: the step has been made when the event has been handled."""
@@ -243,12 +243,11 @@ def test_a_new_race_brings_its_own_windows_and_begins_at_the_first(visit):
 
 
 LATE = """
-([press, races]) => {
-  const stale = { press, html: "<p id='late'>late</p>", replay: true };
-  return races.map((part) => ppow.shown(part, stale).includes("late") || ppow.shown(part, stale) !== ppow.kept[part]);
+([press, parts]) => {
+  const stale = { press, html: "<p id='late'>late</p>", replay: true }, before = { ...ppow.kept };
+  return parts.map((part) => [part in before, ppow.shown(part, stale) === before[part]]);
 }
 """
-PARTS = ["panes", "status", "inside", "figures"]
 
 
 def test_answers_to_an_older_press_change_nothing(visit):
@@ -260,7 +259,7 @@ def test_answers_to_an_older_press_change_nothing(visit):
     page.wait_for_selector("#figures table")
     assert page.evaluate("ppow.press") == 2
     before = page.locator("#panes").inner_text()
-    assert page.evaluate(LATE, [1, PARTS]) == [False] * 4
+    assert page.evaluate(LATE, [1, list(PARTS)]) == [[True, True]] * 4
     assert page.locator("#panes").inner_text() == before and page.locator("#late").count() == 0
 
 
@@ -356,7 +355,7 @@ def test_the_keyboard_reaches_everything(visit):
     assert {"race", "stop", "reset", "link", *EXAMPLES} <= seen
     page.locator("#race").focus()
     page.keyboard.press("Enter")
-    page.wait_for_selector("#status [data-replay]", timeout=60_000)
+    page.wait_for_selector("#status [data-replay]")
     page.locator("[data-replay='4']").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#panes .t.later", state="attached")
@@ -371,7 +370,7 @@ def test_looks_and_accessibility(visit, shots, width, dark):
     serious = []
     for tab in ("Inside a window", "Figures", "Method", "API"):
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(300)
+        page.wait_for_function("document.getAnimations().every(animation => animation.playState === 'finished')")
         page.screenshot(path=shots / f"{name}-{re.sub('[^a-z]', '-', tab.lower())}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), tab
         found = axe.Axe().run(page).response["violations"]
