@@ -324,7 +324,7 @@ def call_obstacle(target, prompt) -> str | None:
 
 def attention_obstacle(target) -> str | None:
     """How a target that the tests do not walk fails under this module's attention, tried once; None if it does not."""
-    return None if is_known(target) else trial(target, ("fast",), PROMPT, unrecorded)
+    return None if is_known(target) else trial(target, "fast", PROMPT, unrecorded)
 
 
 def shortage(target, drafter, batch: int, capacity: int) -> str | None:

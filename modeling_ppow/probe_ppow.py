@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .drafting_ppow import DraftWindow
 from .masks_ppow import ancestors_of
-from .target_ppow import TargetState, check_kind
+from .target_ppow import TargetState, check_kind, decoder_layers
 
 # Classes of transformers that tests/test_families.py walks, token for token and under every attention implementation.
 KNOWN = {
@@ -38,7 +38,7 @@ KNOWN = {
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 }
-PROMPT, PADDING, TOKENS = 24, 12, 12  # of a trial
+PROMPT, TOKENS = 24, 12  # of a trial
 WRONG = 8  # siblings before the right node of a tree: its slot lies far from its position
 # Root mean square difference of the logits, in units of their spread, that rounding explains. A fault in a mask or in
 # a position is some 0.3 or more in a trained model; of a small random one it may be 0.001, in float32.
@@ -67,8 +67,12 @@ def check_target(target, start: int = 0, prompt: int = 1, end: int = 1, ahead: i
     check_rope(target.config, start, prompt, end)
     if is_known(target):
         return
-    for length in (PROMPT, *(border - 2 for border in borders(target) if PROMPT + TOKENS < border <= end + ahead)):
-        reason = trial(target, ("plain", length), length, TargetState)
+    decoder_layers(target)
+    shortest = min((size for size in _learned_positions(target) if size > TOKENS + 2), default=PROMPT + TOKENS)
+    near = min(PROMPT, shortest - TOKENS)
+    far = (border - 2 for border in borders(target) if near + TOKENS < border <= end + ahead)
+    for length in (near, *far):
+        reason = trial(target, "plain", length, TargetState)
         if reason is not None:
             raise ValueError(
                 f"{type(target).__name__} is not served: {reason}, so drafting would change its output. Generate "
@@ -128,15 +132,21 @@ def borders(target) -> list[int]:
             elif any(part in str(key) for part in _BORDERS):
                 values = value if isinstance(value, (list, tuple)) else [value]
                 found |= {int(v) for v in values if isinstance(v, (int, float)) and v > 0}
-    tables = {module.num_embeddings for module in target.modules() if isinstance(module, torch.nn.Embedding)}
-    return sorted(border for border in found if not tables & set(range(border, border + 9)))
+    ends = _learned_positions(target)
+    return sorted(border for border in found if not ends & set(range(border, border + 9)))
+
+
+def _learned_positions(target) -> set[int]:
+    """Sizes of the embeddings that are not the vocabulary's."""
+    sizes = {module.num_embeddings for module in target.modules() if isinstance(module, torch.nn.Embedding)}
+    return sizes - {target.config.get_text_config(decoder=True).vocab_size}
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def trial(target, name: tuple, length: int, make_state: Callable) -> str | None:
+def trial(target, name: str, length: int, make_state: Callable) -> str | None:
     """Try windows on a prompt of ``length`` tokens, unless that was done: -> why they are wrong, None if right.
 
     Args:
@@ -145,7 +155,7 @@ def trial(target, name: tuple, length: int, make_state: Callable) -> str | None:
     """
     config = target.config
     settings = json.dumps(config.to_dict(), default=str, sort_keys=True)
-    key = (*name, settings, str(config._attn_implementation), target.dtype, target.training)
+    key = (name, length, settings, str(config._attn_implementation), target.dtype, target.training)
     known = _found.setdefault(target, {})
     if key not in known or is_wrapped(target):
         known[key] = _try(target, length, make_state)
@@ -168,7 +178,9 @@ def _try(target, length: int, make_state: Callable) -> str | None:
         given = prompt[rows], mask[rows], forced[rows]
         try:
             expected = _one_by_one(subject, *given)  # (B, TOKENS, V)
-        except Exception as error:  # whatever a model raises that needs more than ids, or has an end of its own
+        except Exception as error:  # whatever a model raises that needs more than ids
+            if length > PROMPT:  # an end of its own, at which drafting changes nothing
+                return None
             return f"plain generate() of a few random tokens ends in {_short(error)}"
         try:
             found = _in_windows(subject, *given, make_state, tree=not flash)
@@ -216,7 +228,7 @@ def _text(target, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     draw = torch.randint(len(words), (2, length + TOKENS), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor(words)[draw].to(target.device)
     mask = torch.ones_like(ids[:, :length])
-    mask[1, :PADDING] = 0
+    mask[1, : length // 2] = 0
     return ids[:, :length].masked_fill(mask == 0, words[0]), mask, ids[:, length:]
 
 

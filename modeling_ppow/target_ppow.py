@@ -22,7 +22,8 @@ def decoder_layers(target) -> torch.nn.ModuleList:
         ValueError: where no list of modules has as many entries as the configuration names layers.
     """
     count = getattr(target.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = (module for module in target.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
+    modules = (*target.get_decoder().modules(), *target.modules())  # some name their head "decoder"
+    lists = (module for module in modules if isinstance(module, torch.nn.ModuleList))
     layers = next((layers for layers in lists if len(layers) == count), None)
     if layers is None:
         raise ValueError(
