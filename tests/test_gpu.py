@@ -133,36 +133,33 @@ def test_in_bfloat16_what_differs_is_a_near_tie_and_the_reference_agrees_token_f
     assert max(lengths) > 1.5
 
 
+class Told:
+    """Drafts what is known to follow: windows of ten tokens, every one of which is right."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens, self.place = torch.tensor(tokens + [1] * 24, device="cuda"), 0
+
+    def __call__(self, state, root, *_) -> DraftWindow:
+        window = DraftWindow.chain(self.tokens[self.place : self.place + 11][None].clone())
+        assert int(window.tokens[0, 0]) == int(root)
+        self.place += 11
+        return window
+
+
 def test_at_the_shape_of_a_large_target_the_reference_agrees_wherever_a_token_stands(monkeypatch):
-    """Layers of Llama-3.1-8B's shape, texts beyond the kernel's first round of keys, and drafts that are the reference's
-    own tokens, so that every row of a window is accepted."""
+    """Layers of Llama-3.1-8B's shape, texts beyond the kernel's first round of keys, and drafts that are the
+    reference's own tokens, so that every row of a window is accepted."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     target = build_target(**shape, num_hidden_layers=4, vocab_size=32000, max_position_embeddings=8192)
     target = target.to("cuda", torch.bfloat16)
     drafter = random_drafter(target).to("cuda", torch.bfloat16)
-    config = call_config(
-        target.generation_config,
-        do_sample=False,
-        max_new_tokens=300,
-        pad_token_id=PAD,
-        window_size=10,
-        cuda_graphs=True,
-    )
+    options = {"max_new_tokens": 300, "window_size": 10, "cuda_graphs": True}
+    config = call_config(target.generation_config, do_sample=False, pad_token_id=PAD, **options)
     for length in (40, 1900, 3900):
         ids = torch.randint(1, 32000, (1, length), device="cuda")
         reference, _ = without_drafts(target, drafter, ids, config)
-        known, place = torch.tensor(reference + [1] * 24, device="cuda"), [0]
-
-        def told(state, root, options, room, verifier):
-            window = DraftWindow.chain(known[place[0] : place[0] + 11][None].clone())
-            assert int(window.tokens[0, 0]) == int(root)
-            place[0] += 11
-            return window
-
         with monkeypatch.context() as patch:
-            patch.setattr(generation_ppow, "draft", told)
-            out = generate_with(
-                target, drafter, ids, config={"max_new_tokens": 300, "window_size": 10, "cuda_graphs": True}
-            )
+            patch.setattr(generation_ppow, "draft", Told(reference))
+            out = generate_with(target, drafter, ids, config=options)
         assert out.sequences[0, length:].tolist() == reference
         assert out.acceptance.acceptance_length > 10
