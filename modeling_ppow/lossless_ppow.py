@@ -5,7 +5,7 @@ where two tokens' logits lie closer than that rounding either can win. Whether a
 decided by the target alone, in a precision in which the question does not arise:
 
 * the **gap** is what the chosen token's score differs by from the other's, on the common prefix, in float32 (float64
-  for a target in float32 or float64);
+  for a target in float32 or float64), read as ``generate`` reads them, in float32;
 * the **rounding** is what the target's own dtype can move that gap by. When they are written, each of the two scores is
   rounded by at most eps / 2 of itself, so the gap moves by eps * max(|score|) at most. What the layers before add is
   measured: the same forward in the target's own dtype less the precise one has, over the likeliest tokens, a standard
@@ -91,7 +91,8 @@ def first_difference(
     noise = (own - precise)[likely]
     sigma = float(noise[torch.isfinite(noise)].std(correction=0))
     one, other = precise[pair].tolist()
-    rounding = torch.finfo(target.dtype).eps * max(abs(one), abs(other)) + DEVIATIONS * math.sqrt(2) * sigma
+    eps = max(torch.finfo(dtype).eps for dtype in (target.dtype, torch.float32))
+    rounding = eps * max(abs(one), abs(other)) + DEVIATIONS * math.sqrt(2) * sigma
     gap = abs(one - other)
     if not math.isfinite(gap + rounding):
         return Difference(position, *pair)

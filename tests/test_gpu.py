@@ -5,7 +5,19 @@ import copy
 import pytest
 import torch
 
-from decoding_helpers import MODES, generate_with, prompt_batches, trained_pair
+from decoding_helpers import (
+    MODES,
+    PAD,
+    build_target,
+    generate_with,
+    prompt_batches,
+    random_drafter,
+    train,
+    trained_pair,
+)
+from ppow import generation_ppow
+from ppow.drafting_ppow import DraftWindow, call_config
+from ppow.lossless_ppow import first_difference, without_drafts
 from test_fast_path import SHAPES, attention_cases
 
 pytestmark = pytest.mark.gpu
@@ -89,3 +101,65 @@ def test_what_does_not_fit_into_memory_takes_the_plain_path_or_is_refused():
     assert generate_with(target, drafter, ids, config=config).sequences.shape[1] > 8
     with pytest.raises(ValueError, match="GiB are free"):
         generate_with(target, drafter, ids, config={**config, "cuda_graphs": True})
+
+
+@pytest.fixture(scope="module")
+def low_precision_pair():
+    """A wider pair in bfloat16, so that rounding shows, which drafts well."""
+    target = build_target(hidden_size=256, intermediate_size=512, num_hidden_layers=8, vocab_size=512)
+    drafter = train(random_drafter(target), target)
+    return tuple(model.to("cuda", torch.bfloat16) for model in (target, drafter))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_in_bfloat16_what_differs_is_a_near_tie_and_the_reference_agrees_token_for_token(
+    mode, compiled, low_precision_pair
+):
+    target, drafter = low_precision_pair
+    options = {**MODES[mode], "cuda_graphs": True, "compile_layers": compiled}
+    config = call_config(target.generation_config, do_sample=False, max_new_tokens=400, pad_token_id=PAD, **options)
+    lengths = []
+    for ids, _ in prompt_batches(1, 8, seed=5, vocab_size=512):
+        ids = ids.cuda()
+        stock = target.generate(ids, generation_config=config)[0, ids.shape[1] :].tolist()
+        out = generate_with(target, drafter, ids, config={**options, "max_new_tokens": 400})
+        answer = out.sequences[0, ids.shape[1] :].tolist()
+        reference, ran = without_drafts(target, drafter, ids, config)
+        assert ran.cuda_graphs and reference == answer
+        difference = first_difference(target, ids, answer, stock, config)
+        assert difference is None or difference.verdict == "near tie", difference
+        lengths.append(out.acceptance.acceptance_length)
+    assert max(lengths) > 1.5
+
+
+class Told:
+    """Drafts what is known to follow: windows of ten tokens, every one of which is right."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens, self.place = torch.tensor(tokens + [1] * 24, device="cuda"), 0
+
+    def __call__(self, state, root, *_) -> DraftWindow:
+        window = DraftWindow.chain(self.tokens[self.place : self.place + 11][None].clone())
+        assert int(window.tokens[0, 0]) == int(root)
+        self.place += 11
+        return window
+
+
+def test_at_the_shape_of_a_large_target_the_reference_agrees_wherever_a_token_stands(monkeypatch):
+    """Layers of Llama-3.1-8B's shape, texts beyond the kernel's first round of keys, and drafts that are the
+    reference's own tokens, so that every row of a window is accepted."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    target = build_target(**shape, num_hidden_layers=4, vocab_size=32000, max_position_embeddings=8192)
+    target = target.to("cuda", torch.bfloat16)
+    drafter = random_drafter(target).to("cuda", torch.bfloat16)
+    options = {"max_new_tokens": 300, "window_size": 10, "cuda_graphs": True}
+    config = call_config(target.generation_config, do_sample=False, pad_token_id=PAD, **options)
+    for length in (40, 1900, 3900):
+        ids = torch.randint(1, 32000, (1, length), device="cuda")
+        reference, _ = without_drafts(target, drafter, ids, config)
+        with monkeypatch.context() as patch:
+            patch.setattr(generation_ppow, "draft", Told(reference))
+            out = generate_with(target, drafter, ids, config=options)
+        assert out.sequences[0, length:].tolist() == reference
+        assert out.acceptance.acceptance_length > 10

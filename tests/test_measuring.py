@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from ppow import PPOWConfig, PPOWDrafter
-from ppow.training import demo, evaluate
-from ppow.training.config import DemoConfig, EvaluateConfig
+from ppow.drafting_ppow import DraftOptions, what_was_drafted
+from ppow.training import demo, evaluate, figures, regenerate
+from ppow.training.config import DemoConfig, EvaluateConfig, RegenerateConfig
+from ppow.training.samples import Sample, SampleLog
+from ppow.transcript_ppow import Acceptance
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +36,31 @@ def pair(tmp_path_factory, tiny_tokenizer, tiny_config):
 
 
 def sample(gained, accepted, drafted, prompt=0, tokens=10, seconds=1.0, plain_seconds=2.0, loops=False):
-    return evaluate.Sample(prompt, tokens, plain_seconds, tokens, seconds, gained, accepted, drafted, True, loops)
+    return Sample(prompt, tokens, plain_seconds, tokens, seconds, gained, accepted, drafted, True, loops)
 
 
 def test_figures_by_hand():
     samples = [sample([3, 1], [2, 0], [2, 2]), sample([2], [1], [2], 1, plain_seconds=4.0, loops=True)]
-    assert evaluate.acceptance_length(samples) == pytest.approx(6 / 3)  # pooled, not the mean of 2 and 2
+    assert figures.acceptance_length(samples) == pytest.approx(6 / 3)  # pooled, not the mean of 2 and 2
     # first position: accepted in 2 of 3 windows; second: in 1 of the 2 that got there
-    assert evaluate.summarize(samples, 200, seed=0)["per_position"] == pytest.approx([2 / 3, 1 / 2])
+    assert figures.summarize(samples, 200, seed=0)["per_position"] == pytest.approx([2 / 3, 1 / 2])
     # plain: mean of 10 / 2 and 10 / 4 tokens per second = 3.75; with the drafter 10
-    assert evaluate.speedup(samples) == pytest.approx(10 / 3.75)
-    summary = evaluate.summarize(samples, 200, seed=0)
+    assert figures.speedup(samples) == pytest.approx(10 / 3.75)
+    summary = figures.summarize(samples, 200, seed=0)
     assert summary["loops"] == 1 and summary["acceptance_length_without_loops"] == 2
     low, high = summary["speedup_95"]
     assert low == pytest.approx(2) and high == pytest.approx(4)  # both prompts the first, or both the second
-    assert "| 2.00 (2.00-2.00) | 2.00 | 4 | 10 | 2.67x" in evaluate.table({"x T=0": summary})
+    assert "| 2.00 (2.00-2.00) | 2.00 | 4 | 10 | 2.67x" in figures.table({"x T=0": summary})
     # two samples of one prompt are drawn together: nothing is left to vary
-    one = evaluate.summarize([dataclasses.replace(s, prompt=7) for s in samples], 200, seed=0)
+    one = figures.summarize([dataclasses.replace(s, prompt=7) for s in samples], 200, seed=0)
     assert one["prompts"] == 1 and one["samples"] == 2 and one["speedup_95"] == pytest.approx([10 / 3.75] * 2)
 
 
 def test_loops_are_recognised():
-    assert evaluate.ends_in_a_loop([9, 1, 2, 1, 2, 1, 2])
-    assert evaluate.ends_in_a_loop([5, 5, 5])
-    assert not evaluate.ends_in_a_loop([1, 2, 1, 2, 1, 3])
-    assert not evaluate.ends_in_a_loop([5, 5])
+    assert figures.ends_in_a_loop([9, 1, 2, 1, 2, 1, 2])
+    assert figures.ends_in_a_loop([5, 5, 5])
+    assert not figures.ends_in_a_loop([1, 2, 1, 2, 1, 3])
+    assert not figures.ends_in_a_loop([5, 5])
 
 
 # -- evaluate and demo -------------------------------------------------------------------------------------------------
@@ -77,7 +83,9 @@ def test_evaluate_writes_true_figures(pair, tmp_path, drafting, capsys):
     greedy, sampled = metrics["results"].values()
     assert greedy["prompts"] == 2 and greedy["samples"] == 3  # two turns and one completion
     assert greedy["identical"] == 3
-    assert metrics["drafting"].items() >= drafting.items()
+    assert metrics["drafting"].items() >= drafting.items() and metrics["drafting"]["cuda_graphs"] is False
+    assert greedy["reference"] == greedy["reference_agrees"] == 3 and greedy["near_ties"] == greedy["faults"] == 0
+    assert sampled["reference"] == 0
     assert 1 <= greedy["acceptance_length"] <= 4 and len(greedy["per_position"]) <= 3
     assert greedy["speedup"] > 0 and sampled["samples"] == 3
     assert (tmp_path / "acceptance.png").stat().st_size > 1000
@@ -146,16 +154,16 @@ def test_a_model_that_cannot_be_loaded_is_named_with_its_option(pair, tmp_path, 
 def test_the_gain_is_a_paired_difference():
     better = [sample([4], [3], [3], prompt=0), sample([2], [1], [3], prompt=1)]
     worse = [sample([3], [2], [3], prompt=0), sample([1], [0], [3], prompt=1)]
-    found = evaluate.gain(better, worse, 200, seed=0)
+    found = figures.gain(better, worse, 200, seed=0)
     assert found == {"acceptance_length": 1.0, "acceptance_length_95": [1.0, 1.0]}  # every prompt gains exactly one
 
 
 def test_demo_streams_and_checks(pair, tmp_path, capsys, monkeypatch):
     names = {"target": str(pair / "target"), "drafter": str(pair / "drafter")}
     prompts = str(pair / "questions.jsonl")
-    figures = tmp_path / "figures.json"
-    demo.main(DemoConfig(**names, prompts=prompts, max_new_tokens=8, limit=1, window_size=3, output=str(figures)))
-    answers = json.loads(figures.read_text())["answers"]
+    file = tmp_path / "figures.json"
+    demo.main(DemoConfig(**names, prompts=prompts, max_new_tokens=8, limit=1, window_size=3, output=str(file)))
+    answers = json.loads(file.read_text())["answers"]
     assert len(answers) == 1 and answers[0]["identical"] and answers[0]["speedup"] > 0
     shown = capsys.readouterr().out
     assert "> Add one and two." in shown and "identical: yes" in shown and "median speedup" in shown
@@ -177,6 +185,384 @@ def test_demo_fails_when_an_answer_differs(pair, monkeypatch, capsys):
 
     monkeypatch.setattr(measuring, "timed", tampered)
     names = {"target": str(pair / "target"), "drafter": str(pair / "drafter")}
-    with pytest.raises(ValueError, match="differ from the plain"):
+    with pytest.raises(ValueError, match="1 answers differ from the plain target's, and rounding does not explain it"):
         demo.main(DemoConfig(**names, prompts=str(pair / "questions.jsonl"), max_new_tokens=8, limit=1))
-    assert "identical: NO" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "identical: NO, fault at token 8" in shown and "rounding explains" in shown
+
+
+# -- what ran, what is kept ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def undeclared(pair, tmp_path):
+    """A target without generation_config.json, whose configs transformers derives from config.json."""
+    shutil.copytree(pair / "target", tmp_path / "target")
+    (tmp_path / "target" / "generation_config.json").unlink()
+    return str(tmp_path / "target")
+
+
+def test_drafting_options_reach_a_target_without_a_generation_config(pair, tmp_path, undeclared):
+    assert LlamaForCausalLM.from_pretrained(undeclared).generation_config._from_model_config
+    evaluate.main(evaluation(pair, tmp_path, target=undeclared, window_size=2, temperatures=[0.0], max_new_tokens=8))
+    rows = read(tmp_path / "out" / "samples.jsonl")[1:]
+    assert max(length for row in rows for sample in row["samples"] for length in sample["drafted"]) == 2
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["drafting"]["window_size"] == 2 and len(metrics["results"]["questions T=0"]["per_position"]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ({"tree_depth": 2, "tree_top_k": 2, "tree_nodes": 3}, {"window_size": 10}),  # the target's own config wins
+        ({}, {"compile_layers": True}),  # of no effect here
+        ({"draft_threshold": 0.2}, {"window_size": 3, "draft_threshold": 0.1}),
+    ],
+)
+def test_what_was_asked_for_and_did_not_run_is_refused(pair, tmp_path, own, asked, monkeypatch):
+    honest = evaluate.generation_configs
+
+    def heedless(target, temperature, max_new_tokens, drafting):
+        plain, ours = honest(target, temperature, max_new_tokens, drafting)
+        for name, value in own.items():
+            setattr(ours, name, value)
+        return plain, ours
+
+    monkeypatch.setattr(evaluate, "generation_configs", heedless)
+    with pytest.raises(ValueError, match="was asked for, but DraftOptions.* is what ran"):
+        evaluate.main(evaluation(pair, tmp_path, temperatures=[0.0], max_new_tokens=8, **asked))
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_windows_that_are_not_those_of_the_options_are_refused():
+    ran = DraftOptions(window_size=4)
+    for drafted, gained in (([4, 5], [2, 1]), ([3, 3], [3, 2])):  # too long; cut short where there was room
+        output = SimpleNamespace(drafting=ran, acceptance=Acceptance([drafted], [[0, 0]], [gained]))
+        with pytest.raises(ValueError, match="tokens were drafted where"):
+            what_was_drafted(output, {"window_size": 4})
+    short = SimpleNamespace(drafting=ran, acceptance=Acceptance([[3, 1]], [[1, 0]], [[2, 1]]))  # the text had no room
+    assert what_was_drafted(short, {"window_size": 4, "tree_nodes": None}) == ran
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_evaluation_that_was_stopped_goes_on_behind_the_last_prompt(pair, tmp_path, monkeypatch):
+    config = evaluation(pair, tmp_path, max_new_tokens=8, warmup=1, bootstrap=100, repetitions=2)
+    honest, done = evaluate.compare, []
+
+    def stopping(*arguments):
+        if len(done) == 5:  # one to warm up, four of six at temperature 0
+            raise Stopped
+        done.append(honest(*arguments))
+        return done[-1]
+
+    monkeypatch.setattr(evaluate, "compare", stopping)
+    with pytest.raises(Stopped):
+        evaluate.main(config)
+    log = tmp_path / "out" / "samples.jsonl"
+    kept = log.read_bytes()
+    assert len(read(log)) == 5 and not (tmp_path / "out" / "metrics.json").exists()
+    log.write_bytes(kept + b'{"set": "questions T=0", "ind')  # the kill came while a line was written
+    with pytest.raises(ValueError, match="broken off. Pass --resume to go on"):
+        evaluate.main(config)
+    done.clear()
+    monkeypatch.setattr(evaluate, "compare", lambda *arguments: done.append(1) or honest(*arguments))
+    evaluate.main(dataclasses.replace(config, resume=True))
+    assert len(done) == (1 + 2) + (1 + 6)  # both temperatures warm up
+    assert log.read_bytes().startswith(kept)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [result["samples"] for result in metrics["results"].values()] == [6, 6]
+    # nothing is left to do: the same figures, and other resamples if they are asked for
+    done.clear()
+    evaluate.main(dataclasses.replace(config, resume=True, bootstrap=200))
+    again = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert not done and again["results"]["questions T=0"]["speedup"] == metrics["results"]["questions T=0"]["speedup"]
+
+
+def test_a_folder_of_another_kind_is_refused_untouched(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure_all", None)
+    out, config = tmp_path / "out", evaluation(pair, tmp_path)
+    out.mkdir()
+    (out / "metrics.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds an earlier result; move it away, or give another folder"):
+            evaluate.main(dataclasses.replace(config, resume=resume))
+    (out / "model.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds something else \(model.safetensors\)"):
+        evaluate.main(config)
+    assert sorted(file.name for file in out.iterdir()) == ["metrics.json", "model.safetensors"]
+
+
+def test_samples_of_two_evaluations_do_not_mix(tmp_path):
+    log = SampleLog(tmp_path, {"seed": 0, "weights": {"target": "a"}}, resume=False)
+    log.add("x T=0", 0, [sample([1], [0], [2])])
+    with pytest.raises(ValueError, match="Another `ppow evaluate` is writing"):
+        SampleLog(tmp_path, {"seed": 0, "weights": {"target": "a"}}, resume=True)
+    log.close()
+    kept = log.path.read_bytes()
+    with pytest.raises(ValueError, match="with other seed, weights, and figures of two runs do not mix"):
+        SampleLog(tmp_path, {"seed": 1, "weights": {"target": "b"}}, resume=True)
+    log = SampleLog(tmp_path, {"seed": 0, "weights": {"target": "a"}}, resume=True)
+    assert log.get("x T=0", 0) == [sample([1], [0], [2])] and log.get("x T=0", 1) is None
+    log.close()
+    assert log.path.read_bytes() == kept
+    log.path.write_text('{"prompt": "mine"}\n')
+    with pytest.raises(ValueError, match="was not written by `ppow evaluate`"):
+        SampleLog(tmp_path, {}, resume=True)
+    assert log.path.read_text() == '{"prompt": "mine"}\n'
+
+
+def test_a_fault_is_said_and_saved_and_ends_the_command(pair, tmp_path, monkeypatch, capsys):
+    honest = evaluate.timed
+
+    def tampered(target, seed, ids, **arguments):
+        out, seconds = honest(target, seed, ids, **arguments)
+        if "assistant_model" in arguments:
+            out.sequences[0, -1] = (out.sequences[0, -1] + 1) % 300
+        return out, seconds
+
+    monkeypatch.setattr(evaluate, "timed", tampered)
+    config = evaluation(pair, tmp_path, max_new_tokens=8, warmup=0, temperatures=[0.0])
+    with pytest.raises(ValueError, match="3 of these answers are NOT the target's own"):
+        evaluate.main(config)
+    assert "0 of 3, **3 FAULTS** | 0 of 3 |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]["questions T=0"]
+    assert (result["faults"], result["near_ties"], result["reference_agrees"]) == (3, 0, 0)
+    with pytest.raises(ValueError, match="NOT the target's own"):  # also of one that only reads what is kept
+        evaluate.main(dataclasses.replace(config, resume=True))
+
+
+def test_figures_tell_near_ties_and_faults_apart():
+    tie = {"position": 1, "token": 2, "expected": 3, "gap": 0.1, "rounding": 0.2, "verdict": "near tie"}
+    fault = {**tie, "gap": 0.5, "verdict": "fault"}
+    base = dataclasses.replace(sample([1], [0], [1]), reference={})
+    samples = [base] + [
+        dataclasses.replace(base, identical=False, difference=difference, reference=reference)
+        for difference, reference in ((tie, {}), (tie, tie), (fault, {}), (tie, fault))
+    ]
+    summary = figures.summarize(samples, 100, seed=0)
+    assert (summary["identical"], summary["near_ties"], summary["faults"]) == (1, 2, 2)
+    assert (summary["reference"], summary["reference_agrees"]) == (5, 3)
+    assert "| 1 of 5, 2 near ties, **2 FAULTS** | 3 of 5 |" in figures.table({"x T=0": summary})
+    lines = figures.faults("x T=0", samples)
+    assert len(lines) == 2 and "sample 4" in lines[0] and "stock generate" in lines[0] and "without drafts" in lines[1]
+
+
+# -- regenerate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "no"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "What is a fox?"},
+                {"role": "assistant", "content": "old"},
+                {"role": "user", "content": "And a dog?"},
+            ]
+        },
+        {"text": "no chat"},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_answers_are_the_targets_own_greedy_text(pair, chats, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    regenerate.main(RegenerateConfig(target=str(pair / "target"), data=str(chats), output=str(out), max_new_tokens=10))
+    rows = {row["row"]: row for row in read(out)}
+    assert set(rows) == {0, 1}
+    tokenizer = AutoTokenizer.from_pretrained(pair / "target")
+    model = LlamaForCausalLM.from_pretrained(pair / "target")
+    messages = rows[0]["messages"]
+    ids = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    alone = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    ended = tokenizer.eos_token_id in alone
+    text = tokenizer.decode(alone[: alone.index(tokenizer.eos_token_id)] if ended else alone)
+    assert messages[1]["content"] == text and rows[0]["complete"] == ended
+    roles = [message["role"] for message in rows[1]["messages"]]
+    assert roles[:3] == ["system", "user", "assistant"] and "old" != rows[1]["messages"][2]["content"]
+
+
+def test_finished_answers_lie_in_row_order(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    rows = [{"row": row, "messages": [], "text": "one\u2028two\x85three\r\n"} for row in (3, 0, 10, 2)]
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    regenerate.in_row_order(out)
+    assert read(out) == sorted(rows, key=lambda row: row["row"])
+
+
+def test_an_interrupted_run_continues_after_the_last_whole_line(pair, chats, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    config = {"target": str(pair / "target"), "data": str(chats), "output": str(out), "max_new_tokens": 5}
+    regenerate.main(RegenerateConfig(**config))
+    whole = sorted(out.read_text().splitlines())
+    out.write_text(out.read_text().splitlines()[0] + '\n{"row": 1, "mess')
+    with pytest.raises(ValueError, match="pass --resume"):
+        regenerate.main(RegenerateConfig(**config))
+    regenerate.main(RegenerateConfig(**config, resume=True))
+    assert sorted(out.read_text().splitlines()) == whole
+    out.write_text('{"row": 1, "mess')  # killed in its first line
+    regenerate.main(RegenerateConfig(**config, resume=True))
+    assert sorted(out.read_text().splitlines()) == whole
+
+
+ANSWERED = [{"role": "user", "content": "Add one."}, {"role": "assistant", "content": "2"}]
+BY = {"model": "m", "temperature": 0.0, "max_new_tokens": 512}
+OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True, "by": BY}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"text": "mine"}\n', 1),
+        ('{"text": "mine"}', 1),
+        ('{"text": "one"}\n{"text": "two"}', 1),
+        ('{"row": 1}\n', 1),
+        ("not UTF-8: é\n", 1),
+        (OURS + "my notes", 2),
+        (OURS + '\n{"row": 1, "mess', 2),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_untouched(chats, tmp_path, content, line):
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(content.encode("latin-1"))
+    config = dataclasses.replace(endpoint("http://127.0.0.1:9/v1", chats, out), resume=True)
+    with pytest.raises(ValueError, match=f"out.jsonl:{line} was not written by `ppow regenerate`"):
+        regenerate.main(config)
+    assert out.read_bytes() == content.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "message"),
+    [
+        (0, {"content": "Subtract one."}, "answers 'user: Add one.' as row 0, but .* asks 'user: Subtract one.'"),
+        (0, {"role": "assistant"}, "answers 'user: Add one.' as row 0, but .* asks 'nothing'"),
+        (1, {"content": "Be long."}, "answers 'system: Be brief.' as row 1, but .* asks 'system: Be long.'"),
+    ],
+)
+def test_an_output_of_other_data_is_refused_untouched(server, chats, tmp_path, row, change, message):
+    out = tmp_path / "out.jsonl"
+    config = endpoint(server[0], chats, out)
+    regenerate.main(config)
+    out.write_text(out.read_text() + '{"row": 2, "mess')
+    before = out.read_bytes()
+    rows = read(chats)
+    rows[row]["messages"][0] |= change
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message + r"\. .*give another --output"):
+        regenerate.main(dataclasses.replace(config, resume=True))
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"max_new_tokens": 6}, {"model": "other"}])
+def test_answers_of_another_writer_are_not_mixed_in(server, chats, tmp_path, change):
+    out = tmp_path / "out.jsonl"
+    config = endpoint(server[0], chats, out)
+    regenerate.main(config)
+    by = {"model": config.model, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    assert [row["by"] for row in read(out)] == [by, by]
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="out.jsonl:1 was written by .*, not by .*give another --output"):
+        regenerate.main(dataclasses.replace(config, resume=True, **change))
+    assert out.read_bytes() == before
+    regenerate.main(dataclasses.replace(config, resume=True))
+
+
+def test_turns_after_an_answer_cut_short_are_not_missed(chats, tmp_path):
+    """Row 1 asks twice: without a second answer it is done if the first was cut short, and else of other data."""
+    out = tmp_path / "out.jsonl"
+    config = dataclasses.replace(endpoint("http://127.0.0.1:9/v1", chats, out), resume=True)
+    messages = [*read(chats)[1]["messages"][:2], {"role": "assistant", "content": "A fox is"}]
+    whole, short = (json.dumps({"row": 1, "messages": messages, "complete": c, "by": BY}) + "\n" for c in (True, False))
+    out.write_text(OURS + whole)
+    with pytest.raises(ValueError, match=r"jsonl:2 answers 'nothing' as row 1, but .* asks 'user: And a dog\?'"):
+        regenerate.main(config)
+    out.write_text(OURS + short)
+    regenerate.main(config)
+    assert out.read_text() == OURS + short
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible endpoint that fails as told: each entry of ``faults`` is used up by one request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        faults, seen = [], []
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.seen.append((self.path, body, self.headers.get("Authorization")))
+            fault = self.faults.pop(0) if self.faults else None
+            status = fault if isinstance(fault, int) else 200
+            echo = f"echo {body['messages'][-1]['content']}"
+            choice = {"message": {"content": echo}, "finish_reason": "stop"}
+            payload = fault.encode() if isinstance(fault, str) else json.dumps({"choices": [choice]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_):
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}/v1", Handler
+    http.shutdown()
+    http.server_close()
+
+
+def endpoint(url, chats, out):
+    return RegenerateConfig(endpoint=url, model="m", data=str(chats), output=str(out), concurrency=1)
+
+
+def test_an_endpoint_that_stumbles(server, chats, tmp_path, monkeypatch):
+    url, handler = server
+    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    handler.faults[:] = [500, 429]
+    regenerate.main(endpoint(url, chats, tmp_path / "out.jsonl"))
+    rows = {row["row"]: row["messages"] for row in read(tmp_path / "out.jsonl")}
+    assert rows[0][-1] == {"role": "assistant", "content": "echo Add one."}
+    assert [m["content"] for m in rows[1]] == [
+        "Be brief.",
+        "What is a fox?",
+        "echo What is a fox?",
+        "And a dog?",
+        "echo And a dog?",
+    ]
+    assert all(path == "/v1/chat/completions" and key == "Bearer secret" for path, _, key in handler.seen)
+    assert "secret" not in (tmp_path / "out.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [([400], "refused the request with 400"), (["<html>"], "not JSON"), (['{"no": 1}'], "without choices")],
+)
+def test_an_endpoint_that_answers_nonsense(server, chats, tmp_path, faults, message, monkeypatch):
+    url, handler = server
+    handler.faults[:] = faults
+    with pytest.raises(ValueError, match=message):
+        regenerate.main(endpoint(url, chats, tmp_path / "out.jsonl"))
+
+
+def test_an_endpoint_that_is_down_leaves_no_file(server, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(regenerate.time, "sleep", lambda seconds: None)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="Is the server up"):
+        regenerate.main(endpoint("http://127.0.0.1:9/v1", chats, out))
+    assert not out.exists()
+    regenerate.main(endpoint(server[0], chats, out))
+    assert len(read(out)) == 2

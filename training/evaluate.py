@@ -89,8 +89,9 @@ def main(config: EvaluateConfig) -> None:
             low, high = result["gain"]["acceptance_length_95"]
             print(f"{title}: acceptance length {result['gain']['acceptance_length']:+.2f} ({low:+.2f} to {high:+.2f})")
     if found := [line for title, measured in sets.items() for samples in measured for line in faults(title, samples)]:
+        count = sum(result["faults"] for result in (*results.values(), *baseline.values()))
         raise ValueError(
-            f"{len(found)} of these answers are NOT the target's own, and rounding does not explain it: this must not "
+            f"{count} of these answers are NOT the target's own, and rounding does not explain it: this must not "
             f"happen; please report it with {folder / 'samples.jsonl'}.\n" + "\n".join(found[:20])
         )
 
