@@ -1,5 +1,6 @@
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -90,6 +91,22 @@ def test_weights_that_cannot_be_written_and_interruptions_say_so_in_a_line(toy_c
     toy_command.error = KeyboardInterrupt()
     assert cli.main(["demo"]) == 130
     assert "go on with --resume" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_command_with_its_cleanup_and_status_143(toy_command, capsys):
+    cleaned = []
+
+    def main(config):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # a second one does not break the cleanup off
+            cleaned.append(config)
+
+    toy_command.main, before = main, signal.getsignal(signal.SIGTERM)
+    assert cli.main(["demo"]) == 143 and len(cleaned) == 1
+    assert capsys.readouterr().err.startswith("\nppow: stopped by SIGTERM; regenerate, supervised and reinforce go on")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_traceback_is_one_variable_away(toy_command, monkeypatch):

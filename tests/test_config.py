@@ -157,7 +157,7 @@ def test_names_of_other_trainers_are_understood_or_answered():
     given = ["--lr", "3e-5", "--bs=2", "--max_steps", "7", "--output", "out", *STAGE1[:4]]
     config = SupervisedConfig.from_args(given)
     assert (config.learning_rate, config.batch_size, config.steps, config.output_dir) == (3e-5, 2, 7, "out")
-    for key, option_here in [("epochs", "steps"), ("model", "target"), ("lr-schedule", "learning-rate")]:
+    for key, option_here in [("epochs", "steps"), ("model", "target"), ("learning-rat", "learning-rate")]:
         with pytest.raises(ValueError, match=f"no option --{key}; the nearest is --{option_here}: "):
             SupervisedConfig.from_args([*STAGE1, f"--{key}", "3"])
     # a command's own option is never taken for another's

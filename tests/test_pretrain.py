@@ -5,15 +5,17 @@ import lzma
 import math
 import random
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppow.training import corpus, pretrain
+from ppow.training import checkpoints, cli, corpus, pretrain
 from ppow.training.config import PretrainConfig
 from ppow.training.metrics import MetricsLog
 
@@ -357,9 +359,48 @@ def test_a_run_whose_corpus_is_made_goes_on_without_the_data(config, tmp_path):
     assert pretrain.main(config(tokens=384, data=str(tmp_path / "nosuch")))["step"] == 3
 
 
-def test_a_diverged_run_stops(config):
-    with pytest.raises(ValueError, match="lower the learning rates"):
-        pretrain.main(config(optimizer="adamw", learning_rate=1e30, tokens=4 * 32 * 40))
+def test_a_diverged_run_stops_and_its_checkpoint_is_sound(config, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"(?s)diverged and stops \(.*Start anew into another --output: lower the learning"
+    ):
+        pretrain.main(config(optimizer="adamw", learning_rate=1e30, tokens=4 * 32 * 40, checkpoint_minutes=1e-9))
+    good = checkpoints.latest(tmp_path / "target" / "work")
+    if good:
+        assert all(bool(torch.isfinite(w).all()) for w in load_file(good / "model.safetensors").values())
+    assert not (tmp_path / "target" / "config.json").exists()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
+    pretrain.main(config(output=str(tmp_path / "whole")))
+    original = pretrain.batch_loss
+
+    def signalling(model, inputs, options):
+        if (tmp_path / "target/work/metrics.jsonl").read_text().count("\n") == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return original(model, inputs, options)
+
+    values = {**config().to_dict(), "groups": "sums:2,story:0.5", "python_packages": None, "compile_layers": None}
+    command = ["pretrain", *(f"--{key}={value}" for key, value in values.items() if value is not None)]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "batch_loss", signalling)
+        assert cli.main(command) == 143
+    assert "stopped by SIGTERM after step 4; it is saved in" in capsys.readouterr().err
+    assert checkpoints.latest(tmp_path / "target/work").name == "step-000004"
+    assert cli.main(command) == 0
+    assert digest(tmp_path / "target") == digest(tmp_path / "whole")
+    told = capsys.readouterr().out
+    assert told.startswith("cpu, ") and "rows to train on" in told and "dropped: none" in told
+    assert f"Next: ppow regenerate --target {tmp_path / 'target'} --data" in told.splitlines()[-1]
+    assert (tmp_path / "target/training.png").exists() and not list(tmp_path.rglob(".*"))
+
+
+def test_rows_that_are_dropped_are_counted(config):
+    longest = max(sum(map(len, corpus.texts(row))) for row in SUMS)
+    record = corpus.build(config(groups=[f"sums:1:{longest - 1}", "story:1"]))[2]
+    over = sum(sum(map(len, corpus.texts(row))) == longest for row in SUMS)
+    assert record["dropped"] == {"longer than its group's limit": over, "spells a special token": 0}
+    told = pretrain.rows_read(record)
+    assert f"dropped: {over}: longer than its group's limit" in told and f"story {len(TEXTS)}" in told
 
 
 def test_missing_hardware_and_optimizers_are_named(config, monkeypatch):

@@ -60,9 +60,11 @@ def check_model(option: str, name: str | Path) -> None:
     if only_a_path(name):
         tilde = " Only a shell knows what ~ stands for, and only at the start of a word."
         raise ValueError(f"{said} is no folder here.{tilde if str(name)[0] == '~' else _nearest(path)}")
-    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(str(name), "config.json"), str):
+    if constants.HF_HUB_OFFLINE:
         return
     try:
+        if isinstance(try_to_load_from_cache(str(name), "config.json"), str):
+            return
         HfApi().model_info(str(name), timeout=HUB_SECONDS)
     except HFValidationError as error:
         raise ValueError(f"{said} is no folder here, and no Hub id: {error}") from None
