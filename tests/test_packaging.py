@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"modeling_ppow": "ppow", "training": "ppow/training", "model_cards": "ppow/model_cards"}
@@ -264,3 +265,21 @@ def test_a_commit_and_make_test_judge_by_the_same_ruff():
     assert pins == [f"ruff=={pins[0].partition('==')[2]}"]
     assert hooks.count(f"additional_dependencies: [{pins[0]}]") == hooks.count("language: python") == 2
     assert ".venv" not in hooks
+
+
+def test_the_public_workflow_tries_every_python_and_both_ends_of_transformers():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    matrix = yaml.safe_load(text)["jobs"]["test"]["strategy"]["matrix"]
+    facts = project()["project"]
+    assert matrix["python"][0] == facts["requires-python"].removeprefix(">=")
+    (promised,) = (line for line in facts["dependencies"] if line.startswith("transformers"))
+    oldest, newest = promised.removeprefix("transformers>=").split(",")
+    assert matrix["transformers"] == [f"=={oldest}.*", newest]
+
+
+def test_the_citation_names_this_version():
+    import ppow
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == ppow.__version__
+    assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2605.14978"
