@@ -192,6 +192,10 @@ def test_demo_fails_when_an_answer_differs(pair, monkeypatch, capsys):
 # -- what ran, what is kept ------------------------------------------------------------------------------------------
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.fixture
 def undeclared(pair, tmp_path):
     """A target without generation_config.json, whose configs transformers derives from config.json."""
