@@ -82,6 +82,8 @@ def attend_window(query, key, value, packed, scaling: float) -> torch.Tensor:
     batch, heads, nodes, size = query.shape
     if triton is None or not (query.is_cuda or INTERPRETED):
         return _attend_densely(query, key, value, packed, scaling)
+    if value.shape != key.shape:
+        raise ValueError(f"window attention reads keys and values of one shape, got {key.shape} and {value.shape}.")
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     rows = group * nodes  # the queries that share a key head lie together, so each key is read once
     block_m, block_n, warps, stages, waves = blocking(rows, size, query)

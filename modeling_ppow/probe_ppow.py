@@ -74,6 +74,7 @@ def check_target(target, start: int = 0, prompt: int = 1, end: int = 1, ahead: i
     for length in (near, *far):
         reason = trial(target, "plain", length, TargetState)
         if reason is not None:
+            reason += " (call its eval() first: it is in training mode)" * target.training
             raise ValueError(
                 f"{type(target).__name__} is not served: {reason}, so drafting would change its output. Generate "
                 "without a drafter, or choose another target; docs/targets.md lists which are right."
@@ -83,6 +84,8 @@ def check_target(target, start: int = 0, prompt: int = 1, end: int = 1, ahead: i
 def is_known(target) -> bool:
     """Whether the tests answer for the target's class, and nothing is wrapped around it."""
     kind = type(target)
+    if kind.__name__.startswith("FSDP"):  # fully_shard derives a class of its own from the target's
+        kind = kind.__bases__[-1]
     return kind.__module__.startswith("transformers.models.") and kind.__name__ in KNOWN and not is_wrapped(target)
 
 

@@ -18,7 +18,9 @@ from decoding_helpers import (
 from ppow import generation_ppow
 from ppow.drafting_ppow import DraftWindow, call_config
 from ppow.lossless_ppow import first_difference, without_drafts
+from ppow.probe_ppow import check_target
 from test_fast_path import SHAPES, attention_cases
+from tiny_targets import build
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +66,24 @@ def test_the_fast_path_makes_the_same_tokens(family, mode):
             out = generate_with(target, drafter, ids, mask, config)
             torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
     assert out.acceptance.acceptance_length > 1.3
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+@pytest.mark.parametrize("kind", ["stablelm", "deepseek_v3", "granite", "gpt2", "olmoe", "glm"])
+def test_targets_that_nobody_walked_are_right_on_a_gpu(kind, mode):
+    target = build(kind).cuda()
+    drafter = random_drafter(target).cuda()
+    for ids, mask in prompt_batches(2, 2, seed=0):
+        ids, mask = ids.cuda(), mask.cuda()
+        expected = target.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        out = generate_with(target, drafter, ids, mask, {**mode, "max_new_tokens": 24})
+        torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_local_windows_by_slot_are_refused_on_a_gpu(dtype):
+    with pytest.raises(ValueError, match="GPTNeoForCausalLM is not served"):
+        check_target(build("gpt_neo").to("cuda", dtype))
 
 
 @pytest.mark.parametrize("mode", MODES)
