@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -338,6 +339,33 @@ def test_resuming_with_other_options_names_them(home, whole_runs):
     config = options(home, "supervised", whole_runs["supervised"], resume=True, learning_rate=1e-5, ttt_steps=2)
     with pytest.raises(ValueError, match="learning_rate, ttt_steps changed"):
         supervised.main(config)
+
+
+@pytest.mark.parametrize("change", ["place", "content", "eval_data"])
+def test_what_the_data_holds_is_compared_when_resuming_not_where_it_lies(home, whole_runs, tmp_path, change):
+    shutil.copytree(whole_runs["supervised"], tmp_path / "run")
+    text = (home / "chats.jsonl").read_text()
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(text.replace("dog 3", "dog 4") if change == "content" else text)
+    changes = {"data": str(moved)} | ({"eval_data": str(moved)} if change == "eval_data" else {})
+    config = options(home, "supervised", tmp_path / "run", resume=True, **changes)
+    if change == "place":
+        supervised.main(config)
+        return
+    with pytest.raises(ValueError, match=f"what {'data' if change == 'content' else change} holds changed since"):
+        supervised.main(config)
+
+
+def test_bad_rows_and_those_beyond_the_targets_positions_are_skipped_and_named(home, tmp_path, capsys):
+    late = {"messages": [{"role": "user", "content": "word " * 600}, {"role": "assistant", "content": "ok"}]}
+    data = tmp_path / "chats.jsonl"
+    data.write_text(f"{{\n{json.dumps(late)}\n" + (home / "chats.jsonl").read_text())
+    changes = {"data": str(data), "max_length": 4096, "steps": 1}
+    with pytest.raises(ValueError, match="chats.jsonl:1: not valid JSON.*--skip-bad-rows"):
+        supervised.main(options(home, "supervised", tmp_path / "run", **changes))
+    supervised.main(options(home, "supervised", tmp_path / "run", skip_bad_rows=True, **changes))
+    told = capsys.readouterr().err
+    assert "2 bad rows skipped" in told and re.search(r"chats.jsonl:2: .*the target has only 512 positions", told)
 
 
 def test_too_little_data(home, tmp_path):
