@@ -110,6 +110,15 @@ class DraftOptions:
                 return cls(window_size=values["window_size"], **shared)
         return cls(**shared)
 
+    @property
+    def repeats_exactly(self) -> bool:
+        """Whether the loop without drafts must give the same tokens: every window has one shape, every token its slot.
+
+        On the plain path attention's shapes follow the text's length. In a tree a token's keys lie in another order than
+        in the text, so that sums round differently. There two answers may part at a near tie.
+        """
+        return bool(self.cuda_graphs) and not self.is_tree
+
     def on_path(self, fast: bool) -> "DraftOptions":
         """What of these options has an effect on the fast path, or on the plain one; ``cuda_graphs`` says which."""
         if fast:

@@ -225,6 +225,7 @@ def fill_cache(cache, target_state: TargetState, drafter_state: DrafterState, pr
         slots, memory = slots.copy(length), memory.copy(length)
         state = TargetState(target, target_state.taps, slots, text.batch, length, prompt.valid)
         state.lengths, state.next_position = lengths, target_state.next_position - surplus
+        state.last_position = target_state.last_position
         valid = prompt.valid if drafter_state.valid is None else drafter_state.valid
         mine = DrafterState(drafter, drafter_state.embed, memory, lengths, valid)
         while int(state.lengths.min()) < length:

@@ -107,9 +107,8 @@ def without_drafts(target, drafter, prompt: torch.Tensor, config) -> tuple[list[
         config: the call's generation config.
 
     Returns:
-        Its new tokens, and the options that were in effect. Where ``cuda_graphs`` is among them, every window has one
-        shape whatever the length of the text, and a call with drafts must give these very tokens. On the plain path
-        attention's shapes follow the text's length and the window's place in it, and near ties are possible.
+        Its new tokens, and the options that were in effect, whose ``repeats_exactly`` says whether a call with drafts
+        must give these very tokens, or may part from them at a near tie.
     """
     config = call_config(config, accept_drafts=False, return_dict_in_generate=True)
     mask = torch.ones_like(prompt)
@@ -128,7 +127,7 @@ def explain(
     config = call_config(config or target.generation_config, do_sample=False)
     reference, ran = without_drafts(target, drafter, prompt, config)
     found = [first_difference(target, prompt, answer, expected, config)]
-    found.append(first_difference(target, prompt, answer, reference, config, exact=ran.cuda_graphs))
+    found.append(first_difference(target, prompt, answer, reference, config, exact=ran.repeats_exactly))
     return [difference for difference in found if difference is not None]
 
 
