@@ -22,7 +22,9 @@ class TrainingConfig(Config):
 
     target: str = option("target model: Hub id or folder")
     data: str = option("chats: a .jsonl(.xz, .gz) file, a folder of them, or a Hub dataset id")
-    output_dir: str = option("folder for the drafter, checkpoints/, metrics.jsonl and provenance.json")
+    output_dir: str = option(
+        "folder for the drafter, checkpoints/, metrics.jsonl, its curve training.png, provenance.json"
+    )
     split: str = option("split of a Hub dataset", "train")
     limit: int | None = option("read at most this many rows", None, at_least=1)
     max_length: int = option("tokens of a row that are kept", 2048, at_least=8)
