@@ -30,7 +30,9 @@ class TrainingConfig(Config):
 
     target: str = option("target model: Hub id or folder")
     data: str = option(f"chats or texts: {_ROWS}")
-    output_dir: str = option("folder for the drafter, checkpoints/, metrics.jsonl and provenance.json")
+    output_dir: str = option(
+        "folder for the drafter, checkpoints/, metrics.jsonl, its curve training.png, provenance.json"
+    )
     split: str = option("split of a Hub dataset", "train")
     limit: int | None = option("read at most this many rows", None, at_least=1)
     max_length: int = option("tokens of a row that are kept; never more than the target's positions", 2048, at_least=8)

@@ -505,7 +505,11 @@ class BackgroundPush:
         """Start uploading the drafter in a folder; -> whether it was started. The folder may change afterwards."""
         if self.thread is not None and self.thread.is_alive():
             return False
-        folder = Path(tempfile.mkdtemp(prefix="ppow-push-"))
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="ppow-push-"))
+        except OSError as error:
+            logger.warning("Step %d was not pushed to %s (%s); training goes on.", step, self.repo, error)
+            return False
         if not self._try(step, folder, lambda: assemble(drafter, folder, self.repo)):
             return False
         self.thread = threading.Thread(target=self._upload, args=(folder, step), daemon=True)

@@ -140,19 +140,7 @@ class Trainer:
 
     def announce(self, target, held_out: list) -> None:
         """Say where and on what the run trains: device, dtype, models, the texts kept and dropped."""
-        ours, config = self.accelerator, self.config
-        whole, learned = (sum(p.numel() for p in part) for part in (self.drafter.parameters(), self.parameters))
-        lines = [
-            f"{report.device(ours.device)}, {ours.num_processes} process{'es' * (ours.num_processes > 1)}, "
-            f"{config.dtype}, seed {config.seed}",
-            f"target {config.target}: {report.millions(sum(p.numel() for p in target.parameters()))} parameters",
-            f"drafter: {report.millions(whole)} parameters, {report.millions(learned)} of them learn",
-            report.rows(config.data, self.examples),
-            *([report.rows(config.eval_data, held_out, "held out")] if config.eval_data else []),
-            f"steps {self.first_step + 1} to {config.steps} of {self.micro_steps * config.batch_size} texts, into "
-            f"{self.folder}",
-        ]
-        ours.print("\n".join(lines), flush=True)
+        self.accelerator.print(report.begun(self, target, held_out), flush=True)
 
     def steps(self) -> Iterator[int]:
         """Step numbers 1 .. config.steps that are still to do; saves checkpoints in between and the drafter at last.
@@ -259,7 +247,7 @@ class Trainer:
         """
         for _ in range(times):
             metrics = self._update_once(step, losses)
-        self._check(step, "some weights are", torch.stack(torch._foreach_norm(self.parameters, math.inf)).max())
+        self._check(step, "some weights are", largest(self.parameters))
         self._average_weights(step)
         return metrics
 
@@ -384,6 +372,11 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
             raise SystemExit(2)
     if failure is not None:
         raise failure
+
+
+def largest(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The largest weight () by its amount; not finite if any is."""
+    return torch.stack(torch._foreach_norm([p.detach() for p in parameters], math.inf)).max()
 
 
 def make_batch(examples: list, pad_id: int, device, seed: int) -> Batch:

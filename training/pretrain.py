@@ -24,6 +24,7 @@ from .config import PretrainConfig
 from .corpus import END_OF_TEXT, IM_END, check_groups, prepare
 from .data import batch_indices
 from .files import claim_folder, move_in, scratch, telling, write_json
+from .loop import largest
 from .metrics import MetricsLog, read_metrics
 from .stopping import Stopped, deferred_sigterm
 
@@ -309,8 +310,7 @@ def train(config: PretrainConfig, model, optimizers: Optimizers, tokens, heldout
             check_finite(norm, "the gradient", state["step"] + 1, work)
             optimizers.step()
             optimizers.zero_grad()
-            largest = torch.stack(torch._foreach_norm(list(model.parameters()), math.inf)).max()
-            check_finite(largest, "a weight", state["step"] + 1, work)
+            check_finite(largest(list(model.parameters())), "the largest weight", state["step"] + 1, work)
 
             now = time.monotonic() - started
             state = {"step": state["step"] + 1, "tokens": state["tokens"] + step_tokens, "seconds": now}

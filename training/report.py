@@ -16,6 +16,23 @@ _SHOWN = {  # panel of the curve -> keys of the metrics, in training and held ou
 _CARRIED = ("split", "limit", "max_length", "drop_long", "skip_bad_rows", "eval_data", "dtype")
 
 
+def begun(trainer, target, held_out: list) -> str:
+    """The first lines of a run of either stage."""
+    ours, config = trainer.accelerator, trainer.config
+    whole, learned = (sum(p.numel() for p in part) for part in (trainer.drafter.parameters(), trainer.parameters))
+    lines = [
+        f"{device(ours.device)}, {ours.num_processes} process{'es' * (ours.num_processes > 1)}, {config.dtype}, "
+        f"seed {config.seed}",
+        f"target {config.target}: {millions(sum(p.numel() for p in target.parameters()))} parameters",
+        f"drafter: {millions(whole)} parameters, {millions(learned)} of them learn",
+        rows(config.data, trainer.examples),
+        *([rows(config.eval_data, held_out, "held out")] if config.eval_data else []),
+        f"steps {trainer.first_step + 1} to {config.steps} of {trainer.micro_steps * config.batch_size} texts, into "
+        f"{trainer.folder}",
+    ]
+    return "\n".join(lines)
+
+
 def device(found) -> str:
     """A torch device, in words."""
     import torch
