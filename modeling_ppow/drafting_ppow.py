@@ -114,8 +114,8 @@ class DraftOptions:
     def repeats_exactly(self) -> bool:
         """Whether the loop without drafts must give the same tokens: every window has one shape, every token its slot.
 
-        On the plain path attention's shapes follow the text's length. In a tree a token's keys lie in another order than
-        in the text, so that sums round differently. There two answers may part at a near tie.
+        On the plain path attention's shapes follow the text's length, and in a tree a token's keys lie in another order
+        than in the text, so that sums round differently: there two answers may part at a near tie.
         """
         return bool(self.cuda_graphs) and not self.is_tree
 

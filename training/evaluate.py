@@ -12,8 +12,8 @@ over prompts. How it drafted is read back from what ran.
 
 At temperature 0 every answer is compared with stock ``generate``'s, and where they part the target's own precise
 scores say whether that is a near tie or a fault (``ppow.lossless_ppow``). With ``reference`` it is also compared,
-untimed, with the same loop without drafts; for chains on the fast path, whose shapes never change, every token must agree. A fault
-ends the command with an error, after everything was written.
+untimed, with the same loop without drafts; of chains on the fast path, whose shapes never change, every token must
+agree. A fault ends the command with an error, after everything was written.
 
 Every prompt is kept in ``samples.jsonl`` as soon as it is measured; ``--resume`` goes on behind the last one.
 """
