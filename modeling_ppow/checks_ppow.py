@@ -46,7 +46,8 @@ def check_call(target, drafter, config, options: DraftOptions, processors, synce
         raise ValueError("assistant_ensemble_weight mixes the drafter into the output; PPOW keeps the target's own.")
     if any(type(p).__name__ == "UnbatchedClassifierFreeGuidanceLogitsProcessor" for p in processors):
         raise ValueError("guidance_scale runs the target on its own and cannot be combined with a drafter.")
-    unknown = [name for name, value in model_kwargs.items() if not _harmless(target, name, value)]
+    given = {"mm_encoder_outputs": "mm_encoder_outputs (images, video or sound)"}  # what transformers makes of them
+    unknown = [given.get(name, name) for name, value in model_kwargs.items() if not _harmless(target, name, value)]
     if unknown:
         raise ValueError(
             f"A drafter reads token ids and their mask only, and cannot honour {', '.join(sorted(unknown))}: leave "

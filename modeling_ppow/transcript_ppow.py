@@ -179,14 +179,15 @@ class Transcript:
                     self.logits[row].append(logits[k][i])
             if self.streamer is not None:
                 self.streamer.put(self.ids[:, start + i].clone())
-            for row in self._stopped([row for _, row in now]):
+            for row in self._stopped({row: tokens[k][i] for k, row in now}):
                 self.ended_at[row] = self.ended_at[row] or start + i + 1
             for row in rows:
                 if not self.active(row):  # nothing of what follows its end may be seen
                     self.ids[row, self.lengths[row] : start + count] = self.pad or 0
 
-    def _stopped(self, rows: list[int]) -> list[int]:
-        """Those of ``rows`` that a criterion stops at their newest token."""
+    def _stopped(self, newest: dict[int, int]) -> list[int]:
+        """The rows that a criterion stops; ``newest`` token of each row of a group that still grows."""
+        rows = list(newest)
         length = self.lengths[rows[0]]
         if self.needs_every_prefix:
             if self.together:
@@ -198,7 +199,7 @@ class Transcript:
             return rows
         if any(bool(c(self.ids, None).all()) for c in self.max_times):
             return rows
-        return [row for row in rows if int(self.ids[row, length - 1]) in self.eos_ids]
+        return [row for row in rows if newest[row] in self.eos_ids]
 
     def _reserve(self, needed: int) -> None:
         if needed > self.ids.shape[1]:
