@@ -15,6 +15,8 @@ decided by the target alone, in a precision in which the question does not arise
       rounding = eps * max(|score_a|, |score_b|) + 6 * sqrt(2) * sigma
 
 A gap within the rounding is a near tie. Anything else is a fault: a token that rounding cannot have chosen.
+
+The target's weights are converted where they lie while this is found out, so nothing else may run it meanwhile.
 """
 
 import contextlib
@@ -168,7 +170,8 @@ def precise_scores(target, ids: torch.Tensor, config) -> torch.Tensor:
 @contextlib.contextmanager
 def in_dtype(target, dtype: torch.dtype):
     """Let the target compute in a higher precision for a while, without a second copy of it: what lies outside the
-    decoder layers is converted at once, each layer while it runs. Afterwards all tensors lie where they lay."""
+    decoder layers is converted at once, each layer while it runs. Afterwards all tensors lie where they lay. No other
+    thread may run the target meanwhile."""
     layers = decoder_layers(target)
     inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
     config = target.config.get_text_config(decoder=True)

@@ -280,10 +280,10 @@ def test_figures_are_defined_as_evaluate_defines_them(pair):
 def test_figures_equal_those_that_the_command_evaluate_writes(pair, tmp_path, drafting):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": q}) + "\n" for q in QUESTIONS))
     arguments = [f"--target={pair.names.target}", f"--drafter={pair.names.drafter}", "--warmup=0", "--repetitions=1"]
-    arguments += [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output-dir={tmp_path}", "--max-new-tokens=48"]
+    arguments += [f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output-dir={tmp_path / 'out'}", "--max-new-tokens=48"]
     arguments += [f"--{name}={value}" for name, value in drafting.items() if name != "drafting"]
     assert ppow(["evaluate", *arguments, "--temperatures=0"]) == 0
-    expected = json.loads((tmp_path / "metrics.json").read_text())["results"]["prompts T=0"]
+    expected = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]["prompts T=0"]
     found = figures.summarize([figures.record(*run(pair, q, **drafting)) for q in QUESTIONS], "PPOW", Acceptance)
     assert found.acceptance_length == pytest.approx(expected["acceptance_length"], rel=1e-12)
     assert found.per_position == pytest.approx(expected["per_position"], rel=1e-12)
