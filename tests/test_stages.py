@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ppow import PPOWDrafter
 from ppow.training import checkpoints, reinforce, supervised
+from ppow.training.cli import main as ppow
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.data import Example
 from ppow.training.target import FrozenTarget
@@ -186,35 +187,61 @@ def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
     # a torn line at the end of the metrics, as a kill in the middle of a write leaves it
     with open(tmp_path / "metrics.jsonl", "a") as log:
         log.write('{"step": 5, "lo')
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert ppow([*command[3:], "--resume"]) == 0
     assert_same_run(whole_runs[stage], tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [
-        ("supervised", {}),
-        ("reinforce", {}),
-        ("reinforce", {"estimator": "exact", "supervised_coef": 0.5, "average_from": 0.0}),
-    ],
-)
-@pytest.mark.parametrize("shard_target", [False, True])
-def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, changes, shard_target, tmp_path):
-    module, _ = STAGES[stage]
-    module.main(options(home, stage, tmp_path / "one", steps=2, batch_size=1, **changes))
-    changes = {**changes, "accumulation": 1, "shard_target": shard_target}
-    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, **changes))
+TWO = [
+    ("supervised", {}),
+    ("reinforce", {}),
+    ("reinforce", {"estimator": "exact", "supervised_coef": 0.5, "average_from": 0.0}),
+]
+IN_TURN = """
+import json, sys
+from accelerate.state import AcceleratorState
+from ppow.training import cli
+
+for arguments in json.loads(sys.argv[1]):
+    assert cli.main(arguments) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+"""
+
+
+def launch(*command, **options) -> None:
+    """Run a script in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    command = [*launcher, "-m", "ppow.training.cli", stage, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=280, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def runs_of_two(home):
+    """Every run of two processes, all in one launch: its start takes longer than the runs. -> its folder, by case."""
+    folders, commands = {}, []
+    for number, (stage, changes) in enumerate(TWO):
+        for shard in (False, True):
+            folders[number, shard] = home / f"two-{number}-{shard}"
+            changes = {"steps": 2, "batch_size": 1, "accumulation": 1} | changes
+            config = options(home, stage, folders[number, shard], **changes)
+            commands.append([stage, *flags_of(config), f"--shard-target={shard}"])
+    (home / "in_turn.py").write_text(IN_TURN)
+    launch(home / "in_turn.py", json.dumps(commands), env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    return folders
+
+
+@pytest.mark.parametrize("number", range(len(TWO)))
+@pytest.mark.parametrize("shard_target", [False, True])
+def test_two_processes_equal_one_with_twice_the_accumulation(home, runs_of_two, number, shard_target, tmp_path):
+    stage, changes = TWO[number]
+    STAGES[stage][0].main(options(home, stage, tmp_path, steps=2, batch_size=1, **changes))
+    other = runs_of_two[number, shard_target]
+    one, two = weights_of(tmp_path), weights_of(other)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
-    for first, second in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")):
+    for first, second in zip(metrics_of(tmp_path), metrics_of(other)):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+    record = json.loads((other / "provenance.json").read_text())
+    assert record["config"]["shard_target"] is shard_target and record["config"]["accumulation"] == 1
 
 
 SHARDED = """
@@ -245,10 +272,7 @@ accelerator.end_training()
 
 def test_a_sharded_target_holds_its_share_and_reads_the_same(home, tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [tmp_path / "script.py", home / "target"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tmp_path / "script.py", home / "target")
     with pytest.raises(ValueError, match="accelerate launch"):
         supervised.main(options(home, "supervised", tmp_path / "run", shard_target=True))
 
