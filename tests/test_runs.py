@@ -65,6 +65,7 @@ def hidden(folder):
 def test_a_second_run_is_refused_before_it_reads_or_writes_anything(home, tmp_path, capsys):
     commands = [stage(home, name, tmp_path / "run") for name in STAGES]
     commands.append(["pretrain", f"--data={tmp_path}", f"--output={tmp_path / 'run'}", "--tokens=1"])
+    commands.append(["evaluate", "--target=t", "--drafter=d", f"--output-dir={tmp_path / 'run'}"])
     with claim_folder(tmp_path / "run"):
         for command in commands:
             assert cli.main(command) == 2
@@ -73,6 +74,14 @@ def test_a_second_run_is_refused_before_it_reads_or_writes_anything(home, tmp_pa
             assert "choose another place" in told
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     assert not (tmp_path / "run").exists()  # nothing was put there
+
+
+def test_a_second_run_into_one_file_is_refused(tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    with claim_file(output):
+        assert cli.main(["regenerate", "--target=t", f"--data={tmp_path}", f"--output={output}"]) == 2
+    assert f"Another run is writing to --output {output}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_leaves_no_claim(tmp_path):

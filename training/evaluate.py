@@ -36,7 +36,7 @@ from ppow.lossless_ppow import first_difference, without_drafts
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
 from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
-from .files import write_json
+from .files import claim_folder, write_json
 from .fingerprints import fingerprint
 from .loading import named
 from .prompts import first_turn, prompt_sets, sampling_options, turn_ids
@@ -46,13 +46,17 @@ _FREE_TO_CHANGE = ("output_dir", "resume", "bootstrap")  # what the samples do n
 
 
 def main(config: EvaluateConfig) -> None:
+    with claim_folder(config.output_dir):
+        evaluate(config)
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """The command itself, once the output folder is this run's alone."""
     if config.threads:
         torch.set_num_threads(config.threads)
     prompts = prompt_sets(config.prompts, config.prompts_dir, config.limit)
-    dtype = getattr(torch, config.dtype)
+    dtype, folder = getattr(torch, config.dtype), Path(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known now
     with named("target", config.target):
         tokenizer = AutoTokenizer.from_pretrained(config.target)
         target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ppow.lossless_ppow import FAULT, NEAR_TIE, Difference
 from ppow.transcript_ppow import Acceptance
 
+from .files import whole
 from .samples import Sample
 
 _COUNTS = ("drafted", "accepted", "gained")
@@ -151,5 +152,6 @@ def plot(results: dict, path: Path) -> None:
     axes.set(xlabel="position in the window", ylabel="accepted, given all before", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)

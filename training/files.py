@@ -16,6 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+LOCK = ".lock"  # in the folder of a run
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -135,7 +137,7 @@ def claim_folder(folder: str | Path, option: str = "--output-dir") -> Iterator[N
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{option} {folder} is a file; name a folder.")
-    with _claim(folder / ".lock", f"{option} {folder}"):
+    with _claim(folder / LOCK, f"{option} {folder}"):
         yield
 
 

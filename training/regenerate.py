@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .config import RegenerateConfig
 from .data import BadRows, Row, load_rows
+from .files import append, claim_file, whole
 from .rows import TEMPLATE_COLUMNS, options_of
 from .sources import BadRow, say
 from .writers import Answer, Asked, EndpointWriter, LocalWriter
@@ -46,6 +47,12 @@ class Written(NamedTuple):
 
 
 def main(config: RegenerateConfig) -> None:
+    with claim_file(config.output):
+        write(config)
+
+
+def write(config: RegenerateConfig) -> None:
+    """The command itself, once the output is this run's alone."""
     bad = BadRows(config.skip_bad_rows)
     rows = load_rows(config.data, config.split, config.limit, bad)
     chats = {row.number: row for row in rows if turns(row.get("messages", []))}
@@ -62,7 +69,6 @@ def main(config: RegenerateConfig) -> None:
     writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
     unfit = unanswerable(writer, [chats[index] for index in todo], bad)
     bad.report(config.data)
-    output.parent.mkdir(parents=True, exist_ok=True)
     none = [(chats[i], Written(turns(chats[i]["messages"])[0], "error", why)) for i, why in unfit.items()]
     _append(output, none, by)
     todo = [index for index in todo if index not in unfit]
@@ -108,18 +114,18 @@ def unanswerable(writer, rows: list[Row], bad: BadRows) -> dict[int, str]:
 def _append(output: Path, made: list[tuple[Row, Written]], by: dict) -> None:
     if not made:
         return
-    with open(output, "a", encoding="utf-8") as out:
-        for row, written in made:
-            complete = written.finish in ("stop", "tool_calls", "refusal")
-            line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by}
-            line |= {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
-            if written.finish != "stop":
-                line["finish"] = written.finish
-            if written.error is not None:
-                line["error"] = written.error
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
+    lines = []
+    for row, written in made:
+        complete = written.finish in ("stop", "tool_calls", "refusal")
+        line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by}
+        line |= {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
+        if written.finish != "stop":
+            line["finish"] = written.finish
+        if written.error is not None:
+            line["error"] = written.error
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    with open(output, "ab", buffering=0) as out:
+        append(out, "".join(lines).encode("utf-8"))
 
 
 def _name_errors(made: list[tuple[Row, Written]]) -> None:
@@ -244,6 +250,5 @@ def in_row_order(output: Path) -> None:
     """Sort the finished lines by row: they were made in order of length, and readers may take the first few."""
     with open(output, encoding="utf-8", newline="\n") as file:  # str.splitlines would also split inside some texts
         lines = sorted(file, key=lambda line: json.loads(line)["row"])
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(partial, output)
+    with whole(output) as partial:
+        partial.write_text("".join(lines), encoding="utf-8", newline="\n")

@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .files import LOCK
+
 FILE = "samples.jsonl"
 RESULTS = ("metrics.json", "acceptance.png")
-_MINE = {FILE, *RESULTS, ".metrics.json.partial"}
+_MINE = {FILE, *RESULTS, LOCK, *(f".{name}.partial" for name in RESULTS)}
 
 
 @dataclass
