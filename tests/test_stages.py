@@ -191,57 +191,30 @@ def test_kill_minus_nine_and_resume(home, whole_runs, stage, tmp_path):
     assert_same_run(whole_runs[stage], tmp_path)
 
 
-TWO = [
-    ("supervised", {}),
-    ("reinforce", {}),
-    ("reinforce", {"estimator": "exact", "supervised_coef": 0.5, "average_from": 0.0}),
-]
-IN_TURN = """
-import json, sys
-from accelerate.state import AcceleratorState
-from ppow.training import cli
-
-for arguments in json.loads(sys.argv[1]):
-    assert cli.main(arguments) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-"""
-
-
-def launch(*command, **options) -> None:
-    """Run a script in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=280, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def runs_of_two(home):
-    """Every run of two processes, all in one launch: its start takes longer than the runs. -> its folder, by case."""
-    folders, commands = {}, []
-    for number, (stage, changes) in enumerate(TWO):
-        for shard in (False, True):
-            folders[number, shard] = home / f"two-{number}-{shard}"
-            changes = {"steps": 2, "batch_size": 1, "accumulation": 1} | changes
-            config = options(home, stage, folders[number, shard], **changes)
-            commands.append([stage, *flags_of(config), f"--shard-target={shard}"])
-    (home / "in_turn.py").write_text(IN_TURN)
-    launch(home / "in_turn.py", json.dumps(commands), env=os.environ | {"ACCELERATE_USE_CPU": "true"})
-    return folders
-
-
-@pytest.mark.parametrize("number", range(len(TWO)))
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("supervised", {}),
+        ("reinforce", {}),
+        ("reinforce", {"estimator": "exact", "supervised_coef": 0.5, "average_from": 0.0}),
+    ],
+)
 @pytest.mark.parametrize("shard_target", [False, True])
-def test_two_processes_equal_one_with_twice_the_accumulation(home, runs_of_two, number, shard_target, tmp_path):
-    stage, changes = TWO[number]
-    STAGES[stage][0].main(options(home, stage, tmp_path, steps=2, batch_size=1, **changes))
-    other = runs_of_two[number, shard_target]
-    one, two = weights_of(tmp_path), weights_of(other)
+def test_two_processes_equal_one_with_twice_the_accumulation(home, stage, changes, shard_target, tmp_path):
+    module, _ = STAGES[stage]
+    module.main(options(home, stage, tmp_path / "one", steps=2, batch_size=1, **changes))
+    changes = {**changes, "accumulation": 1, "shard_target": shard_target}
+    flags = flags_of(options(home, stage, tmp_path / "two", steps=2, batch_size=1, **changes))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [*launcher, "-m", "ppow.training.cli", stage, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-4)
-    for first, second in zip(metrics_of(tmp_path), metrics_of(other)):
+    for first, second in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
-    record = json.loads((other / "provenance.json").read_text())
-    assert record["config"]["shard_target"] is shard_target and record["config"]["accumulation"] == 1
 
 
 SHARDED = """
@@ -272,7 +245,10 @@ accelerator.end_training()
 
 def test_a_sharded_target_holds_its_share_and_reads_the_same(home, tmp_path):
     (tmp_path / "script.py").write_text(SHARDED)
-    launch(tmp_path / "script.py", home / "target")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [tmp_path / "script.py", home / "target"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
     with pytest.raises(ValueError, match="accelerate launch"):
         supervised.main(options(home, "supervised", tmp_path / "run", shard_target=True))
 
