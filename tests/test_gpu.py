@@ -17,7 +17,7 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow import generation_ppow
+from ppow import pair_ppow
 from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftWindow, call_config
 from ppow.lossless_ppow import first_difference, without_drafts
@@ -183,7 +183,7 @@ def test_at_the_shape_of_a_large_target_the_reference_agrees_wherever_a_token_st
         ids = torch.randint(1, 32000, (1, length), device="cuda")
         reference, _ = without_drafts(target, drafter, ids, config)
         with monkeypatch.context() as patch:
-            patch.setattr(generation_ppow, "draft", Told(reference))
+            patch.setattr(pair_ppow, "draft", Told(reference))
             out = generate_with(target, drafter, ids, config=options)
         assert out.sequences[0, length:].tolist() == reference
         assert out.acceptance.acceptance_length > 10

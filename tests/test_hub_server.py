@@ -153,7 +153,7 @@ def test_another_branch(hub, pair):
 def test_a_second_push_uploads_what_has_changed(hub, pair, tmp_path, monkeypatch, capsys, xet):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
     (tmp_path / "metrics.json").write_text(
-        json.dumps({**METRICS, "weights": {"drafter": fingerprint(pair, whole=True)}})
+        json.dumps({**METRICS, "weights": {"drafter": fingerprint(pair / "drafter", whole=True)}})
     )
     (tmp_path / "acceptance.png").write_bytes(b"\x89PNG a picture")
     assert push(pair, "alice/drafter", "--metrics", str(tmp_path)) == 0
@@ -183,7 +183,7 @@ def test_every_snippet_of_the_card_runs(hub, pair, target, tiny_tokenizer, tmp_p
     target.push_to_hub("acme/target")
     tiny_tokenizer.push_to_hub("acme/target")
     (tmp_path / "metrics.json").write_text(
-        json.dumps({**METRICS, "weights": {"drafter": fingerprint(pair, whole=True)}})
+        json.dumps({**METRICS, "weights": {"drafter": fingerprint(pair / "drafter", whole=True)}})
     )
     assert push(pair, "acme/drafter", "--target=acme/target", "--tag=v1", f"--metrics={tmp_path}") == 0
     card, asked = ModelCard.load("acme/drafter"), len(hub.requests)
@@ -288,7 +288,7 @@ def test_training_on_a_data_set_of_the_hub_and_pushing_along(hub, pair, target, 
     assert card.data.datasets == ["acme/chats"] and card.data.base_model == "acme/target"
     assert HfApi().list_repo_commits("acme/reinforced")[0].title == "step 2"
     text = ModelCard.load("acme/reinforced").text
-    assert "1. `ppow supervised`: 4 steps" in text and "2. `ppow reinforce`: 2 steps" in text
+    assert "1. `ppow supervised`: 4 steps" in text and "2. `ppow reinforce` (ppow, closed form): 2 steps" in text
     pulled = AutoModelForCausalLM.from_pretrained("acme/target")
     for repo in ("acme/drafter", "acme/reinforced"):
         assert generated(pulled, load(repo))[0] == pulled.generate(prompt(pulled), **GREEDY).tolist()

@@ -12,7 +12,7 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from decoding_helpers import FAMILIES, MODES, build_target, generate_with, random_drafter
-from ppow import PPOWConfig, PPOWDrafter, generation_ppow, graphs_ppow, probe_ppow
+from ppow import PPOWConfig, PPOWDrafter, graphs_ppow, pair_ppow, probe_ppow
 from ppow.probe_ppow import KNOWN, check_rope, check_target, is_known
 from ppow.target_ppow import TargetState
 from ppow.training import plan, supervised
@@ -177,7 +177,7 @@ def walk(monkeypatch):
         asked = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         plain = target.generate(ids, attention_mask=mask, **asked)
         oracle = Oracle(plain, target.config.vocab_size)
-        monkeypatch.setattr(generation_ppow, "draft", oracle)
+        monkeypatch.setattr(pair_ppow, "draft", oracle)
         out = generate_with(target, random_drafter(target), ids, mask, {**mode, "max_new_tokens": new})
         assert oracle.calls > 0
         torch.testing.assert_close(out.sequences, plain, rtol=0, atol=0)

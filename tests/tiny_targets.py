@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ppow import PPOWConfig, PPOWDrafter, generation_ppow
+from ppow import PPOWConfig, PPOWDrafter, pair_ppow
 from ppow.drafting_ppow import DraftWindow
 from ppow.masks_ppow import ancestors_of
 from ppow.target_ppow import check_kind
@@ -216,8 +216,8 @@ def verdict(target, brief: bool = False) -> tuple[str, str]:
             why = f"plain generate() ends in {type(error).__name__}"
         for mode in modes:
             oracle = Oracle(torch.zeros(0) if plain is None else plain, target.config.get_text_config().vocab_size)
-            before = generation_ppow.draft
-            generation_ppow.draft = oracle
+            before = pair_ppow.draft
+            pair_ppow.draft = oracle
             for name, value in mode.items():
                 setattr(drafter.generation_config, name, value)
             try:
@@ -227,7 +227,7 @@ def verdict(target, brief: bool = False) -> tuple[str, str]:
                     raise Fault(f"{type(target).__name__} {mode}: {type(error).__name__}: {error}") from error
                 return "refused", str(error) if isinstance(error, ValueError) else why
             finally:
-                generation_ppow.draft = before
+                pair_ppow.draft = before
                 for name in mode:
                     setattr(drafter.generation_config, name, None)
             if plain is None or not torch.equal(plain, ours):

@@ -1,0 +1,203 @@
+"""A target and its drafter on the way through one text: what :func:`generation_ppow.decode` asks of them, step by step.
+
+On the fast path the next cycle is under way before this one's tokens are read; that is hidden here.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .cache_ppow import DrafterMemory, SlotCache, hand_back
+from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
+from .prompt_ppow import Prompt
+from .recording_ppow import GATE
+from .target_ppow import TargetState
+from .transcript_ppow import Transcript
+from .verifier_ppow import Verdict, Verifier
+
+CATCH_UP = 64  # tokens of one forward when rows of a batch that ended early are brought to the others' length
+PLAIN_CAPACITY = 512  # slots for new tokens that the plain path allocates at first
+
+
+class Ahead(NamedTuple):
+    """A cycle that was begun before the tokens of the one before were read."""
+
+    window: DraftWindow
+    outputs: tuple[torch.Tensor, torch.Tensor]
+    verdict: Verdict
+
+
+class Pair:
+    """The states of both models, and how far they are.
+
+    Args:
+        target, drafter: the pair.
+        options: how to draft.
+        prompt: what the target has to read.
+        text: the transcript that tells what room is left and who still grows.
+        verifier: the acceptance rule.
+        fast: the :class:`FastPath` of this call, or None.
+
+    Attributes:
+        root: (B,) the newest token of every row, under which the next window is drafted.
+    """
+
+    def __init__(self, target, drafter, options: DraftOptions, prompt: Prompt, text: Transcript, verifier, fast):
+        self.target, self.drafter, self.options, self.prompt = target, drafter, options, prompt
+        self.text, self.verifier = text, verifier
+        if fast is None:
+            capacity = prompt.end + min(text.remaining(), PLAIN_CAPACITY) + options.slots
+            taps = drafter.config.target_taps
+            self.target_state = TargetState(target, taps, prompt.past, text.batch, capacity, prompt.valid)
+            self.drafter_state = self._plain_drafter()
+        else:
+            self.target_state, self.drafter_state = fast.target_state, fast.drafter_state
+        runs_ahead = self.drafter_state.whole_windows and verifier.prefix_free
+        self.runs_ahead = runs_ahead and not text.needs_every_prefix and not text.together
+        self.ahead: Ahead | None = None
+        self.begun: Ahead | None = None  # what this cycle has of it
+        self.root = prompt.ids[:, -1]
+        self._grew: list[bool] = []  # which rows grew when that was last brought to the device
+        self._grow: torch.Tensor | None = None
+
+    def prefill(self, chunk: int | None) -> Verdict:
+        """Read the prompt, ``chunk`` tokens a forward (None: all), and choose the first new token."""
+        prompt = self.prompt
+        with GATE.shared():
+            logits, taps = self.target_state.prefill(
+                prompt.ids, prompt.attention_mask, prompt.position_ids, chunk, self.text.remaining()
+            )
+            verdict = self._judge(DraftWindow.chain(self.root[:, None]), logits[:, None])  # of the last token alone
+            self.root = verdict.tokens[:, 0]
+            tokens = torch.cat((prompt.ids[:, 1:], self.root[:, None]), 1)
+            counts = torch.full_like(self.root, tokens.shape[1])
+            self.drafter_state.extend(taps, tokens, prompt.position_ids, counts)
+            if not torch.isfinite(self.drafter.logits(self.drafter_state.hidden)).all():
+                raise ValueError(
+                    "The drafter's logits are not finite (NaN or infinity), so its weights are damaged or its dtype "
+                    "overflows. Load the checkpoint again, or use bfloat16 or float32."
+                )
+        return verdict
+
+    def draft(self) -> DraftWindow:
+        """The next window."""
+        self.begun, self.ahead = self.ahead, None
+        with GATE.shared():
+            return self.begun.window if self.begun else self._draft()
+
+    def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht)."""
+        with GATE.shared():
+            return self.begun.outputs if self.begun else self.target_state.verify(window)
+
+    def accept(self, window: DraftWindow, logits: torch.Tensor, taps: torch.Tensor) -> Verdict:
+        """What the target takes of a window; where it can be, the next cycle is begun before anybody reads that."""
+        with GATE.shared():
+            verdict = self.begun.verdict if self.begun else self._judge(window, logits)
+            if self.runs_ahead and self.text.remaining() > window.max_depth + 1:
+                # should one of these tokens end the text, this was in vain
+                self._move_on(verdict, taps, torch.where(self._growing(), verdict.accepted + 1, 0))
+                following = self._draft()
+                outputs = self.target_state.verify(following)
+                self.ahead = Ahead(following, outputs, self._judge(following, outputs[0]))
+        return verdict
+
+    def keep(self, verdict: Verdict, taps: torch.Tensor, counts: list[int]) -> None:
+        """Let both caches hold the tokens gained, ``counts`` of every row (0: it has ended), and nothing else."""
+        if self.ahead is None:
+            with GATE.shared():
+                self._move_on(verdict, taps, torch.tensor(counts, device=self.root.device))
+
+    def fill(self, cache) -> None:
+        """Let ``cache`` hold every token but the last, as without a drafter; the drafter's side of it comes along.
+
+        Rows of a batch that ended early hold their padding too, as transformers leaves it there.
+        """
+        with GATE.shared():
+            fill_cache(cache, self.target_state, self.drafter_state, self.prompt, self.text)
+
+    def _draft(self) -> DraftWindow:
+        return draft(self.drafter_state, self.root, self.options, self.text.remaining() - 1, self.verifier)
+
+    def _judge(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
+        verdict = self.verifier(window, logits)
+        verdict.fetch()
+        return verdict
+
+    def _growing(self) -> torch.Tensor:
+        """(B,) bool, on the device: rows that still grow."""
+        if self._grow is None or self._grew != self.text.growing():
+            self._grew = self.text.growing()
+            self._grow = torch.tensor(self._grew, device=self.root.device)
+        return self._grow
+
+    def _move_on(self, verdict: Verdict, taps: torch.Tensor, counts: torch.Tensor) -> None:
+        """Keep (B,) ``counts`` tokens of each row and move the root."""
+        target_state, drafter_state = self.target_state, self.drafter_state
+        width = verdict.path.shape[1] if drafter_state.whole_windows else int(counts.max())
+        path = verdict.path[:, :width]
+        positions = target_state.next_position[:, None] + torch.arange(width, device=path.device)
+        target_state.keep(path, counts, in_order=not self.options.is_tree)
+        taps = taps.gather(1, path[:, :, None].expand(-1, -1, taps.shape[-1]).to(taps.device))
+        drafter_state.extend(taps, verdict.tokens[:, :width], positions, counts)
+        newest = verdict.tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        self.root = torch.where(counts > 0, newest, self.root)
+
+    def _plain_drafter(self) -> DrafterState:
+        """The drafter's state before the prompt: with what it knows of the part that a passed cache holds."""
+        prompt, drafter, device = self.prompt, self.drafter, self.prompt.ids.device
+        cache, known = DrafterMemory.recall(prompt.past, drafter)
+        cache = SlotCache(len(drafter.layers), prompt.end + 64) if cache is None else cache
+        valid, batch = prompt.valid, self.text.batch
+        if known < prompt.start:  # of these tokens we have no taps: drafting does without
+            valid = torch.ones(batch, prompt.end, dtype=torch.bool, device=device) if valid is None else valid.clone()
+            valid[:, known : prompt.start] = False
+        lengths = torch.full((batch,), prompt.start, dtype=torch.long, device=device)
+        return DrafterState(drafter, drafter.embedding_for(self.target), cache, lengths, valid)
+
+
+def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:
+    """A window of at most ``room`` tokens in depth (what still fits besides the next token itself)."""
+    if state.whole_windows:
+        room = options.longest
+    if room < 1:
+        return DraftWindow.chain(root[:, None])
+    if not options.accept_drafts:
+        depth = min(options.longest, room)
+        width = min(options.tree_top_k or 1, state.drafter.config.draft_vocab_size)
+        return DraftWindow.blank(root, min(options.tree_nodes or depth, width + (depth - 1) * width * width), depth)
+    if options.is_tree:
+        return state.tree(root, min(options.tree_depth, room), options.tree_top_k, options.tree_nodes)
+    return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)
+
+
+def fill_cache(cache, target_state: TargetState, drafter_state: DrafterState, prompt: Prompt, text: Transcript) -> None:
+    """See :meth:`Pair.fill`."""
+    drafter, target = drafter_state.drafter, target_state.target
+    slots, memory = target_state.cache, drafter_state.cache
+    behind = prompt.end - text.prompt_length - 1  # entries held, less tokens in the text
+    length, held = text.length + behind, [min(n, text.length) + behind for n in text.lengths]
+    if min(held) < length:
+        ids = text.sequences().to(prompt.ids.device)
+        lengths = torch.tensor(held, device=ids.device)
+        surplus = target_state.lengths - lengths  # of rows that ran ahead
+        slots, memory = slots.copy(length), memory.copy(length)
+        state = TargetState(target, target_state.taps, slots, text.batch, length, prompt.valid)
+        state.lengths, state.next_position = lengths, target_state.next_position - surplus
+        state.last_position = target_state.last_position
+        valid = prompt.valid if drafter_state.valid is None else drafter_state.valid
+        mine = DrafterState(drafter, drafter_state.embed, memory, lengths, valid)
+        while int(state.lengths.min()) < length:
+            counts = (length - state.lengths).clamp(max=CATCH_UP)
+            steps = torch.arange(int(counts.max()), device=ids.device)
+            at = (state.lengths - behind)[:, None] + steps - 1
+            window = DraftWindow.chain(ids.gather(1, at.clamp(max=text.length - 1)))
+            _, taps = state.verify(window)
+            positions = state.next_position[:, None] + steps
+            state.keep(window.depth, counts, in_order=True)
+            mine.extend(taps, ids.gather(1, (at + 1).clamp(max=text.length - 1)), positions, counts)
+    hand_back(slots, cache, length)
+    if drafter_state.whole_windows and memory is drafter_state.cache:
+        memory = memory.copy(length)  # graphs own their buffers
+    memory.set_length(length)
+    cache.drafter_memory = DrafterMemory(memory, cache, drafter)
