@@ -11,6 +11,7 @@ BENCHMARK = "figures"
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ["README.md", "benchmarks/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES.remove("docs/targets.md")  # a table that its own command writes, and tests/test_targets.py holds
 PICTURES = {".png", ".jpg", ".svg", ".gif"}
 
 
@@ -25,7 +26,7 @@ def summary(benchmark, monkeypatch):
 @pytest.mark.parametrize("page", [*PAGES, "model_cards/drafter.md.jinja", "model_cards/target.md.jinja"])
 def test_a_page_has_the_figures_of_the_summaries_and_no_others(benchmark, page):
     text = (ROOT / page).read_text()
-    after, faults = benchmark.fill(text, benchmark.table()[page])
+    after, faults = benchmark.fill(text, benchmark.table().get(page, []))
     assert not faults and after == text
 
 
