@@ -76,6 +76,7 @@ class Transcript:
         self.ids = input_ids.to("cpu", torch.long)  # written token by token, so kept by the host
         self.lengths = [self.prompt_length] * self.batch
         self.ended_at: list[int | None] = [None] * self.batch  # length at which a criterion stopped the row
+        self.horizon: int | None = None  # what every row must reach when rows do not end alone
         self.max_length = stopping_criteria.max_length
         eos = [c.eos_token_id for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
         self.eos_ids = {int(token) for ids in eos for token in ids}
@@ -101,11 +102,6 @@ class Transcript:
         """The rows that still grow; those that gain their tokens side by side form one group."""
         rows = [row for row in range(self.batch) if self.active(row)]
         return [rows] if self.together and rows else [[row] for row in rows]
-
-    @property
-    def horizon(self) -> int | None:
-        """The length every row must reach when rows do not end alone; None while one has not met its criterion."""
-        return None if None in self.ended_at else max(self.ended_at)
 
     def active(self, row: int) -> bool:
         """Whether the row still grows."""
@@ -180,7 +176,9 @@ class Transcript:
             if self.streamer is not None:
                 self.streamer.put(self.ids[:, start + i].clone())
             for row in self._stopped({row: tokens[k][i] for k, row in now}):
-                self.ended_at[row] = self.ended_at[row] or start + i + 1
+                if self.ended_at[row] is None:
+                    self.ended_at[row] = start + i + 1
+                    self.horizon = None if None in self.ended_at else max(self.ended_at)
             for row in rows:
                 if not self.active(row):  # nothing of what follows its end may be seen
                     self.ids[row, self.lengths[row] : start + count] = self.pad or 0
