@@ -105,7 +105,9 @@ def test_sigterm_ends_a_command_with_its_cleanup_and_status_143(toy_command, cap
 
     toy_command.main, before = main, signal.getsignal(signal.SIGTERM)
     assert cli.main(["demo"]) == 143 and len(cleaned) == 1
-    assert capsys.readouterr().err.startswith("\nppow: stopped by SIGTERM; regenerate, supervised and reinforce go on")
+    assert capsys.readouterr().err.startswith(
+        "\nppow: stopped by SIGTERM; regenerate, supervised, reinforce and evaluate go on"
+    )
     assert signal.getsignal(signal.SIGTERM) is before
 
 

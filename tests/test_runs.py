@@ -342,7 +342,7 @@ def test_a_run_tells_what_it_trains_on_and_what_comes_next(home, tmp_path, capsy
     assert cli.main(stage(home, "supervised", tmp_path / "one", held_out, "--eval-every=3", "--dtype=bfloat16")) == 0
     told = capsys.readouterr().out
     assert told.startswith("cpu, ") and "1 process, bfloat16, seed 0" in told
-    assert "chats.jsonl: 9 rows kept, 2 dropped (2: answer beyond max_length=64)\n" in told
+    assert "chats.jsonl: 9 texts kept, 2 dropped (2: the answer starts beyond max_length=64 (--drop-long))\n" in told
     assert f"held out {home / 'chats.jsonl'}: " in told
     assert f"The drafter is in {tmp_path / 'one'}" in told and "steps 1 to 6: loss " in told
     assert "held-out acceptance length " in told
@@ -354,7 +354,10 @@ def test_a_run_tells_what_it_trains_on_and_what_comes_next(home, tmp_path, capsy
     assert config.max_length == 64 and config.drop_long and config.dtype == "bfloat16"
     assert cli.main(stage(home, "reinforce", tmp_path / "two", "--steps=1")) == 0
     told = capsys.readouterr().out
-    assert "8 rows kept, 3 dropped (2: answer beyond max_length=64; 1: no answer of 3 tokens in a row)\n" in told
+    assert (
+        "8 texts kept, 3 dropped (2: the answer starts beyond max_length=64 (--drop-long); 1: no answer of 3 tokens in a row)\n"
+        in told
+    )
     following = shlex.split(told.splitlines()[-1].removeprefix("Next: "))
     assert following[:2] == ["ppow", "evaluate"] and following[-2:] == ["--output-dir", f"{tmp_path / 'two'}-figures"]
     assert following[following.index("--baseline") + 1] == str(home / "stage1")

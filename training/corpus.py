@@ -92,12 +92,13 @@ def build(config: PretrainConfig) -> tuple[list[dict], list[dict], dict]:
     """Training rows (repeated by weight, shuffled), held-out rows (each once) and a JSON record of what was read."""
     rng = random.Random(config.seed)
     train, heldout, record = [], [], {"groups": {}, "python": []}
-    dropped = {"longer than its group's limit": 0, "spells a special token": 0}
+    dropped = {"bad rows": 0, "longer than its group's limit": 0, "spells a special token": 0}
     for group in config.groups:
         name, weight, max_chars = parse_group(group)
         bad = BadRows(config.skip_bad_rows)
         rows = [row for path in group_files(Path(config.data), name) for row in read_texts(path, bad)]
         bad.report(f"{config.data}, group {name}")
+        dropped["bad rows"] += len(bad.found)
         short = [row for row in rows if sum(map(len, texts(row))) <= max_chars]
         dropped["longer than its group's limit"] += len(rows) - len(short)
         rows = short

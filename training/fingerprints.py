@@ -29,7 +29,7 @@ def fingerprint(name: str | Path, whole: bool = False, revision: str | None = No
         revision: of a Hub id.
 
     Returns:
-        None where the weights are not on this machine, or not in safetensors files.
+        None where the weights are not on this machine, or not in model*.safetensors files.
 
     Raises:
         SafetensorError: a file that is damaged.
@@ -41,7 +41,7 @@ def fingerprint(name: str | Path, whole: bool = False, revision: str | None = No
         except (LocalEntryNotFoundError, HFValidationError):
             return None
     tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         for tensor, facts in table(file).items():
             tensors[tensor] = file, facts
     digest = hashlib.sha256()

@@ -9,6 +9,7 @@ card. It loads without this package. Files of an earlier push that are no longer
 commit; unchanged ones are not uploaded again.
 """
 
+import atexit
 import dataclasses
 import json
 import logging
@@ -507,6 +508,7 @@ class BackgroundPush:
             return False
         try:
             folder = Path(tempfile.mkdtemp(prefix="ppow-push-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)  # should the process end before the upload
         except OSError as error:
             logger.warning("Step %d was not pushed to %s (%s); training goes on.", step, self.repo, error)
             return False

@@ -15,6 +15,7 @@ resumed takes exactly the steps of one that was not.
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,9 @@ class Trainer:
         """
         with deferred_sigterm() as asked:
             yield from self._steps(asked)
-        if self.hub is not None:
+        if self.hub is not None and asked():
+            print("ppow: SIGTERM came in the last step: the drafter is saved and not pushed.", file=sys.stderr)
+        elif self.hub is not None:
             self.hub.wait()
             self.hub.push(self.folder, self.config.steps)
             self.hub.wait()

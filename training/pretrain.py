@@ -80,7 +80,8 @@ def run(config: PretrainConfig) -> dict:
     finish(config, model, tokenizer, record, result)
     lines = read_metrics(work / "metrics.jsonl")
     print(f"The target is in {output}, its record in {output / 'training.json'}.")
-    print(report.figures(lines))
+    if lines:
+        print(report.figures(lines))
     print(report.draw(lines, output / report.CURVE, work / "metrics.jsonl"))
     answers = ["--data", config.data, "--output", f"{config.output.rstrip('/')}-answers.jsonl"]
     print(f"Next: {shlex.join(['ppow', 'regenerate', '--target', config.output, *answers])}")

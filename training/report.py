@@ -47,10 +47,10 @@ def millions(count: int) -> str:
 
 
 def rows(source: str, examples, title: str = "data") -> str:
-    """``data chats.jsonl: 90 rows kept, 10 dropped (7: fewer than 9 tokens; 3: ...)``."""
+    """``data chats.jsonl: 90 texts kept, 10 dropped (7: fewer than 9 tokens; 3: ...)``; a row gives one or several."""
     dropped = getattr(examples, "dropped", {})
     why = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
-    return f"{title} {source}: {len(examples)} rows kept, {sum(dropped.values())} dropped{f' ({why})' if why else ''}"
+    return f"{title} {source}: {len(examples)} texts kept, {sum(dropped.values())} dropped{f' ({why})' if why else ''}"
 
 
 def ended(config, folder: Path) -> str:

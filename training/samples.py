@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import LOCK
+from .files import LOCK, append
 
 FILE = "samples.jsonl"
 RESULTS = ("metrics.json", "acceptance.png")
@@ -48,7 +47,7 @@ class SampleLog:
     """The samples of an evaluation, appended to ``folder/samples.jsonl``.
 
     Its first line holds what the figures depend on, so that only the same evaluation goes on in it. A line that a kill
-    cut off is dropped. One process writes at a time.
+    cut off is dropped. The folder is claimed by then (:func:`ppow.training.files.claim_folder`).
 
     Args:
         folder: the output folder; made when missing.
@@ -75,9 +74,8 @@ class SampleLog:
             raise ValueError(
                 f"--output-dir {folder} holds {what}. Pass --resume to go on with it, or give another folder."
             )
-        self._file = self.path.open("a+b")
+        self._file = self.path.open("a+b", buffering=0)
         try:
-            self._claim()
             self.found = self._read(made_with)
         except ValueError:
             self._file.close()
@@ -94,18 +92,6 @@ class SampleLog:
 
     def close(self) -> None:
         self._file.close()
-
-    def _claim(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released however the process ends
-        except OSError:
-            raise ValueError(
-                f"Another `ppow evaluate` is writing to {self.path.parent}; give another folder."
-            ) from None
 
     def _read(self, made_with: dict) -> dict:
         self._file.seek(0)
@@ -130,6 +116,4 @@ class SampleLog:
         return found
 
     def _write(self, row: dict) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        append(self._file, json.dumps(row).encode() + b"\n")

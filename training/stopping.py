@@ -1,6 +1,7 @@
 """SIGTERM, as ``kill`` and schedulers send it: a command ends at once and cleans up, a training saves itself first."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class _Sigterm:
     def __call__(self, *_) -> None:
         first, self.asked = not self.asked, True
         if first and not self.deferred:
-            raise Stopped(f"stopped by SIGTERM; {AGAIN}")
+            raise Stopped(f"stopped by SIGTERM; {AGAIN}" if os.environ.get("RANK", "0") == "0" else "")
 
 
 _sigterm = _Sigterm()

@@ -167,7 +167,7 @@ def load_target(config, accelerator: Accelerator) -> FrozenTarget:
 
 
 class Examples(list):
-    """Encoded texts to learn from. ``dropped`` counts the rows that were left out, by the reason."""
+    """Encoded texts to learn from. ``dropped`` counts the rows and texts that were left out, by the reason."""
 
     def __init__(self, examples: list, dropped: dict[str, int]):
         super().__init__(examples)

@@ -3,10 +3,11 @@
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 from .chats import OPENED, Chat
@@ -115,8 +116,17 @@ class EndpointWriter:
         """Nothing is known of a prompt before the server has answered it."""
 
     def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(self._one, prompts, range(seed, seed + len(prompts))))
+        def ask(future: Future, prompt: Asked, number: int) -> None:
+            try:
+                future.set_result(self._one(prompt, number))
+            except BaseException as error:
+                future.set_exception(error)
+
+        futures = [Future() for _ in prompts]
+        for index, (future, prompt) in enumerate(zip(futures, prompts)):
+            # a daemon, unlike a pool's threads: a server that never answers holds up no end of the process
+            threading.Thread(target=ask, args=(future, prompt, seed + index), daemon=True).start()
+        return [future.result() for future in futures]
 
     def _one(self, prompt: Asked, seed: int) -> Answer:
         options = dict(prompt.options)
