@@ -194,6 +194,9 @@ def test_a_fingerprint_is_that_of_the_weights(pair, tmp_path):
     for whole in (False, True):
         own = fingerprint(tmp_path / "one", whole)
         assert own == fingerprint(tmp_path / "shards", whole)
+        (tmp_path / "one" / "optimizer.safetensors").write_bytes(b"of a checkpoint, no weights")
+        assert own == fingerprint(tmp_path / "one", whole)
+        (tmp_path / "one" / "optimizer.safetensors").unlink()
         weight = drafter.lm_head.weight.data[-1, -1:]  # the last byte of a tensor is read however large it is
         weight += 1
         drafter.save_pretrained(tmp_path / "changed")
