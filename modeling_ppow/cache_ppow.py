@@ -235,7 +235,9 @@ class DrafterMemory:
         """What is still true of ``drafter``'s side after all that was done to ``cache``: its slots, or None; how many
         of their pairs hold."""
         memory = getattr(cache, "drafter_memory", None)
-        if memory is None or memory.drafter != id(drafter) or not cache.layers or not cache.layers[0].is_initialized:
+        if memory is None or memory.drafter != id(drafter) or len(memory.slots.layers) != len(drafter.layers):
+            return None, 0
+        if not cache.layers or not cache.layers[0].is_initialized:
             return None, 0
         keys, length = cache.layers[0].keys, cache.get_seq_length()
         same = keys.untyped_storage().data_ptr() == memory.keys.untyped_storage().data_ptr()

@@ -63,7 +63,8 @@ def decode(
         (B, length) sequences, or a :class:`PPOWGenerateOutput` with ``return_dict_in_generate``.
 
     Raises:
-        ValueError: before any token is made, when the pair does not fit together or an option cannot be honoured.
+        ValueError: before any token is made, when the pair does not fit together or an option cannot be honoured; after
+            the first, for a drafter whose logits are not finite.
     """
     drafter, config = assistant_model, generation_config
     options = DraftOptions.resolve(config, drafter.generation_config)

@@ -155,7 +155,9 @@ def unrecorded(target, taps, past, batch: int, capacity: int, valid: torch.Tenso
     Arguments of :class:`TargetState`.
     """
     cache = WindowCache(len(decoder_layers(target)), capacity)
-    state = GraphTarget(target, taps, cache, batch, _Unrecorded(), capacity, target_twin(target, False))
+    with GATE.exclusive():  # weights are laid side by side
+        twin = target_twin(target, False)
+    state = GraphTarget(target, taps, cache, batch, _Unrecorded(), capacity, twin)
     if valid is not None:
         state.valid, state.first = valid, (~valid).sum(1)
     return state
@@ -199,6 +201,7 @@ class FastPath:
         for state in (self.target_state, self.drafter_state):
             state.valid, state.lengths = valid, torch.zeros_like(state.lengths)
             state.first = torch.zeros_like(state.lengths) if valid is None else (~valid).sum(1)
+            state.cache.close_window()  # which a call that failed may have left open
             state.cache.set_length(0)
         self.drafter_state.prefilled = False
 

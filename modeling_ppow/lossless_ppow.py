@@ -175,7 +175,7 @@ def in_dtype(target, dtype: torch.dtype):
     layers = decoder_layers(target)
     inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
     config = target.config.get_text_config(decoder=True)
-    before, handles, held = config._attn_implementation, [], {}
+    before, handles, held, originals = config._attn_implementation, [], {}, []
     outside = [tensor for tensor in _tensors(target) if id(tensor) not in inside]
     try:
         if "flash" in (before or ""):  # which knows 16 bits only
@@ -183,7 +183,7 @@ def in_dtype(target, dtype: torch.dtype):
         originals = _convert(outside, dtype)
         for layer in layers:
             handles.append(layer.register_forward_pre_hook(lambda m, _: held.update({m: _convert(_tensors(m), dtype)})))
-            handles.append(layer.register_forward_hook(lambda m, *_: _restore(held.pop(m)), always_call=True))
+            handles.append(layer.register_forward_hook(lambda m, *_: _restore(held.pop(m, [])), always_call=True))
         yield
     finally:
         for handle in handles:
@@ -199,10 +199,14 @@ def _tensors(module) -> list[torch.Tensor]:
 def _convert(tensors, dtype: torch.dtype) -> list[tuple]:
     """Convert what is floating and has fewer bits than ``dtype``: -> what was there before."""
     originals = []
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
-            originals.append((tensor, tensor.data))
-            tensor.data = tensor.data.to(dtype)
+    try:
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
+                originals.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(dtype)
+    except BaseException:
+        _restore(originals)
+        raise
     return originals
 
 

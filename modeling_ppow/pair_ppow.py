@@ -86,7 +86,10 @@ class Pair:
             return self.begun.window if self.begun else self._draft()
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht)."""
+        """The target over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht).
+
+        On the fast path they are overwritten once the next cycle begins, which may be in :meth:`accept`.
+        """
         with GATE.shared():
             return self.begun.outputs if self.begun else self.target_state.verify(window)
 

@@ -125,14 +125,16 @@ def length_ropes(config) -> Iterator[tuple[str, int]]:
 def borders(target) -> list[int]:
     """Lengths at which the configuration says that something about attention or positions may change, ascending.
 
-    Learned positions end at such a border, so nothing lies behind it that could be compared.
+    Learned positions end at such a border, so nothing lies behind it that could be compared. RoPE has none at the
+    length of pretraining, but for those of :func:`check_rope`.
     """
+    rotary = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) is not None
     found, stack = set(), [target.config.get_text_config(decoder=True).to_dict()]
     while stack:
         for key, value in stack.pop().items():
             if isinstance(value, dict):
                 stack.append(value)
-            elif any(part in str(key) for part in _BORDERS):
+            elif any(part in str(key) for part in _BORDERS) and not (rotary and key == "max_position_embeddings"):
                 values = value if isinstance(value, (list, tuple)) else [value]
                 found |= {int(v) for v in values if isinstance(v, (int, float)) and v > 0}
     ends = _learned_positions(target)
@@ -161,7 +163,8 @@ def trial(target, name: str, length: int, make_state: Callable) -> str | None:
     key = (name, length, settings, str(config._attn_implementation), target.dtype, target.training)
     known = _found.setdefault(target, {})
     if key not in known or is_wrapped(target):
-        known[key] = _try(target, length, make_state)
+        with torch.autocast(target.device.type, enabled=False):  # its rounding is not the target's
+            known[key] = _try(target, length, make_state)
     return known[key]
 
 
@@ -181,12 +184,16 @@ def _try(target, length: int, make_state: Callable) -> str | None:
         given = prompt[rows], mask[rows], forced[rows]
         try:
             expected = _one_by_one(subject, *given)  # (B, TOKENS, V)
+        except torch.OutOfMemoryError:  # says nothing about the target
+            raise
         except Exception as error:  # whatever a model raises that needs more than ids
-            if length > PROMPT:  # an end of its own, at which drafting changes nothing
+            if length > PROMPT:  # mostly an end of its own, which plain generation meets as well
                 return None
             return f"plain generate() of a few random tokens ends in {_short(error)}"
         try:
             found = _in_windows(subject, *given, make_state, tree=not flash)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a model that takes no window raises what it likes
             return f"it takes no windows ({_short(error)})"
         for shape, at, logits in found:

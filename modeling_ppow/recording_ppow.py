@@ -1,6 +1,7 @@
 """How the parts of a cycle are captured as CUDA graphs, without anyone else noticing.
 
-A model is not touched: what is captured is a twin of it, whose modules are its own and whose weights are the model's,
+A model's modules are not touched: what is captured is a twin of it, whose modules are its own and whose weights are the
+model's (those of one input are laid side by side in memory),
 so that a call of another thread never meets a model in the state of being recorded.
 """
 
@@ -134,7 +135,10 @@ class Product:
         tensors = [getattr(linear, name) for linear, _ in self.parts]
         if tensors[0] is None:
             return None
-        whole = torch.cat([tensor.data for tensor in tensors])
+        data = [tensor.data for tensor in tensors]
+        if all(map(_follows, data, data[1:])):  # another fast path has laid them so
+            return data[0].as_strided((sum(map(len, data)), *data[0].shape[1:]), data[0].stride())
+        whole = torch.cat(data)
         for tensor, (_, part) in zip(tensors, self.parts):
             tensor.data = whole[part]
         return whole
@@ -145,6 +149,17 @@ class Product:
         candidates = itertools.product((module for layer in layers for module in layer.modules()), SIBLINGS)
         groups = ([getattr(module, name, None) for name in names] for module, names in candidates)
         return [cls(linears) for linears in groups if _alike(linears)]
+
+
+def _follows(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether ``other`` begins in memory where ``one`` ends."""
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    return (
+        one.is_contiguous()
+        and other.is_contiguous()
+        and one.data_ptr() + one.numel() * one.element_size() == other.data_ptr()
+    )
 
 
 def _alike(linears: list) -> bool:

@@ -69,7 +69,7 @@ class Verdict:
 
     def fetch(self) -> None:
         """Start to copy the outcome to the host, behind what the device has been given so far."""
-        self._table = torch.cat((self.accepted[:, None], self.tokens), 1).to("cpu", non_blocking=True)
+        self._table = torch.cat((self.accepted[:, None], self.tokens), 1).to("cpu", non_blocking=self.accepted.is_cuda)
         if self.accepted.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
