@@ -98,7 +98,7 @@ class Run:
 
     Attributes:
         name: PLAIN or the drafter's.
-        steps: (seconds since the start, tokens that arrived) per forward of the target.
+        steps: (seconds since the start, tokens that arrived) per forward of the target; while it runs, per token.
         seconds: whole generation, prefill included; None while it runs.
         drafted, accepted, gained: per verification, as in the drafter's ``Acceptance``.
         differences: why its greedy tokens are not the plain target's (``lossless_ppow`` of the drafter's code): dicts
@@ -185,6 +185,17 @@ def generation_config(pair, settings: Settings, drafter) -> GenerationConfig:
     return pair.part("drafting_ppow").call_config(pair.target.generation_config, **chosen)
 
 
+def by_verification(steps: list[tuple[float, list[int]]], gained: list[int]) -> list[tuple[float, list[int]]]:
+    """Steps of single tokens, as they are streamed -> one for the prompt's own token and one per verification."""
+    tokens = [(seconds, token) for seconds, some in steps for token in some]
+    grouped, at = [], 0
+    for count in (1, *gained):
+        part, at = tokens[at : at + count], at + count
+        if part:
+            grouped.append((part[-1][0], [token for _, token in part]))
+    return grouped
+
+
 def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFlag) -> Iterator[Run]:
     """Generate once; yield the growing run now and then, and at last the finished one."""
     run, drafter = Run(name), pair.drafters.get(name)
@@ -206,6 +217,7 @@ def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFla
             pair.part("drafting_ppow").what_was_drafted(out, settings.options)
             figures = out.acceptance
             run.drafted, run.accepted, run.gained = figures.drafted[0], figures.accepted[0], figures.gained[0]
+            run.steps = by_verification(run.steps, run.gained)
 
     work = MODEL_THREAD.submit(generate)
     try:
