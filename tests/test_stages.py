@@ -68,7 +68,7 @@ def flags_of(config):
     """A config as command-line flags."""
     values = config.to_dict()
     values["betas"] = ",".join(map(str, values["betas"]))
-    return [f"--{k}={v}" for k, v in values.items() if v not in (None, [], False)]
+    return [f"--{k}={v}" for k, v in values.items() if v is not False and v not in (None, [])]
 
 
 def metrics_of(folder, without=("seconds",)):
