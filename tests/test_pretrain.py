@@ -398,7 +398,7 @@ def test_rows_that_are_dropped_are_counted(config):
     longest = max(sum(map(len, corpus.texts(row))) for row in SUMS)
     record = corpus.build(config(groups=[f"sums:1:{longest - 1}", "story:1"]))[2]
     over = sum(sum(map(len, corpus.texts(row))) == longest for row in SUMS)
-    assert record["dropped"] == {"longer than its group's limit": over, "spells a special token": 0}
+    assert record["dropped"] == {"bad rows": 0, "longer than its group's limit": over, "spells a special token": 0}
     told = pretrain.rows_read(record)
     assert f"dropped: {over}: longer than its group's limit" in told and f"story {len(TEXTS)}" in told
 
