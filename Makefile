@@ -50,7 +50,7 @@ test: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/browser.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/helpers/browser.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 types: $(TEST)
@@ -61,7 +61,7 @@ style: $(TEST)
 	$(BIN)/ruff format .
 
 hub: $(DEMO)
-	$(BIN)/python -m tests.hub
+	$(BIN)/python -m tests.helpers.hub
 
 # the arms of the picture; what they are stands in benchmarks/objectives.py
 ARMS := ppow,lk,lk averaged,lk 3e-3 averaged,exact text-rule + 3 lk,exact text-rule + 3 lk averaged,exact text-rule + 3 lk 3e-3 averaged

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bundle --text DATA/text --prompts DATA/prompts --work runs/bundle
 
-Every stage is a plain `ppow` command, printed before it runs; a stage whose result exists is skipped, one that was cut
+Every stage is a plain command, printed before it runs; a stage whose result exists is skipped, one that was cut
 off resumes. `--scale gpu` takes the settings of the bundled pair: one H100 for about 25 minutes, five of them for the
 target. Without it the settings are those of a smaller pair that two CPU cores make in two and a half hours.
 `--set supervised.steps=50` changes a single one. With `--gpus N` the texts are written on N GPUs side by side, and the
@@ -11,6 +11,7 @@ prompts, one JSON object per line.
 """
 
 import argparse
+import functools
 import json
 import lzma
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 
 from ppow.model_cards import render
-from ppow.training import hub
+from ppow.training.card import METRICS, PICTURE, card
 
 from .machine import check_gpus, on_gpus
 
@@ -167,7 +168,7 @@ def main() -> None:
     target, train, held_out = work / "target", work / "train.jsonl", work / "heldout.jsonl"
     stage2 = work / "stage2.jsonl" if arguments.scale == "large" else train
     if not (target / "config.json").exists():
-        ppow("pretrain", data=arguments.text, output=target, seed=SEED, **settings["pretrain"])
+        start("benchmarks.pretrain", data=arguments.text, output=target, seed=SEED, **settings["pretrain"])
     if "regenerate" in stages and not train.exists():
         chosen = [(group, max(1, round(arguments.rows * count)), t) for group, count, t in TEXTS[arguments.scale]]
         given = (settings["regenerate"], (held_out, stage2, train), arguments.gpus)
@@ -179,7 +180,7 @@ def main() -> None:
         if stage in stages and not (folder / "config.json").exists():
             options = {**shared, **own, **settings[stage]}
             options["batch_size"] = int(options["batch_size"]) // arguments.gpus
-            ppow(stage, arguments.gpus, output_dir=folder, resume=True, **options)
+            ppow(stage, processes=arguments.gpus, output_dir=folder, resume=True, **options)
     if "evaluate" not in stages:
         return
     evaluation = work / "evaluate"
@@ -214,7 +215,7 @@ def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: P
         for file in source.iterdir():
             if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-    for name in (hub.METRICS, hub.PICTURE):
+    for name in (METRICS, PICTURE):
         shutil.copyfile(evaluation / name, out / "drafter" / name)
     for folder in (out / "stage1", out / "drafter"):
         config = json.loads((folder / "config.json").read_text())
@@ -222,7 +223,7 @@ def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: P
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         generation = json.loads((folder / "generation_config.json").read_text()) | DRAFTING
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
-        (folder / "README.md").write_text(hub.card(folder, f"bundled/{folder.name}", revision=None, license="other"))
+        (folder / "README.md").write_text(card(folder, f"bundled/{folder.name}", revision=None, license="other"))
     facts = {name: json.loads((out / "target" / f"{name}.json").read_text()) for name in ("training", "provenance")}
     (out / "target" / "README.md").write_text(render("target", facts))
 
@@ -287,8 +288,8 @@ def write(path: Path, rows: list[dict]) -> None:
     shutil.move(partial, path)
 
 
-def ppow(command: str, processes: int = 1, environment: dict | None = None, **options) -> None:
-    """Run one `ppow` command in this environment; switches are passed as booleans.
+def start(module: str, *command: str, processes: int = 1, environment: dict | None = None, **options) -> None:
+    """Run a module's command in this environment; switches are passed as booleans.
 
     Args:
         processes: so many of it, one on each GPU, started as `accelerate launch` does (which cannot on CPUs).
@@ -302,9 +303,12 @@ def ppow(command: str, processes: int = 1, environment: dict | None = None, **op
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         if not torch.cuda.is_available():
             environment["ACCELERATE_USE_CPU"] = "true"
-    print("+", *launch, "ppow", command, *arguments, flush=True)
-    module = ["-m", "ppow.training.cli", command, *arguments]
-    subprocess.run([sys.executable, *launch, *module], check=True, env=environment)
+    line = [*launch, "-m", module, *command, *arguments]
+    print("+ python", *line, flush=True)
+    subprocess.run([sys.executable, *line], check=True, env=environment)
+
+
+ppow = functools.partial(start, "ppow.training.cli")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from ppow import PPOWDrafter, generation_ppow
+from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
 from ppow.training.demo import bundled_prompts
 from ppow.training.prompts import first_turn, load_prompts
-from ppow.verifier_ppow import Verdict, Verifier
+from ppow.transcript_ppow import Verdict
+from ppow.verifier_ppow import Verifier
 
 from .machine import copy_speed, matmul_speed, seconds_of, synchronize
 from .pairs import SHAPES, SMALL, random_model, random_pair
@@ -227,7 +229,7 @@ def forced(length: float, options: dict):
                 return verdict
             batch, device = window.tokens.shape[0], window.tokens.device
             stands = torch.rand(batch, window.max_depth, device=device) < rate
-            accepted = stands.cumprod(1).sum(1)
+            accepted = count_accepted(stands)
             # whichever nodes: moving them costs the same
             path = torch.arange(window.max_depth + 1, device=device).expand(batch, -1).contiguous()
             return Verdict(accepted, path, window.tokens.gather(1, path), verdict.scores, verdict.logits)

@@ -8,7 +8,6 @@ uniformly, at rollout temperature 1, without anchor, proximity reward, supervise
 
 * ``exact``: the closed form along the target's own text;
 * ``rollout``: groups of 8 rollouts, the group's mean as baseline (as published);
-* ``rollout, credit by token``: the same rollouts, each token compared with those that got as far;
 * ``rollout, groups of 2``: four times the windows, a quarter of the group, so as many rollouts.
 
 Figures: noise = E |g - E g|^2 over |E g|^2, that is how many steps must be averaged until signal and noise are of one
@@ -25,21 +24,23 @@ import torch
 from tqdm import tqdm
 
 from ppow.training.config import ReinforceConfig
-from ppow.training.data import batch_indices
-from ppow.training.loop import make_batch
+from ppow.training.data import batch_indices, make_batch
+from ppow.training.objectives import exact_loss
+from ppow.training.preparation import load_examples, pad_token
 from ppow.training.reinforce import loss
+from ppow.training.rewards import speedup_reward
 from ppow.training.rollout import roll_out
-from ppow.training.supervised import load_examples, pad_token
 from ppow.training.target import FrozenTarget
+from ppow.training.text_windows import read_windows
+from ppow.training.windows import sample_windows, window_priority
 
 from .pairs import load, stage2
 from .report import add_output, facts, save
 
 ESTIMATORS = {
-    "exact": {"estimator": "exact"},
-    "rollout": {"estimator": "rollout"},
-    "rollout, credit by token": {"estimator": "rollout", "credit": "token"},
-    "rollout, groups of 2": {"estimator": "rollout", "group_size": 2},
+    "exact": {"preset": "ppow"},
+    "rollout": {"preset": "published"},
+    "rollout, groups of 2": {"preset": "published", "group_size": 2},
 }
 
 
@@ -93,11 +94,9 @@ def make_config(arguments, changes: dict) -> ReinforceConfig:
     shared = {
         "verification": arguments.verification,
         "windows_per_sequence": arguments.windows * 8 // group,
-        "all_windows": False,
         "adaptive_switch": 1.0,
         "rollout_temperature": 1.0,
         "proximity_bonus": 0.0,
-        "normalize_advantages": False,
         "supervised_coef": 0.0,
         "kl_coef": 0.0,
         "drop_long": True,
@@ -107,16 +106,27 @@ def make_config(arguments, changes: dict) -> ReinforceConfig:
 
 def gradient(config: ReinforceConfig, target: FrozenTarget, drafter, batch) -> torch.Tensor:
     """The gradient of one batch with respect to all that is trained, on the host: (parameters,) float32."""
-    rollout = None
+    rollout, scale = None, 1.0
     if config.estimator == "rollout":
         rollout, _ = roll_out(config, target, drafter, batch, step=1)
+        rollout.advantages = rollout.reward - rollout.reward.mean(-1, keepdim=True)
+        # a group's mean holds the rollout itself, which makes the expected gradient shorter by (G - 1) / G
+        scale = config.group_size / (config.group_size - 1)
     drafter.zero_grad(set_to_none=True)
-    loss(config, target, drafter, 1, batch, rollout)[0].backward()
+    found = loss(config, target, drafter, batch, rollout)[0] if rollout else exact(config, target, drafter, batch)
+    found.backward()
     parts = [p.grad for p in drafter.parameters() if p.requires_grad]
-    by_window = rollout is not None and config.credit == "window"
-    # a group's mean holds the rollout itself, which makes the expected gradient shorter by (G - 1) / G
-    scale = config.group_size / (config.group_size - 1) if by_window else 1.0
     return scale * torch.cat([part.flatten() for part in parts]).float().cpu()
+
+
+def exact(config: ReinforceConfig, target: FrozenTarget, drafter, batch) -> torch.Tensor:
+    """The closed form () along windows drawn as for rollouts."""
+    valid = torch.nn.functional.pad(batch.loss_mask[:, 2:], (0, 1))  # (B, T - 1), as in a rollout
+    exists = window_priority(valid.float(), valid, config.window_size)[1]
+    drawn = sample_windows(None, exists, config.windows_per_sequence, batch.generator(), adaptive=False)
+    windows, _ = read_windows(target, drafter, batch, config.window_size, drawn)
+    k = torch.arange(config.window_size + 1, device=batch.input_ids.device)
+    return exact_loss(windows, speedup_reward(k, config.cost_ratio), config.verification, kl_coef=0.0)[0]
 
 
 def figures(gradients: torch.Tensor, seconds: list[float], exact: torch.Tensor) -> dict:

@@ -15,6 +15,7 @@ and at temperature 1 (see acceptance.py), and of trees on some of them; comparis
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -30,15 +31,16 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from ppow.training.config import ReinforceConfig
-from ppow.training.data import batch_indices
-from ppow.training.loop import make_batch
+from ppow.training.data import batch_indices, make_batch
 from ppow.training.objectives import objective_of
-from ppow.training.reinforce import frozen_reference, loss
+from ppow.training.optimizers import BETAS
+from ppow.training.preparation import load_examples, pad_token
+from ppow.training.reinforce import loss
 from ppow.training.rollout import roll_out
-from ppow.training.supervised import load_examples, pad_token
 from ppow.training.target import FrozenTarget
 
 from . import acceptance, comparison
+from .controls import gto_rollout
 from .machine import check_gpus, on_gpus
 from .pairs import load, stage2
 from .report import add_output, facts, keep, raw_path, save
@@ -46,70 +48,51 @@ from .report import add_output, facts, keep, raw_path, save
 STEPS = 1000  # a config's count of steps; an arm on a time budget passes through them as its time passes
 WARMUP = 0.03  # share of the budget in which the learning rate rises
 
-_ROLLOUT = {"estimator": "rollout"}  # PPOW as published, with the defaults of `ppow reinforce` for rollouts
-# the closed form alone: windows drawn as for rollouts, the anchor, no supervised term
-_ALONE = {"windows_per_sequence": 32, "all_windows": False, "supervised_coef": 0.0, "kl_coef": 0.1}
-_ALONE |= {"learning_rate": 2e-4}
-_LK = {"supervised_loss": "lk", "supervised_coef": 3.0}  # the supervised term: LK's loss or
-_SUPERVISED = {"supervised_loss": "cst", "supervised_coef": 1.0}  # stage 1's
-_GREEDY = {**_ALONE, "verification": "greedy"}
-# name -> (changes to the defaults of ReinforceConfig, seeds); the most important first. An arm has its last weights, at
-# a rate that falls, unless it says average_from. "alternated" is no option of `ppow reinforce`: steps of the objective
-# and of CST take turns
+_PUBLISHED = {"preset": "published"}
+_CST, _LK = {"preset": "cst"}, {"preset": "lk"}
+# name -> (changes to the defaults of `ppow reinforce`, seeds); the most important first. An arm has its last weights,
+# at a rate that falls, unless it says average_from. "exact" is the closed form, "+ 3 lk" the weight of LK's loss beside
+# it. "alternated" is no option of `ppow reinforce`: steps of the objective and of CST take turns
 ARMS = {
     "stage1": (None, 1),
-    "cst 3e-4": ({"objective": "cst"}, 3),
-    "exact text-rule + 3 lk": (_LK, 3),
-    "exact text-rule + 3 lk averaged": ({**_LK, "average_from": 0.5}, 3),  # what `ppow reinforce` does without options
-    "exact text-rule + supervised": (_SUPERVISED, 3),
-    "ppow": (_ROLLOUT, 3),
-    "lk": ({"objective": "lk"}, 3),
-    "exact text-rule + supervised sharp": ({**_SUPERVISED, "rollout_temperature": 0.5}, 3),
-    "exact text-rule + lk": ({**_LK, "supervised_coef": 1.0}, 3),
-    "exact text-rule + 3 supervised": ({**_SUPERVISED, "supervised_coef": 3.0}, 1),
-    "exact sampling + 3 lk": ({**_LK, "verification": "sampling"}, 3),
-    "exact greedy 2e-4": (_GREEDY, 3),
-    "exact text-rule 2e-4": (_ALONE, 3),
-    "eal": ({"objective": "eal", "learning_rate": 2e-4}, 1),
-    "cst 1e-4": ({"objective": "cst", "learning_rate": 1e-4}, 1),
-    "cst 1e-3": ({"objective": "cst", "learning_rate": 1e-3}, 3),
-    "exact sampling 2e-4": ({**_ALONE, "verification": "sampling"}, 1),
-    "exact greedy + supervised": ({**_SUPERVISED, "verification": "greedy", "supervised_coef": 0.5}, 1),
-    "exact text-rule + 3 lk 1e-3": ({**_LK, "learning_rate": 1e-3}, 3),
-    "lk 1e-3": ({"objective": "lk", "learning_rate": 1e-3}, 3),
-    "exact greedy 5e-5": ({**_GREEDY, "learning_rate": 5e-5}, 1),
-    "exact greedy 5e-4": ({**_GREEDY, "learning_rate": 5e-4}, 1),
-    "exact tree": ({**_ALONE, "verification": "tree"}, 1),
-    "lk mixed": ({"objective": "lk_mixed"}, 3),
-    "d-pace": ({"objective": "d_pace"}, 1),
-    "vat": ({"objective": "vat"}, 1),
-    "draft-opd": ({"objective": "draft_opd", "learning_rate": 1e-4, "proximity_bonus": 0.0}, 1),
-    "gto": ({"objective": "gto", "proximity_bonus": 0.0}, 1),
-    "ppow without ADAW": ({**_ROLLOUT, "adaptive_switch": 1.0}, 1),
-    "ppow without R_dist": ({**_ROLLOUT, "proximity_bonus": 0.0}, 1),
-    "ppow without both": ({**_ROLLOUT, "adaptive_switch": 1.0, "proximity_bonus": 0.0}, 1),
-    "ppow without KL": ({**_ROLLOUT, "kl_coef": 0.0}, 1),
-    "ppow credit by token": ({**_ROLLOUT, "credit": "token"}, 1),
-    "ppow groups of 2": ({**_ROLLOUT, "credit": "token", "group_size": 2, "windows_per_sequence": 32}, 3),
-    "ppow wide R_dist": ({**_ROLLOUT, "proximity_margin": 25.0}, 3),  # rewards half of the windows rejected at once
-    "ppow running R_dist": ({**_ROLLOUT, "proximity_share": 0.25}, 3),  # a quarter of them, whatever Delta is
-    "ppow 2e-4": ({**_ROLLOUT, "learning_rate": 2e-4}, 1),
-    "ppow throughput reward": ({**_ROLLOUT, "reward": "throughput", "proximity_bonus": 0.25}, 1),
-    "ppow sampling": ({**_ROLLOUT, "verification": "sampling", "rollout_temperature": 1.0}, 1),
-    "ppow + supervised": ({**_ROLLOUT, "supervised_coef": 0.5, "kl_coef": 0.0}, 3),
-    "ppow + supervised 3e-4": ({**_ROLLOUT, "supervised_coef": 1.0, "kl_coef": 0.0, "learning_rate": 3e-4}, 3),
+    "cst 3e-4": (_CST, 3),
+    "exact text-rule + 3 lk": ({}, 3),
+    "exact text-rule + 3 lk averaged": ({"average_from": 0.5}, 3),  # what `ppow reinforce` does without options
+    "ppow": (_PUBLISHED, 3),
+    "lk": (_LK, 3),
+    "exact text-rule + lk": ({"supervised_coef": 1.0}, 3),
+    "exact sampling + 3 lk": ({"verification": "sampling"}, 3),
+    "exact greedy + 3 lk": ({"verification": "greedy"}, 1),
+    "exact text-rule": ({"supervised_coef": 0.0}, 3),
+    "eal": ({"preset": "eal", "learning_rate": 2e-4}, 1),
+    "cst 1e-4": ({**_CST, "learning_rate": 1e-4}, 1),
+    "cst 1e-3": ({**_CST, "learning_rate": 1e-3}, 3),
+    "exact text-rule + 3 lk 1e-3": ({"learning_rate": 1e-3}, 3),
+    "lk 1e-3": ({**_LK, "learning_rate": 1e-3}, 3),
+    "lk mixed": ({"preset": "lk_mixed"}, 3),
+    "d-pace": ({"preset": "d_pace"}, 1),
+    "vat": ({"preset": "vat"}, 1),
+    "draft-opd": ({"preset": "draft_opd", "learning_rate": 1e-4}, 1),
+    "gto": ({"preset": "gto"}, 1),
+    "ppow without ADAW": ({**_PUBLISHED, "adaptive_switch": 1.0}, 1),
+    "ppow without R_dist": ({**_PUBLISHED, "proximity_bonus": 0.0}, 1),
+    "ppow without both": ({**_PUBLISHED, "adaptive_switch": 1.0, "proximity_bonus": 0.0}, 1),
+    "ppow without KL": ({**_PUBLISHED, "kl_coef": 0.0}, 1),
+    "ppow wide R_dist": ({**_PUBLISHED, "proximity_margin": 25.0}, 3),  # rewards half of the windows rejected at once
+    "ppow 2e-4": ({**_PUBLISHED, "learning_rate": 2e-4}, 1),
+    "ppow sampling": ({**_PUBLISHED, "verification": "sampling", "rollout_temperature": 1.0}, 1),
+    "ppow + supervised": ({**_PUBLISHED, "supervised_coef": 0.5, "kl_coef": 0.0}, 3),
+    "ppow + supervised 3e-4": ({**_PUBLISHED, "supervised_coef": 1.0, "kl_coef": 0.0, "learning_rate": 3e-4}, 3),
     "exact text-rule alternated": ({"supervised_coef": 0.0, "alternated": True}, 3),
-    "exact text-rule + supervised averaged": ({**_SUPERVISED, "average_from": 0.5}, 3),
-    "exact text-rule + 3 lk 1e-3 averaged": ({**_LK, "learning_rate": 1e-3, "average_from": 0.5}, 3),
-    "cst averaged": ({"objective": "cst", "average_from": 0.5}, 3),
-    "cst 1e-3 averaged": ({"objective": "cst", "learning_rate": 1e-3, "average_from": 0.5}, 3),
-    "lk averaged": ({"objective": "lk", "average_from": 0.5}, 3),
-    "lk 1e-3 averaged": ({"objective": "lk", "learning_rate": 1e-3, "average_from": 0.5}, 3),
-    "exact text-rule + 3 lk 3e-3 averaged": ({**_LK, "learning_rate": 3e-3, "average_from": 0.5}, 1),
-    "cst 3e-3 averaged": ({"objective": "cst", "learning_rate": 3e-3, "average_from": 0.5}, 1),
-    "lk 3e-3 averaged": ({"objective": "lk", "learning_rate": 3e-3, "average_from": 0.5}, 1),
-    "exact text-rule + 3 lk 1e-4": ({**_LK, "learning_rate": 1e-4}, 1),
-    "exact throughput reward + 3 lk": ({**_LK, "reward": "throughput", "proximity_bonus": 0.25}, 1),
+    "exact text-rule + 3 lk 1e-3 averaged": ({"learning_rate": 1e-3, "average_from": 0.5}, 3),
+    "cst averaged": ({**_CST, "average_from": 0.5}, 3),
+    "cst 1e-3 averaged": ({**_CST, "learning_rate": 1e-3, "average_from": 0.5}, 3),
+    "lk averaged": ({**_LK, "average_from": 0.5}, 3),
+    "lk 1e-3 averaged": ({**_LK, "learning_rate": 1e-3, "average_from": 0.5}, 3),
+    "exact text-rule + 3 lk 3e-3 averaged": ({"learning_rate": 3e-3, "average_from": 0.5}, 1),
+    "cst 3e-3 averaged": ({**_CST, "learning_rate": 3e-3, "average_from": 0.5}, 1),
+    "lk 3e-3 averaged": ({**_LK, "learning_rate": 3e-3, "average_from": 0.5}, 1),
+    "exact text-rule + 3 lk 1e-4": ({"learning_rate": 1e-4}, 1),
 }
 
 
@@ -313,14 +296,12 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     drafter.train()
     parameters = [p for p in drafter.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
-    )
-    reference = frozen_reference(config, drafter)
-    turns = [config]
-    if alternated:
-        plain = {"all_windows": True, "supervised_coef": 0.0, "verification": "greedy"}
-        turns.append(dataclasses.replace(config, objective="cst", **plain))
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=BETAS, weight_decay=0.0)
+    turns = [config, dataclasses.replace(config, objective="cst", supervised_coef=0.0)] if alternated else [config]
+    roll = roll_out
+    if config.objective == "gto":  # rewards a tree by what it gains over that of the drafter as it starts
+        reference = copy.deepcopy(drafter).eval().requires_grad_(False)
+        roll = functools.partial(gto_rollout, reference=reference)
     mean = AveragedModel(drafter) if config.average_from < 1 else None
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
     curve, step, tokens = [], 0, 0
@@ -342,8 +323,8 @@ def train(
         metrics, rollout = {}, None
         with autocast:
             if objective_of(turn).batch == "rollouts":
-                rollout, metrics = roll_out(turn, target, drafter, batch, virtual, reference)
-            value, found = loss(turn, target, drafter, virtual, batch, rollout)
+                rollout, metrics = roll(turn, target, drafter, batch=batch, step=virtual)
+            value, found = loss(turn, target, drafter, batch, rollout)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.target_ppow import check_pair
-from ppow.training.config import ReinforceConfig
-from ppow.training.supervised import freeze_embedding
+from ppow.training.preparation import freeze_embedding
 from ppow.training.target import FrozenTarget
+
+from .controls import ControlConfig
 
 _LLAMA = {"rope_theta": 500000.0, "max_position_embeddings": 131072, "vocab_size": 128256, "num_key_value_heads": 8}
 _QWEN = {"rope_theta": 1e6, "max_position_embeddings": 40960, "vocab_size": 151936, "num_key_value_heads": 8}
@@ -47,11 +48,11 @@ def load(arguments, device: str) -> tuple:
     return AutoTokenizer.from_pretrained(arguments.target), target, drafter
 
 
-def stage2(arguments, **more) -> ReinforceConfig:
-    """A configuration of `ppow reinforce` on the pair and data of these options, which writes nothing."""
+def stage2(arguments, **more) -> ControlConfig:
+    """A configuration of stage 2 on the pair and data of these options, which writes nothing."""
     names = ("target", "drafter", "data", "max_length", "dtype", "window_size")
     given = {name: getattr(arguments, name, "-") for name in names}
-    return ReinforceConfig(**{**given, "output_dir": "-", **more})
+    return ControlConfig.from_dict({**given, "output_dir": "-", **more})
 
 
 def random_pair(shape: str, device: str, dtype: torch.dtype):

@@ -26,8 +26,9 @@ from transformers import DynamicCache
 from ppow.cache_ppow import CACHE_NAME
 from ppow.training import plan, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
-from ppow.training.loop import Batch
-from ppow.training.rollout import forest_rows, roll_out, verify
+from ppow.training.data import Batch
+from ppow.training.preparation import freeze_embedding
+from ppow.training.rollout import forest_rows, roll_out, target_words
 from ppow.training.target import FrozenTarget
 
 from .machine import synchronize
@@ -47,9 +48,9 @@ def main(argv=None) -> dict:
     torch.manual_seed(arguments.seed)
     model, drafter = random_pair(arguments.shape, device, dtype)
     target = FrozenTarget(model, drafter.config.target_taps)
-    drafter = supervised.freeze_embedding(drafter.float().train())
+    drafter = freeze_embedding(drafter.float().train())
     batch = random_batch(model, arguments, device)
-    configs = {name: make_config(arguments, name) for name in ("rollout", "exact")}
+    configs = {"rollout": make_config(arguments, "published"), "exact": make_config(arguments, "ppow")}
     starts, tokens = random_rollouts(model, drafter, arguments, device)
     ways = {
         "forest": lambda: forest(configs["rollout"], target, drafter, batch, starts, tokens),
@@ -113,13 +114,13 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def make_config(arguments, estimator: str) -> ReinforceConfig:
+def make_config(arguments, preset: str) -> ReinforceConfig:
     shared = {
         "windows_per_sequence": arguments.windows,
         "group_size": arguments.group_size,
         "max_forest_nodes": arguments.max_forest_nodes,
     }
-    return stage2(arguments, estimator=estimator, **shared, **common(arguments))
+    return stage2(arguments, preset=preset, **shared, **common(arguments))
 
 
 def common(arguments) -> dict:
@@ -134,7 +135,7 @@ def planned(configs: dict, arguments, target_config, drafter_config) -> dict:
     stages["stage 1 step"] = SupervisedConfig(**names, **common(arguments))
     found = {name: plan.plan(config, target_config, drafter_config, device) for name, config in stages.items()}
     return {
-        name: {"planned_seconds": row["seconds"]["total"], "planned_peak_memory_gib": row["memory_gib"]["total"]}
+        name: {"planned_seconds": max(row["seconds"].values()), "planned_peak_memory_gib": row["memory_gib"]["total"]}
         for name, row in found.items()
     }
 
@@ -170,7 +171,7 @@ def random_rollouts(model, drafter, arguments, device: str) -> tuple[torch.Tenso
 def forest(config, target, drafter, batch: Batch, starts, tokens) -> torch.Tensor:
     """The target's argmax (R, K) where each token was drafted, from one forest."""
     reading = target.read(batch.input_ids, room=forest_rows(config, 1) * config.window_size)
-    return verify(config, target, reading, starts, tokens, drafter.draft_columns())[0][0]
+    return target_words(config, target, reading, starts, tokens, drafter.draft_columns())[0][0]
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def step_functions(configs: dict, target, drafter, batch: Batch, optimizer, dtyp
 
     def second(name, rolls):
         with autocast():
-            loss = reinforce.loss(configs[name], target, drafter, 1, batch, roll() if rolls else None)[0]
+            loss = reinforce.loss(configs[name], target, drafter, batch, roll() if rolls else None)[0]
         learn(loss)
 
     def first():

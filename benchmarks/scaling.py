@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from ppow.training.config import ReinforceConfig
-from ppow.training.corpus import train_tokenizer
 
 from .bundle import ppow
+from .corpus import train_tokenizer
 from .pairs import SHAPES, random_pair
 from .report import add_output, facts, save
 
@@ -98,13 +98,13 @@ def run(arguments, processes: int) -> dict:
     names = ("target", "drafter", "data", "steps", "batch_size", "max_length", "limit", "dtype", "seed")
     with tempfile.TemporaryDirectory() as folder:
         options = {name: getattr(arguments, name) for name in names}
-        options |= {"output_dir": folder, "estimator": "rollout", "drop_long": True, "log_every": 1}
-        recipe = ReinforceConfig(**options)
+        options |= {"output_dir": folder, "preset": "published", "drop_long": True, "log_every": 1}
+        recipe = ReinforceConfig.from_dict(options)
         nodes = recipe.windows_per_sequence * recipe.group_size * recipe.window_size
         options["max_forest_nodes"] = arguments.batch_size * nodes  # all rollouts of a step in one forward
         # as many for one process as for several, which torch would give a single thread each
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, os.cpu_count() // max(arguments.processes)))
-        ppow("reinforce", processes, {"OMP_NUM_THREADS": threads}, **options)
+        ppow("reinforce", processes=processes, environment={"OMP_NUM_THREADS": threads}, **options)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     lines = lines[arguments.warmup :]
     seconds = [line["seconds"] for line in lines]

@@ -4,6 +4,11 @@ The other modules of this folder are what a Hub repository of a drafter carries;
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run ``__getattr__``
+    from .configuration_ppow import PPOWConfig
+    from .modeling_ppow import PPOWDrafter
 
 __version__ = "0.1.0"
 
@@ -12,7 +17,7 @@ _HOME = {"PPOWConfig": "configuration_ppow", "PPOWDrafter": "modeling_ppow"}
 __all__ = ["PPOWConfig", "PPOWDrafter", "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

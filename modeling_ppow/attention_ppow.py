@@ -9,6 +9,8 @@ many programs whose partial softmaxes are merged afterwards (Flash-Decoding, Dao
 import contextlib
 import os
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +21,15 @@ try:
 except ImportError:  # CPU builds of torch come without it; the plain path needs none of this
     triton = None
 
-_CUDNN = {"lock": threading.Lock(), "users": 0, "before": True}
+_CUDNN: dict[str, Any] = {"lock": threading.Lock(), "users": 0, "before": True}
 
 
 @contextlib.contextmanager
-def without_cudnn_attention():
-    """Keep torch from cuDNN's attention: every window meets another number of keys, and it plans each new shape for
-    some 40 ms. The switch belongs to the process, so calls that run at once share it, and the last one puts it back."""
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep torch from cuDNN's attention: every window meets another number of keys, and it plans each for some 40 ms.
+
+    The switch belongs to the process, so calls that run at once share it, and the last one puts it back.
+    """
     switch = torch.backends.cuda
     with _CUDNN["lock"]:
         if _CUDNN["users"] == 0:
@@ -41,6 +45,7 @@ def without_cudnn_attention():
                 switch.enable_cudnn_sdp(_CUDNN["before"])
 
 
+HAS_TRITON = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # lets the kernel's tests run without a GPU
 WINDOW_ATTENTION = "ppow_window"  # its name among transformers' attention functions
 
@@ -61,7 +66,15 @@ def pack_window(base: torch.Tensor, seen: torch.Tensor, first: torch.Tensor) -> 
     return torch.cat([column.to(torch.int32) for column in columns], -1)[:, None]
 
 
-def window_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def window_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Attention function in transformers' form, for a mask of :func:`pack_window`.
 
     Args:
@@ -77,10 +90,12 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, **
 
 
 @torch.compiler.disable
-def attend_window(query, key, value, packed, scaling: float) -> torch.Tensor:
+def attend_window(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """softmax(q k / sqrt(d)) v over the visible slots: shapes as in :func:`window_attention`, -> (B, N, heads, d)."""
     batch, heads, nodes, size = query.shape
-    if triton is None or not (query.is_cuda or INTERPRETED):
+    if not HAS_TRITON or not (query.is_cuda or INTERPRETED):
         return _attend_densely(query, key, value, packed, scaling)
     if value.shape != key.shape:
         raise ValueError(f"window attention reads keys and values of one shape, got {key.shape} and {value.shape}.")
@@ -127,7 +142,9 @@ def blocking(rows: int, size: int, query: torch.Tensor) -> tuple[int, int, int, 
     return (64, 128, 4, 2, 1) if rows <= 64 else (128, 128, 8, 2, 1)
 
 
-def _attend_densely(query, key, value, packed, scaling: float) -> torch.Tensor:
+def _attend_densely(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """The same with the mask written out: what the kernel is tested against, and what CPUs run."""
     first, base, seen = packed[..., :1], packed[..., 1:2], packed[..., 2:]
     slot = torch.arange(key.shape[2], device=key.device)
@@ -144,10 +161,10 @@ def _processors(tensor: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 8
 
 
-if triton is not None:
+if HAS_TRITON:
 
     @triton.jit
-    def _add_block(score, visible, value, peak, norm, total, EXACT: tl.constexpr):
+    def _add_block(score, visible, value, peak, norm, total, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
         """A running softmax, and its weighted sum of values, with one block of keys more."""
         score = tl.where(visible, score, -1.0e30)
         highest = tl.maximum(peak, tl.max(score, 1))
@@ -160,7 +177,7 @@ if triton is not None:
         return highest, norm, total
 
     @triton.jit
-    def _attend_part(
+    def _attend_part(  # type: ignore[no-untyped-def]
         query, key, value, packed, partial, peaks, sums,
         q_batch, q_head, q_node, k_batch, k_head, k_slot, v_batch, v_head, v_slot, p_batch, p_node,
         kv_heads, nodes, window, rows, scale,
@@ -214,7 +231,7 @@ if triton is not None:
         tl.store(sums + line, norm, mask=inside)
 
     @triton.jit
-    def _merge_parts(
+    def _merge_parts(  # type: ignore[no-untyped-def]
         partial, peaks, sums, out, o_batch, o_node, o_head, kv_heads, nodes, rows,
         GROUP: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
     ):  # fmt: skip

@@ -7,7 +7,10 @@ the front of the window and forgets the rest. Sliding windows are expressed in t
 storage, so all target families look alike and rolling back is a matter of not counting an entry.
 """
 
+from typing import Any
+
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -25,10 +28,11 @@ class SlotLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.length = 0  # entries that an append (stock use: prefill, later turns) counts
-        self.slots = None  # (B, N) int64 slots of the next window, or None: append after `length`
+        self.slots: torch.Tensor | None = None  # (B, N) int64 slots of the next window; None: append after `length`
         self.view = 0  # entries attention reads in window mode
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the buffers, of the shape and type of entries (B, heads, N, d)."""
         self.dtype, self.device = key_states.dtype, key_states.device
         # zeros, not empty: masked slots are multiplied by probability 0, and 0 * NaN would poison the row
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -47,7 +51,9 @@ class SlotLayer(DynamicLayer):
                 new[:, :, : old.shape[2]] = old
                 setattr(self, name, new)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new entries (B, heads, N, d) and return what attention reads: (B, heads, view, d)."""
         if self.slots is None:
             count = key_states.shape[-2]
@@ -59,14 +65,12 @@ class SlotLayer(DynamicLayer):
             self.values[:, :, start : self.length] = value_states
             return self.keys[:, :, : self.length], self.values[:, :, : self.length]
         if not self.is_initialized:
-            self.reserve(self.view)
             self.lazy_initialization(key_states, value_states)
         slots = self.slots if self.slots.device == self.device else self.slots.to(self.device)
-        if slots.shape[0] == 1:
-            self.keys.index_copy_(2, slots[0], key_states)
-            self.values.index_copy_(2, slots[0], value_states)
-        else:
-            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if slots.shape[0] == 1:
+                buffer.index_copy_(2, slots[0], states)
+            else:
                 index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
                 buffer.scatter_(2, index, states)
         return self.keys[:, :, : self.view], self.values[:, :, : self.view]
@@ -89,12 +93,15 @@ class SlotLayer(DynamicLayer):
             buffer.scatter_(2, destination[:, None, :, None].expand(shape), moved)
 
     def get_seq_length(self) -> int:
+        """Entries that count."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many entries ``query_length`` new tokens see when they are appended, and at which the first stands."""
         return self.length + query_length, 0
 
     def reset(self) -> None:
+        """Forget every entry."""
         super().reset()
         self.length, self.slots = 0, None
 
@@ -126,6 +133,7 @@ class SlotCache(Cache):
             layer.slots, layer.view = slots, view
 
     def close_window(self) -> None:
+        """Go back to appending."""
         for layer in self.layers:
             layer.slots = None
 
@@ -150,31 +158,26 @@ class SlotCache(Cache):
         return copy
 
     def set_length(self, length: int) -> None:
+        """Count the first ``length`` slots of every layer, and append behind them."""
         for layer in self.layers:
             layer.length = length
             layer.slots = None
 
 
-def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
+def as_slot_cache(cache: Cache | None, num_layers: int, capacity: int) -> SlotCache:
     """A :class:`SlotCache` holding what a user's cache holds.
 
     Args:
-        cache: None, one of ours (used as it is), or a dynamic cache, empty or filled. Of a layer with a sliding window
-            the keys inside the window suffice: nothing that comes sees the others.
+        cache: None, one of ours (used as it is), or one that shows no :func:`cache_obstacle`. Of a layer with a sliding
+            window the keys inside the window suffice: nothing that comes sees the others.
         num_layers: decoder layers of the target.
         capacity: slots to allocate.
-
-    Raises:
-        ValueError: for a cache that cannot be taken over, see :func:`cache_obstacle`.
     """
     if isinstance(cache, SlotCache):
         return cache
     slots = SlotCache(num_layers, capacity)
     if cache is None:
         return slots
-    obstacle = cache_obstacle(cache)
-    if obstacle is not None:
-        raise ValueError(f"{CACHE_NAME} {obstacle}. Pass a DynamicCache (empty or of an earlier call), or none.")
     length = cache.get_seq_length()
     for mine, theirs in zip(slots.layers, cache.layers):
         if length and theirs.is_initialized:
@@ -182,13 +185,13 @@ def as_slot_cache(cache, num_layers: int, capacity: int) -> SlotCache:
     return slots
 
 
-def cache_obstacle(cache) -> str | None:
+def cache_obstacle(cache: Cache) -> str | None:
     """Why a user's cache cannot serve a drafter; None if it can."""
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     layers = getattr(cache, "layers", None)
     if layers is None or not hasattr(cache, "get_seq_length"):
         return f"is a {type(cache).__name__}"
-    lazy = getattr(cache, "layer_class_to_replicate", None)
+    lazy: Any = getattr(cache, "layer_class_to_replicate", None)
     odd = [type(layer).__name__ for layer in layers if type(layer) not in known]
     odd += [lazy.__name__] if not layers and lazy not in known else []
     if odd:  # even of an empty cache: the caller expects it to fill up
@@ -204,7 +207,7 @@ def cache_obstacle(cache) -> str | None:
     return None
 
 
-def hand_back(slots: SlotCache, cache, length: int) -> None:
+def hand_back(slots: SlotCache, cache: Cache, length: int) -> None:
     """Let a user's dynamic cache hold the first ``length`` entries, as if the model had filled it."""
     while len(cache.layers) < len(slots.layers):
         cache.layers.append(cache.layer_class_to_replicate())
@@ -225,19 +228,22 @@ class DrafterMemory:
         drafter: whose features these are.
     """
 
-    def __init__(self, slots: SlotCache, cache, drafter):
+    def __init__(self, slots: SlotCache, cache: Cache, drafter: PreTrainedModel):
         self.slots, self.drafter = slots, id(drafter)
         self.keys = cache.layers[0].keys  # a copied cache carries its memory along, another text has other keys
         self.length = cache.get_seq_length()
 
     @classmethod
-    def recall(cls, cache, drafter) -> tuple[SlotCache | None, int]:
-        """What is still true of ``drafter``'s side after all that was done to ``cache``: its slots, or None; how many
-        of their pairs hold."""
+    def recall(cls, cache: Cache | None, drafter: PreTrainedModel) -> tuple[SlotCache | None, int]:
+        """What is still true of ``drafter``'s side after all that was done to ``cache``.
+
+        Returns:
+            Its slots, or None; how many of their pairs hold.
+        """
         memory = getattr(cache, "drafter_memory", None)
-        if memory is None or memory.drafter != id(drafter) or len(memory.slots.layers) != len(drafter.layers):
+        if cache is None or memory is None or not cache.layers or not cache.layers[0].is_initialized:
             return None, 0
-        if not cache.layers or not cache.layers[0].is_initialized:
+        if memory.drafter != id(drafter) or len(memory.slots.layers) != len(drafter.layers):
             return None, 0
         keys, length = cache.layers[0].keys, cache.get_seq_length()
         same = keys.untyped_storage().data_ptr() == memory.keys.untyped_storage().data_ptr()

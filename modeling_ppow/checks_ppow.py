@@ -1,8 +1,10 @@
 """What a call of ``generate`` may ask of the decoding loop: lists of what is allowed; the rest is refused by name."""
 
 import warnings
+from typing import Any
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .cache_ppow import CACHE_NAME
 from .drafting_ppow import DraftOptions, asked_size
@@ -29,7 +31,16 @@ OTHER_DRAFTING = {
 }
 
 
-def check_call(target, drafter, config, options: DraftOptions, processors, synced_gpus, model_kwargs, batch: int):
+def check_call(
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    config: GenerationConfig,
+    options: DraftOptions,
+    processors: LogitsProcessorList,
+    synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+    batch: int,
+) -> None:
     """Raise a ValueError for what the loop cannot honour, before anything is computed; warn of what it leaves out."""
     if synced_gpus:
         raise ValueError("PPOW decoding does not run under FSDP or ZeRO-3 (synced_gpus=True); gather the target first.")
@@ -58,20 +69,20 @@ def check_call(target, drafter, config, options: DraftOptions, processors, synce
     warn_of_other_drafting(config, drafter.generation_config, options)
 
 
-def _harmless(target, name: str, value) -> bool:
+def _harmless(target: PreTrainedModel, name: str, value: Any) -> bool:
     """Whether an argument of the forward is one that the loop honours, or says nothing."""
-    if name in FORWARD_ARGUMENTS or value is None or (isinstance(value, (dict, list, tuple)) and not any_value(value)):
+    if name in FORWARD_ARGUMENTS or value is None:
         return True
+    if isinstance(value, (dict, list, tuple)):
+        held = value.values() if isinstance(value, dict) else value
+        if all(each is None for each in held):
+            return True
     many = target.config.get_text_config(decoder=True) is not target.config
     return many and name in MODALITIES and not bool(torch.as_tensor(value).any())
 
 
-def any_value(value) -> bool:
-    """Whether a container holds anything but None."""
-    return any(each is not None for each in (value.values() if isinstance(value, dict) else value))
-
-
-def check_attention(target, options: DraftOptions, mask, batch: int) -> None:
+def check_attention(target: PreTrainedModel, options: DraftOptions, mask: torch.Tensor | None, batch: int) -> None:
+    """Raise a ValueError where the target's attention cannot take the masks of a call's windows."""
     attention = target.config.get_text_config(decoder=True)._attn_implementation or "eager"
     flash = "flash" in attention and "|" not in attention  # a prefix names another way to lay out keys
     if attention not in MASKED_ATTENTION and not flash:
@@ -87,7 +98,7 @@ def check_attention(target, options: DraftOptions, mask, batch: int) -> None:
         )
 
 
-def check_places(target, drafter) -> None:
+def check_places(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     """Raise a ValueError unless drafter and target meet on one device (the target's layers may be spread)."""
     here, there = device_of(target), drafter.lm_head.weight.device
     for name, place in (("target", here), ("drafter", there)):
@@ -97,7 +108,7 @@ def check_places(target, drafter) -> None:
         raise ValueError(f"The drafter is on {there}, the target takes its inputs on {here}: move the drafter there.")
 
 
-def warn_of_other_drafting(config, own, options: DraftOptions) -> None:
+def warn_of_other_drafting(config: GenerationConfig, own: GenerationConfig, options: DraftOptions) -> None:
     """Name what is set (beyond transformers' own defaults) and has no effect with a PPOW drafter."""
     usual = config._get_default_generation_params()
     for name, instead in OTHER_DRAFTING.items():

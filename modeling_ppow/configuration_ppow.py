@@ -7,6 +7,7 @@ target, as in ``output_hidden_states``. (The peers' explicit tap fields do not a
 
 import difflib
 import os
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -120,7 +121,7 @@ class PPOWConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self._reject_unknown_keys(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -138,7 +139,7 @@ class PPOWConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
-    def _reject_unknown_keys(self, kwargs: dict) -> None:
+    def _reject_unknown_keys(self, kwargs: dict[str, Any]) -> None:
         # Old configurations carry generation parameters; transformers drops those itself.
         known = set(self.__dataclass_fields__) | _LIBRARY_KEYS | set(GenerationConfig().to_dict())
         for key in kwargs:
@@ -150,6 +151,8 @@ class PPOWConfig(PreTrainedConfig):
                 )
 
     def _check(self) -> None:
+        assert self.draft_vocab_size is not None and self.target_taps is not None
+        assert self.num_key_value_heads is not None and self.head_dim is not None
         if not 0 < self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}: the drafter "
@@ -179,7 +182,7 @@ class PPOWConfig(PreTrainedConfig):
             raise ValueError("tie_word_embeddings=True is not supported: lm_head speaks the draft vocabulary.")
 
     @classmethod
-    def from_target(cls, target_config: PreTrainedConfig, **overrides) -> "PPOWConfig":
+    def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "PPOWConfig":
         """A drafter configuration in the shape of its target: same widths, heads, RoPE and norm epsilon.
 
         Args:
@@ -242,7 +245,7 @@ class PPOWConfig(PreTrainedConfig):
 _REQUIRED = object()
 
 
-def _number(config, name: str, default=_REQUIRED):
+def _number(config: PreTrainedConfig, name: str, default: Any = _REQUIRED) -> Any:
     """A field that holds one number for the whole model.
 
     Raises:
@@ -261,9 +264,11 @@ def _number(config, name: str, default=_REQUIRED):
     return default if value is None else value
 
 
-def _rope(config) -> dict:
-    """The target's RoPE: the full-attention one where each layer type has its own, the plain one where it depends on
-    the length of the text (a drafter's keys must not)."""
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """The target's RoPE, as far as a drafter's keys can follow it.
+
+    The full-attention one where each layer type has its own, the plain one where it depends on the length of the text.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     if "rope_type" not in rope:
         rope = rope.get("full_attention") or {"rope_type": "default", "rope_theta": 10000.0}
@@ -272,6 +277,6 @@ def _rope(config) -> dict:
     return {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
 
 
-def _hub_id(config) -> str | None:
+def _hub_id(config: PreTrainedConfig) -> str | None:
     name = getattr(config, "_name_or_path", None)
     return name if name and not os.path.isdir(name) else None  # a local path is no id

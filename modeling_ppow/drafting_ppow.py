@@ -9,14 +9,17 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from .cache_ppow import SlotCache
 from .masks_ppow import additive_mask, ancestors_of, window_allowed
 
 DEFAULT_WINDOW_SIZE = 10  # K of the paper
+# logits (B, D) -> the draft ids (B,) drawn and the distributions (B, D) they were drawn from
+Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 DEFAULT_TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}  # EAGLE's protocol
 
 
@@ -50,7 +53,7 @@ class DraftOptions:
     compile_layers: bool = False
     accept_drafts: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("window_size", *DEFAULT_TREE):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -68,22 +71,31 @@ class DraftOptions:
 
     @property
     def is_tree(self) -> bool:
+        """Whether windows are trees."""
         return self.tree_nodes is not None
+
+    @property
+    def tree(self) -> tuple[int, int, int] | None:
+        """Depth, top_k and nodes of the trees; None for chains."""
+        if self.tree_depth is None or self.tree_top_k is None or self.tree_nodes is None:
+            return None
+        return self.tree_depth, self.tree_top_k, self.tree_nodes
 
     @property
     def longest(self) -> int:
         """Tokens on the longest way through a window."""
-        return self.tree_depth if self.is_tree else self.window_size
+        return self.window_size if self.tree_depth is None else self.tree_depth
 
     @property
     def slots(self) -> int:
         """Cache slots behind the committed ones that a cycle may write."""
-        if not self.is_tree:
+        if self.tree is None:
             return self.window_size + 1
-        return max(self.tree_nodes + 1, (self.tree_depth - 1) * self.tree_top_k)
+        depth, top_k, nodes = self.tree
+        return max(nodes + 1, (depth - 1) * top_k)
 
     @classmethod
-    def resolve(cls, *configs) -> "DraftOptions":
+    def resolve(cls, *configs: GenerationConfig) -> "DraftOptions":
         """The first of ``configs`` (objects with attributes, e.g. generation configs) that says how to draft wins.
 
         A config that names any ``tree_*`` asks for a tree (what it leaves out comes from later configs, then from
@@ -96,12 +108,12 @@ class DraftOptions:
             size = asked_size(config)
             if size is not None and (position or values["window_size"] is None):
                 values["window_size"] = size
-        shared = {}
+        shared: dict[str, Any] = {}
         for name in ("draft_threshold", "cuda_graphs", "compile_layers", "accept_drafts"):
             shared |= next(({name: values[name]} for values in named if values[name] is not None), {})
         for position, values in enumerate(named):
             if any(values[key] is not None for key in DEFAULT_TREE):
-                tree = {
+                tree: dict[str, Any] = {
                     key: next((v[key] for v in named[position:] if v[key] is not None), default)
                     for key, default in DEFAULT_TREE.items()
                 }
@@ -126,7 +138,7 @@ class DraftOptions:
         return dataclasses.replace(self, cuda_graphs=False, compile_layers=False)
 
 
-def call_config(base: GenerationConfig, **options) -> GenerationConfig:
+def call_config(base: GenerationConfig, **options: Any) -> GenerationConfig:
     """A target's generation config with other options for a call, those of :class:`DraftOptions` among them.
 
     Fields are set one by one: where transformers derived ``base`` from a model's config.json (no
@@ -139,7 +151,7 @@ def call_config(base: GenerationConfig, **options) -> GenerationConfig:
     return config
 
 
-def what_was_drafted(output, asked: dict) -> DraftOptions:
+def what_was_drafted(output: Any, asked: dict[str, Any]) -> DraftOptions:
     """How a call drafted, read back from its output (a ``PPOWGenerateOutput``).
 
     Args:
@@ -163,7 +175,7 @@ def what_was_drafted(output, asked: dict) -> DraftOptions:
     return ran
 
 
-def asked_size(config) -> int | None:
+def asked_size(config: GenerationConfig) -> int | None:
     """``num_assistant_tokens`` of a generation config, unless transformers filled it in with its default."""
     size = getattr(config, "num_assistant_tokens", None)
     filled = getattr(config, "num_assistant_tokens_schedule", None) is not None
@@ -193,7 +205,9 @@ class DraftWindow:
     draft_probs: torch.Tensor | None = None
 
     @classmethod
-    def chain(cls, tokens: torch.Tensor, draft_ids=None, draft_probs=None) -> "DraftWindow":
+    def chain(
+        cls, tokens: torch.Tensor, draft_ids: torch.Tensor | None = None, draft_probs: torch.Tensor | None = None
+    ) -> "DraftWindow":
         """A window of one branch from tokens (B, 1 + K), the root first."""
         batch, count = tokens.shape
         index = torch.arange(count, device=tokens.device)
@@ -209,8 +223,10 @@ class DraftWindow:
 
     @classmethod
     def blank(cls, root: torch.Tensor, nodes: int, depth: int) -> "DraftWindow":
-        """A window of the shape of a tree of ``nodes`` drafts and this depth, without drafts: copies of ``root`` (B,)
-        that all hang on it. What the root sees does not depend on them."""
+        """A window of the shape of a tree of ``nodes`` drafts and this depth, without drafts: copies of ``root`` (B,).
+
+        They all hang on it, and what the root sees does not depend on them.
+        """
         number = torch.arange(nodes + 1, device=root.device)
         return cls(
             root[:, None].expand(-1, nodes + 1),
@@ -235,13 +251,20 @@ class DrafterState:
     """
 
     whole_windows = False  # whether windows keep their full size where less room is left
+    hidden: torch.Tensor  # (B, 1, H) output at the newest pair, once there is one
+    positions: torch.Tensor  # (B,) RoPE position of the newest pair
 
-    def __init__(self, drafter, embed, cache: SlotCache, lengths: torch.Tensor, valid: torch.Tensor | None):
+    def __init__(
+        self,
+        drafter: PreTrainedModel,
+        embed: torch.nn.Module,
+        cache: SlotCache,
+        lengths: torch.Tensor,
+        valid: torch.Tensor | None,
+    ):
         self.drafter, self.embed, self.cache = drafter, embed, cache
         self.lengths, self.valid = lengths, valid
         self._longest: int | None = None  # of lengths, looked up when needed
-        self.hidden: torch.Tensor | None = None  # (B, 1, H) output at the newest pair
-        self.positions: torch.Tensor | None = None  # (B,) RoPE position of the newest pair
 
     def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """Add pairs with true taps.
@@ -267,7 +290,16 @@ class DrafterState:
         slots = self.lengths[:, None] + index
         return self._step(embeds, hidden, self.drafter.rotary(hidden, positions), slots, self.lengths, causal, count)
 
-    def _step(self, embeds, hidden, rotary, slots, base, seen, ahead: int) -> torch.Tensor:
+    def _step(
+        self,
+        embeds: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        base: torch.Tensor,
+        seen: torch.Tensor,
+        ahead: int,
+    ) -> torch.Tensor:
         """One pass of N new pairs.
 
         Args:
@@ -290,7 +322,7 @@ class DrafterState:
             self._longest = int(self.lengths.max())
         return self._longest + ahead
 
-    def _mask(self, base, seen, view: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def _mask(self, base: torch.Tensor, seen: torch.Tensor, view: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Visibility as :meth:`_step` describes it -> additive (B, 1, N, view) mask.
 
         None where a single pair sees everything, or a text begins: nothing lies before its N pairs, and N may be many.
@@ -302,7 +334,7 @@ class DrafterState:
         return additive_mask(window_allowed(prefix, seen, None, slots, view, self.valid), dtype)
 
     def chain(
-        self, root: torch.Tensor, size: int, sample: Callable | None = None, threshold: float = 0.0
+        self, root: torch.Tensor, size: int, sample: Sampler | None = None, threshold: float = 0.0
     ) -> DraftWindow:
         """Draft at most ``size`` tokens after ``root`` (B,), one after the other.
 
@@ -312,9 +344,9 @@ class DrafterState:
             sample: None to take the most probable token; else a function from logits (B, D) to
                 (ids (B,), probabilities (B, D)) that draws one.
         """
-        tokens, ids, probs, joint = [root], [], [], 1.0
-        hidden = self.hidden
-        batch = root.shape[0]
+        tokens, ids, probs = [root], [], []
+        joint: torch.Tensor | float = 1.0
+        hidden, batch = self.hidden, root.shape[0]
         steps = torch.arange(1, size + 1, device=root.device)
         cos, sin = self.drafter.rotary(hidden, self.positions[:, None] + steps)  # (B, size, d)
         itself = torch.ones(batch, 1, 1, dtype=torch.bool, device=root.device)
@@ -377,7 +409,15 @@ class DrafterState:
         return _best_nodes(root, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1), level, depth, nodes)
 
 
-def _best_nodes(root, tokens, scores, parents, levels, depth: int, nodes: int) -> DraftWindow:
+def _best_nodes(
+    root: torch.Tensor,
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    parents: torch.Tensor,
+    levels: torch.Tensor,
+    depth: int,
+    nodes: int,
+) -> DraftWindow:
     """Keep the ``nodes`` candidates (B, C), C levels, of highest joint probability and renumber them, parents first."""
     batch, count = tokens.shape
     # A child never scores above its parent; on a tie the stable sort keeps the earlier one, which is the parent.

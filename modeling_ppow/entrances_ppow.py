@@ -5,8 +5,10 @@ nothing of ours: it is all that ``custom_generate=`` has to load besides the dra
 """
 
 import functools
+from typing import Any
 
-from transformers import GenerationMixin
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 LOADING_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "code_revision", "proxies")
 
@@ -23,17 +25,23 @@ def register_assisted_decoding() -> None:
         return
 
     @functools.wraps(original)
-    def _assisted_decoding(self, input_ids, *args, assistant_model=None, **kwargs):
+    def _assisted_decoding(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor,
+        *args: Any,
+        assistant_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
         own = getattr(unwrapped(assistant_model), "assisted_decoding", None)
         if own is not None:
             return own(self, input_ids, *args, **kwargs)
         return original(self, input_ids, *args, assistant_model=assistant_model, **kwargs)
 
-    _assisted_decoding.dispatches_to_assistant = True
+    vars(_assisted_decoding)["dispatches_to_assistant"] = True
     GenerationMixin._assisted_decoding = _assisted_decoding
 
 
-def unwrapped(assistant):
+def unwrapped(assistant: Any) -> Any:
     """The drafter itself, if ``torch.compile(drafter)`` was passed."""
     return getattr(assistant, "_orig_mod", assistant)
 
@@ -41,18 +49,21 @@ def unwrapped(assistant):
 class DrafterWithOptions:
     """A drafter for one call, with fields of ``DraftOptions`` that are to win over all others."""
 
-    def __init__(self, drafter, options: dict):
+    def __init__(self, drafter: PreTrainedModel, options: dict[str, Any]):
         self.drafter, self.options = drafter, options
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.drafter, name)
 
-    def assisted_decoding(self, target, input_ids, *args, generation_config, **kwargs):
+    def assisted_decoding(
+        self, target: PreTrainedModel, *args: Any, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
+        """The drafter's own, with the options in the call's generation config."""
         vars(generation_config).update(self.options)  # the call's own copy
-        return self.drafter.assisted_decoding(target, input_ids, *args, generation_config=generation_config, **kwargs)
+        return self.drafter.assisted_decoding(target, *args, generation_config=generation_config, **kwargs)
 
 
-def generate(model, assistant_model=None, **kwargs):
+def generate(model: PreTrainedModel, assistant_model: PreTrainedModel | None = None, **kwargs: Any) -> Any:
     """Entrance for ``model.generate(..., custom_generate=<drafter repository>, assistant_model=drafter)``.
 
     Takes every argument of ``generate`` and, besides, every field of ``DraftOptions``.

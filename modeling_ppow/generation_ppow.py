@@ -8,9 +8,12 @@ forward, so that two tokens whose logits differ by less than that rounding can c
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .attention_ppow import without_cudnn_attention
@@ -37,16 +40,17 @@ class PPOWGenerateOutput(GenerateDecoderOnlyOutput):
 @torch.inference_mode(False)  # what is kept from call to call must be writable in any mode
 @torch.no_grad()
 def decode(
-    target,
-    input_ids: torch.LongTensor,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
+    target: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
     synced_gpus: bool = False,
-    streamer=None,
-    assistant_model=None,
-    **model_kwargs,
-) -> PPOWGenerateOutput | torch.LongTensor:
+    streamer: BaseStreamer | None = None,
+    *,
+    assistant_model: PreTrainedModel,
+    **model_kwargs: Any,
+) -> PPOWGenerateOutput | torch.Tensor:
     """Generate with a target and its drafter.
 
     Args:

@@ -8,23 +8,28 @@ writing masks out.
 """
 
 import contextlib
+import functools
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
-from . import attention_ppow
-from .attention_ppow import WINDOW_ATTENTION, pack_window, window_attention
+from .attention_ppow import HAS_TRITON, WINDOW_ATTENTION, pack_window, window_attention
 from .cache_ppow import SlotCache
-from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
+from .drafting_ppow import DrafterState, DraftOptions, DraftWindow, Sampler
 from .probe_ppow import PROMPT, is_known, trial
+from .prompt_ppow import Prompt
 from .recording_ppow import GATE, Replay, Twin, held
-from .target_ppow import TargetState, decoder_layers
+from .target_ppow import LayerMasks, TargetState, decoder_layers
 
 logger = logging.get_logger(__name__)
 AttentionInterface.register(WINDOW_ATTENTION, window_attention)
 
+PLACES = "lengths", "next_position", "last_position", "first"  # what a verification reads of a GraphTarget
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
 
 
@@ -34,18 +39,23 @@ class WindowCache(SlotCache):
     So a compiled layer does not depend on its number, and one compilation serves all of them.
     """
 
-    turn = None  # next layer while a window is open
+    turn: int | None = None  # next layer while a window is open
 
     def open_window(self, slots: torch.Tensor, view: int) -> None:
+        """As in :class:`SlotCache`; the next update is the first layer's."""
         super().open_window(slots, view)
         self.turn = 0
 
     def close_window(self) -> None:
+        """As in :class:`SlotCache`; layers count by their index again."""
         super().close_window()
         self.turn = None
 
     @torch.compiler.disable
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new entries (B, heads, N, d) into the layer whose turn it is: -> what its attention reads."""
         if self.turn is not None:
             layer_idx, self.turn = self.turn, self.turn + 1
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -54,30 +64,40 @@ class WindowCache(SlotCache):
 class GraphTarget(TargetState):
     """A target whose verifications and moves are replayed. ``first`` (B,) is the slot behind each row's padding."""
 
-    def __init__(self, target, taps, cache, batch: int, replay: Replay, capacity: int, twin: Twin):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        taps: list[int],
+        cache: WindowCache,
+        batch: int,
+        replay: Replay,
+        capacity: int,
+        twin: Twin,
+    ):
         super().__init__(target, taps, cache, batch, capacity, None)
         self.replay, self.capacity = replay, capacity
-        self.uses_flash = False
         self.first = torch.zeros_like(self.lengths)
         self.twin = twin
 
-    def verify(self, window: DraftWindow):
-        places = self.lengths, self.next_position, self.last_position, self.first
-        tensors = window.tokens, window.depth, window.ancestors, *places
+    def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in :class:`TargetState`; what it returns is overwritten by the next verification."""
+        tensors = window.tokens, window.depth, window.ancestors, *(getattr(self, name) for name in PLACES)
         return self.replay(("verify", window.tokens.shape), self._verify_at, *tensors)
 
-    def _verify_at(self, tokens, depth, ancestors, lengths, next_position, last_position, first):
-        places = {"lengths": lengths, "next_position": next_position, "last_position": last_position, "first": first}
-        with held(self, target=self.twin.model, **places):
+    def _verify_at(
+        self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor, *places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with held(self, target=self.twin.model, **dict(zip(PLACES, places))):
             return self._verify(tokens, depth, ancestors)
 
     def _view(self, count: int) -> int:
         return self.capacity
 
-    def _mask(self, depth, ancestors, slots, view):
+    def _mask(self, depth: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor, view: int) -> LayerMasks:
         return self.window_masks.packed(self.lengths, ancestors, depth, self.first)
 
-    def keep(self, path, counts, in_order: bool) -> None:
+    def keep(self, path: torch.Tensor, counts: torch.Tensor, in_order: bool) -> None:
+        """As in :class:`TargetState`."""
         if not in_order:
             name, in_place = ("keep", path.shape), torch.arange(path.shape[1], device=path.device).expand_as(path)
             self.replay.record(name, self.cache.keep, self.lengths, in_place)  # moving twice would do harm
@@ -90,50 +110,66 @@ class GraphDrafter(DrafterState):
 
     whole_windows = True
 
-    def __init__(self, drafter, embed, cache, batch: int, replay: Replay, capacity: int, twin: Twin):
+    def __init__(
+        self,
+        drafter: PreTrainedModel,
+        embed: torch.nn.Module,
+        cache: WindowCache,
+        batch: int,
+        replay: Replay,
+        capacity: int,
+        twin: Twin,
+    ):
         super().__init__(drafter, embed, cache, torch.zeros(batch, dtype=torch.long, device=drafter.device), None)
         self.replay, self.capacity = replay, capacity
         self.first = torch.zeros_like(self.lengths)
         self.prefilled = False
         self.twin = twin
 
-    def extend(self, taps, tokens, positions, counts) -> None:
-        if not self.prefilled:  # the prompt, of any length
+    def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
+        """As in :class:`DrafterState`; the first is the prompt, and runs as it is."""
+        if not self.prefilled:
             super().extend(taps, tokens, positions, counts)
             self.prefilled = True
             return
-        tensors = taps, tokens, positions, counts, self.lengths, self.first
+        tensors = self.lengths, self.first, taps, tokens, positions, counts
         self.hidden, self.positions, self.lengths = self.replay(("extend", tokens.shape), self._extend_at, *tensors)
 
-    def _extend_at(self, taps, tokens, positions, counts, lengths, first):
+    def _extend_at(
+        self, lengths: torch.Tensor, first: torch.Tensor, *pairs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with self._at(lengths=lengths, first=first, hidden=None, positions=None):
-            super().extend(taps, tokens, positions, counts)
+            super().extend(*pairs)
             return self.hidden, self.positions, self.lengths
 
-    def chain(self, root, size, sample=None, threshold=0.0) -> DraftWindow:
-        def run(root, hidden, positions, lengths, first):
-            with self._at(hidden=hidden, positions=positions, lengths=lengths, first=first):
-                return DrafterState.chain(self, root, size, sample)
+    def chain(
+        self, root: torch.Tensor, size: int, sample: Sampler | None = None, threshold: float = 0.0
+    ) -> DraftWindow:
+        """As in :class:`DrafterState`, always of ``size`` tokens: ``threshold`` has no effect."""
+        draft = functools.partial(DrafterState.chain, self, size=size, sample=sample)
+        return self._replayed(("chain", size, getattr(sample, "key", None)), draft, root)
 
-        return self.replay(("chain", size, getattr(sample, "key", None)), run, *self._tensors(root))
+    def tree(self, root: torch.Tensor, depth: int, top_k: int, nodes: int) -> DraftWindow:
+        """As in :class:`DrafterState`."""
+        draft = functools.partial(DrafterState.tree, self, depth=depth, top_k=top_k, nodes=nodes)
+        return self._replayed(("tree", depth, top_k, nodes), draft, root)
 
-    def tree(self, root, depth, top_k, nodes) -> DraftWindow:
-        def run(root, hidden, positions, lengths, first):
-            with self._at(hidden=hidden, positions=positions, lengths=lengths, first=first):
-                return DrafterState.tree(self, root, depth, top_k, nodes)
+    def _replayed(self, name: tuple, draft: Callable[[torch.Tensor], DraftWindow], root: torch.Tensor) -> DraftWindow:
+        names = "hidden", "positions", "lengths", "first"
 
-        return self.replay(("tree", depth, top_k, nodes), run, *self._tensors(root))
+        def run(root: torch.Tensor, *tensors: torch.Tensor) -> DraftWindow:
+            with self._at(**dict(zip(names, tensors))):
+                return draft(root)
 
-    def _at(self, **tensors):
+        return self.replay(name, run, root, *(getattr(self, each) for each in names))
+
+    def _at(self, **tensors: torch.Tensor | None) -> AbstractContextManager[None]:
         return held(self, drafter=self.twin.model, **tensors)
-
-    def _tensors(self, root):
-        return root, self.hidden, self.positions, self.lengths, self.first
 
     def _view(self, ahead: int) -> int:
         return self.capacity if self.prefilled else super()._view(ahead)
 
-    def _mask(self, base, seen, view, dtype):
+    def _mask(self, base: torch.Tensor, seen: torch.Tensor, view: int, dtype: torch.dtype) -> torch.Tensor | None:
         if not self.prefilled:
             return super()._mask(base, seen, view, dtype)
         return pack_window(base, seen, self.first[:, None].expand(-1, seen.shape[1]))
@@ -142,14 +178,16 @@ class GraphDrafter(DrafterState):
 class _Unrecorded(Replay):
     """Runs every function as it is given."""
 
-    def __call__(self, name, function, *tensors):
+    def __call__(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> Any:
         return function(*tensors)
 
-    def record(self, name, function, *tensors) -> None:
-        pass
+    def record(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> None:
+        """Nothing to do."""
 
 
-def unrecorded(target, taps, past, batch: int, capacity: int, valid: torch.Tensor | None) -> GraphTarget:
+def unrecorded(
+    target: PreTrainedModel, taps: list[int], past: None, batch: int, capacity: int, valid: torch.Tensor | None
+) -> GraphTarget:
     """What the fast path computes, without graphs: to try a target that nobody has walked.
 
     Arguments of :class:`TargetState`.
@@ -163,7 +201,7 @@ def unrecorded(target, taps, past, batch: int, capacity: int, valid: torch.Tenso
     return state
 
 
-def target_twin(target, compile_layers: bool) -> Twin:
+def target_twin(target: PreTrainedModel, compile_layers: bool) -> Twin:
     """The twin of a target, under this module's attention."""
     twin = Twin(target, decoder_layers, compile_layers)
     twin.model.config.get_text_config(decoder=True)._attn_implementation = WINDOW_ATTENTION
@@ -179,7 +217,9 @@ class FastPath:
         capacity: slots of every row.
     """
 
-    def __init__(self, target, drafter, batch: int, capacity: int, compile_layers: bool):
+    def __init__(
+        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, compile_layers: bool
+    ):
         self.capacity, self.made_for = capacity, (batch, compile_layers)
         replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
         twins = target_twin(target, compile_layers), Twin(drafter, lambda model: model.layers, compile_layers)
@@ -190,7 +230,10 @@ class FastPath:
         self.weights = _weights(target, drafter)
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
-    def serves(self, target, drafter, batch: int, capacity: int, compile_layers: bool) -> bool:
+    def serves(
+        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, compile_layers: bool
+    ) -> bool:
+        """Whether a call that needs this much can use it."""
         fits = capacity <= self.capacity and self.made_for == (batch, compile_layers)
         return fits and self.weights == _weights(target, drafter)
 
@@ -206,19 +249,21 @@ class FastPath:
         self.drafter_state.prefilled = False
 
     def end(self) -> None:
+        """Note when the work of this call will be done."""
         if self.target_state.lengths.is_cuda:
             self.left = torch.cuda.Event()
             self.left.record()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(None), ()  # a copied or pickled drafter makes its own
 
 
 class Claim:
     """Who may use a drafter's :class:`FastPath`: one call at a time."""
 
-    def __init__(self):
-        self.lock, self.owner = threading.Lock(), None
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.owner: int | None = None  # thread
 
     def take(self, wait: bool) -> bool:
         """Whether the calling thread has it now; a thread does not wait for itself."""
@@ -229,22 +274,24 @@ class Claim:
         return taken
 
     def free(self) -> None:
+        """Let another call have it."""
         self.owner = None
         self.lock.release()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Claim, ()
 
 
 @contextlib.contextmanager
-def fast_path(target, drafter, options: DraftOptions, prompt, capacity: int):
+def fast_path(
+    target: PreTrainedModel, drafter: PreTrainedModel, options: DraftOptions, prompt: Prompt, capacity: int
+) -> Iterator[FastPath | None]:
     """The fast path, ready for a new text and this call's own while the context lasts; None: take the plain path.
 
     One call at a time can have it. Of several at once the others take the plain path; with ``cuda_graphs=True`` they
     wait.
 
     Args:
-        prompt: the :class:`Prompt`.
         capacity: slots that the text may need.
 
     Raises:
@@ -276,7 +323,9 @@ def fast_path(target, drafter, options: DraftOptions, prompt, capacity: int):
             claim.free()
 
 
-def _path_of(target, drafter, batch: int, capacity: int, compile_layers: bool) -> tuple[FastPath | None, str | None]:
+def _path_of(
+    target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, compile_layers: bool
+) -> tuple[FastPath | None, str | None]:
     """The drafter's fast path, made anew where the old one does not serve; or why there is none."""
     path = vars(drafter).get("_fast_path")
     if path is not None and path.serves(target, drafter, batch, capacity, compile_layers):
@@ -296,19 +345,19 @@ def _path_of(target, drafter, batch: int, capacity: int, compile_layers: bool) -
     return path, None
 
 
-def place_obstacle(target, drafter) -> str | None:
+def place_obstacle(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:
     """Why graphs cannot be recorded where the pair lies; None if they can."""
     obstacles = {
         "the target is not on a GPU": target.device.type != "cuda",
         "accelerate moves the target's weights": any(hasattr(module, "_hf_hook") for module in target.modules()),
-        "triton is not installed": attention_ppow.triton is None,
+        "triton is not installed": not HAS_TRITON,
         "the models are spread over devices": len({p.device for m in (target, drafter) for p in m.parameters()}) > 1,
         "the target computes in float64": target.dtype == torch.float64,
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-def call_obstacle(target, prompt) -> str | None:
+def call_obstacle(target: PreTrainedModel, prompt: Prompt) -> str | None:
     """What about the target or the call the fast path cannot serve; None if nothing."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -325,12 +374,12 @@ def call_obstacle(target, prompt) -> str | None:
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
-def attention_obstacle(target) -> str | None:
+def attention_obstacle(target: PreTrainedModel) -> str | None:
     """How a target that the tests do not walk fails under this module's attention, tried once; None if it does not."""
     return None if is_known(target) else trial(target, "fast", PROMPT, unrecorded)
 
 
-def shortage(target, drafter, batch: int, capacity: int) -> str | None:
+def shortage(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> str | None:
     """Why keys and values of ``batch`` rows of ``capacity`` slots do not fit into the GPU's memory; None if they do."""
     config = target.config.get_text_config(decoder=True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -349,6 +398,6 @@ def shortage(target, drafter, batch: int, capacity: int) -> str | None:
     )
 
 
-def _weights(*models) -> tuple:
+def _weights(*models: PreTrainedModel) -> tuple[int, ...]:
     """Where the models' weights lie: graphs are bound to these addresses."""
     return tuple(parameter.data_ptr() for model in models for parameter in model.parameters())

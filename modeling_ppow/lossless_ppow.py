@@ -21,10 +21,12 @@ The target's weights are converted where they lie while this is found out, so no
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .drafting_ppow import DraftOptions, call_config
 from .target_ppow import decoder_layers
@@ -32,6 +34,7 @@ from .target_ppow import decoder_layers
 FAULT, NEAR_TIE = "fault", "near tie"
 LIKELIEST = 64  # tokens over which the rounding is measured
 DEVIATIONS = 6
+Originals = list[tuple[torch.Tensor, torch.Tensor]]  # tensors, and the data they had
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,12 @@ class Difference:
 
 
 def first_difference(
-    target, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None, exact: bool = False
+    target: PreTrainedModel,
+    prompt: torch.Tensor,
+    answer: list[int],
+    expected: list[int],
+    config: GenerationConfig | None = None,
+    exact: bool = False,
 ) -> Difference | None:
     """Compare two greedy answers to one prompt.
 
@@ -81,27 +89,27 @@ def first_difference(
         return None
     shared = min(len(answer), len(expected))
     position = next((i for i in range(shared) if answer[i] != expected[i]), shared)
-    if position == shared:
-        longer = answer if len(answer) > shared else expected
-        ends = (None, longer[shared]) if longer is expected else (longer[shared], None)
-        return Difference(position, *ends)
-    pair = [answer[position], expected[position]]
+    token, wanted = (tokens[position] if position < len(tokens) else None for tokens in (answer, expected))
+    if token is None or wanted is None:
+        return Difference(position, token, wanted)
     ids = torch.cat((prompt, torch.tensor([answer[:position]], dtype=torch.long, device=prompt.device)), 1)
     config = ending_at(config or target.generation_config, prompt.shape[1])
     precise, own = precise_scores(target, ids, config), scores_after(target, ids, config).double()
     likely = precise.topk(min(LIKELIEST, precise.shape[-1])).indices
     noise = (own - precise)[likely]
     sigma = float(noise[torch.isfinite(noise)].std(correction=0))
-    one, other = precise[pair].tolist()
+    one, other = float(precise[token]), float(precise[wanted])
     eps = max(torch.finfo(dtype).eps for dtype in (target.dtype, torch.float32))
     rounding = eps * max(abs(one), abs(other)) + DEVIATIONS * math.sqrt(2) * sigma
     gap = abs(one - other)
     if not math.isfinite(gap + rounding):
-        return Difference(position, *pair)
-    return Difference(position, *pair, gap, rounding, NEAR_TIE if gap <= rounding and not exact else FAULT)
+        return Difference(position, token, wanted)
+    return Difference(position, token, wanted, gap, rounding, NEAR_TIE if gap <= rounding and not exact else FAULT)
 
 
-def without_drafts(target, drafter, prompt: torch.Tensor, config) -> tuple[list[int], DraftOptions]:
+def without_drafts(
+    target: PreTrainedModel, drafter: PreTrainedModel, prompt: torch.Tensor, config: GenerationConfig
+) -> tuple[list[int], DraftOptions]:
     """The reference of a call: the same loop with windows of the same shapes and nothing drafted in them.
 
     Args:
@@ -119,7 +127,12 @@ def without_drafts(target, drafter, prompt: torch.Tensor, config) -> tuple[list[
 
 
 def explain(
-    target, drafter, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
+    prompt: torch.Tensor,
+    answer: list[int],
+    expected: list[int],
+    config: GenerationConfig | None = None,
 ) -> list[Difference]:
     """Why a greedy answer with a drafter is not stock ``generate``'s; arguments as for :func:`first_difference`.
 
@@ -136,13 +149,18 @@ def explain(
 class _AtOnce(StoppingCriteria):
     """Ends a generation behind its first token, whatever length its processors believe in."""
 
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def ending_at(config, prompt_length: int):
+def ending_at(config: GenerationConfig, prompt_length: int) -> GenerationConfig:
     """``config`` for a call that continues an answer: greedy, with lengths that count from the answer's own prompt."""
-    options = {"do_sample": False, "return_dict_in_generate": True, "output_scores": True, "output_logits": False}
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": False,
+    }
     if config.max_new_tokens is not None:
         options |= {"max_new_tokens": None, "max_length": prompt_length + config.max_new_tokens}
     if config.min_new_tokens is not None:
@@ -151,14 +169,14 @@ def ending_at(config, prompt_length: int):
 
 
 @torch.no_grad()
-def scores_after(target, ids: torch.Tensor, config) -> torch.Tensor:
+def scores_after(target: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     """Stock ``generate``'s processed scores (V,) of the token behind ids (1, n)."""
     now = StoppingCriteriaList([_AtOnce()])
     out = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=now)
     return out.scores[0][0]
 
 
-def precise_scores(target, ids: torch.Tensor, config) -> torch.Tensor:
+def precise_scores(target: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     """The same (V,) as float64, computed in float32; of a target in float32 or float64 in float64 where it can be."""
     if target.dtype in (torch.float32, torch.float64):
         with contextlib.suppress(RuntimeError), in_dtype(target, torch.float64):  # not every kernel knows float64
@@ -168,14 +186,18 @@ def precise_scores(target, ids: torch.Tensor, config) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def in_dtype(target, dtype: torch.dtype):
-    """Let the target compute in a higher precision for a while, without a second copy of it: what lies outside the
-    decoder layers is converted at once, each layer while it runs. Afterwards all tensors lie where they lay. No other
-    thread may run the target meanwhile."""
+def in_dtype(target: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Let the target compute in a higher precision for a while, without a second copy of it.
+
+    What lies outside the decoder layers is converted at once, each layer while it runs. Afterwards all tensors lie
+    where they lay. No other thread may run the target meanwhile.
+    """
     layers = decoder_layers(target)
     inside = {id(tensor) for layer in layers for tensor in _tensors(layer)}
     config = target.config.get_text_config(decoder=True)
-    before, handles, held, originals = config._attn_implementation, [], {}, []
+    before, handles = config._attn_implementation, []
+    originals: Originals = []
+    held: dict[torch.nn.Module, Originals] = {}
     outside = [tensor for tensor in _tensors(target) if id(tensor) not in inside]
     try:
         if "flash" in (before or ""):  # which knows 16 bits only
@@ -192,13 +214,13 @@ def in_dtype(target, dtype: torch.dtype):
         config._attn_implementation = before
 
 
-def _tensors(module) -> list[torch.Tensor]:
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _convert(tensors, dtype: torch.dtype) -> list[tuple]:
+def _convert(tensors: list[torch.Tensor], dtype: torch.dtype) -> Originals:
     """Convert what is floating and has fewer bits than ``dtype``: -> what was there before."""
-    originals = []
+    originals: Originals = []
     try:
         for tensor in tensors:
             if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
@@ -210,6 +232,6 @@ def _convert(tensors, dtype: torch.dtype) -> list[tuple]:
     return originals
 
 
-def _restore(originals: list[tuple]) -> None:
+def _restore(originals: Originals) -> None:
     for tensor, data in originals:
         tensor.data = data

@@ -1,4 +1,7 @@
-"""Attention masks of windows: who may see whom when several drafted continuations share one forward."""
+"""Attention masks of windows, trees and forests: who sees whom when drafted continuations share one forward.
+
+On a GPU's fast path the same masks travel as bits (``attention_ppow.pack_window``).
+"""
 
 import torch
 
@@ -60,6 +63,7 @@ def window_allowed(
     index = torch.arange(view, device=prefix.device)
     allowed = index < prefix[:, :, None]  # (B, N, view)
     if sliding_window is not None:
+        assert depth is not None
         allowed &= (prefix + depth)[:, :, None] - index < sliding_window
         slot_depth = depth if slot_depth is None else slot_depth
         ancestors = ancestors & (depth[:, :, None] - slot_depth[:, None, :] < sliding_window)

@@ -15,15 +15,18 @@ Not included: dropout, gradient checkpointing, tied heads. Architecture: EAGLE-3
 """
 
 import dataclasses
+import importlib
+import inspect
+import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, initialization
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.utils import ModelOutput
@@ -33,17 +36,17 @@ from .cache_ppow import SlotCache
 from .configuration_ppow import PPOWConfig
 from .drafting_ppow import DEFAULT_WINDOW_SIZE, DraftOptions
 from .entrances_ppow import register_assisted_decoding
-from .formats_ppow import import_checkpoint, is_foreign
-from .generation_ppow import decode
-from .lossless_ppow import explain
+from .generation_ppow import PPOWGenerateOutput, decode
+from .lossless_ppow import Difference, explain
 from .masks_ppow import additive_mask
-from .weights_ppow import HUB_OPTIONS, check_path
+from .paths_ppow import check_path
 
 CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
 from .entrances_ppow import generate  # noqa: F401
 """
 
 AUTO_CLASSES = "AutoModel", "AutoModelForCausalLM"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 MANY_SCORES = 1 << 20  # queries times keys
 
 # (layer index, queries (B, A, N, d), keys (B, K, N, d), values (B, K, N, d)) -> attended (B, A, N, d)
@@ -63,6 +66,7 @@ class CachedAttention:
         self.cache, self.mask = cache, mask
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """See :data:`Attend`."""
         key, value = self.cache.update(key, value, layer)
         if self.mask is not None and self.mask.dtype == torch.int32:  # on the fast path: see attention_ppow
             return attend_window(query, key, value, self.mask, query.shape[-1] ** -0.5).transpose(1, 2)
@@ -89,14 +93,18 @@ class PPOWRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(.., size) -> (.., size), in the dtype of ``x``."""
         if x.dtype in (torch.float32, torch.float64):
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self.weight * nn.functional.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
 
 
 class PPOWAttention(nn.Module):
+    """Self-attention of a decoder layer; the first layer's reads vectors of twice the width."""
+
     def __init__(self, config: PPOWConfig, layer_index: int):
         super().__init__()
+        assert config.num_key_value_heads is not None and config.head_dim is not None
         self.layer_index = layer_index
         self.head_dim = config.head_dim
         width_in = config.hidden_size * (2 if layer_index == 0 else 1)
@@ -112,6 +120,7 @@ class PPOWAttention(nn.Module):
             self.k_norm = PPOWRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+        """Inputs (B, N, H or 2H), cos and sin (B, N, d) -> (B, N, H)."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         query, key, value = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
@@ -123,6 +132,8 @@ class PPOWAttention(nn.Module):
 
 
 class PPOWMLP(nn.Module):
+    """Gated MLP of a decoder layer."""
+
     def __init__(self, config: PPOWConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -131,10 +142,13 @@ class PPOWMLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(.., H) -> (.., H)."""
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PPOWDecoderLayer(nn.Module):
+    """Pre-norm decoder layer; the first one attends over embedding and features side by side."""
+
     def __init__(self, config: PPOWConfig, layer_index: int):
         super().__init__()
         self.first = layer_index == 0
@@ -146,7 +160,14 @@ class PPOWDecoderLayer(nn.Module):
         if self.first:
             self.hidden_norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embeds, hidden, rotary, attend: Attend) -> torch.Tensor:
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
+    ) -> torch.Tensor:
+        """Embeddings (only the first layer reads them) and features (B, N, H), cos and sin (B, N, d) -> (B, N, H)."""
         residual = hidden
         if self.first:
             normed = self.hidden_norm(hidden)
@@ -162,8 +183,8 @@ class PPOWDecoderLayer(nn.Module):
 class PPOWDrafterOutput(ModelOutput):
     """``logits`` (B, T, D) over the draft vocabulary and ``hidden_states`` (B, T, H), the features fed forward."""
 
-    logits: torch.FloatTensor | None = None
-    hidden_states: torch.FloatTensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 class PPOWDrafter(PreTrainedModel, GenerationMixin):
@@ -182,6 +203,8 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PPOWConfig):
         super().__init__(config)
+        assert config.target_hidden_size is not None and config.target_taps is not None
+        assert config.draft_vocab_size is not None
         width = config.target_hidden_size
         taps = len(config.target_taps)
         if not config.share_target_embeddings:
@@ -237,12 +260,12 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         taps: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> PPOWDrafterOutput:
         """Teacher-forced first draft step over a text.
 
@@ -327,30 +350,45 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         """Attention over ``cache`` for :meth:`step`, under an additive mask or none."""
         return CachedAttention(cache, mask)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The drafter's own embeddings; None when it reads its target's."""
         return getattr(self, "embed_tokens", None)
 
     # -- the drafter as an assistant ---------------------------------------------------------------------------------
 
-    def assisted_decoding(self, target: PreTrainedModel, input_ids: torch.LongTensor, **kwargs):
+    def assisted_decoding(
+        self, target: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any
+    ) -> PPOWGenerateOutput | torch.Tensor:
         """What ``target.generate(..., assistant_model=drafter)`` runs; arguments as transformers' decoding methods."""
         return decode(target, input_ids, assistant_model=self, **kwargs)
 
     def explain(
-        self, target: PreTrainedModel, prompt: torch.Tensor, answer: list[int], expected: list[int], config=None
-    ):
+        self,
+        target: PreTrainedModel,
+        prompt: torch.Tensor,
+        answer: list[int],
+        expected: list[int],
+        config: GenerationConfig | None = None,
+    ) -> list[Difference]:
         """Why a greedy answer with this drafter is not stock ``generate``'s: see :func:`lossless_ppow.explain`."""
         return explain(target, self, prompt, answer, expected, config)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise a ValueError: a drafter cannot generate alone."""
         raise ValueError(
             "A PPOW drafter drafts for its target and cannot generate alone. "
             "Call target.generate(**inputs, assistant_model=drafter)."
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, target=None, **kwargs):
-        """As in transformers; also takes an EAGLE-3 drafter of another trainer (see ``formats_ppow``).
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        target: PreTrainedModel | PreTrainedConfig | str | None = None,
+        **kwargs: Any,
+    ) -> "PPOWDrafter":
+        """As in transformers; also takes an EAGLE-3 drafter of another trainer, where the package `ppow` is installed.
 
         Args:
             pretrained_model_name_or_path: folder or Hub id.
@@ -359,30 +397,39 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             **kwargs: as in transformers.
 
         Raises:
-            ValueError: a path to nothing, another trainer's drafter without a target, or one that cannot be imported.
+            ValueError: a path to nothing, another trainer's drafter without the package or a target, or one that cannot
+                be imported.
         """
         source, hub = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         if source is None or kwargs.get("config"):
             return super().from_pretrained(source, *args, **kwargs)
         check_path(source)
         config, _ = PPOWConfig.get_config_dict(source, **hub)
-        if not config or not is_foreign(config):  # without a configuration, transformers says so
+        if not config or config.get("model_type") == PPOWConfig.model_type:  # without one, transformers says so
             return super().from_pretrained(source, *args, **kwargs)
+        try:  # by name: a drafter's repository carries no other trainers' formats, and must not ask for the package
+            foreign = importlib.import_module("ppow.training.import_formats")
+        except ImportError as error:
+            raise ValueError(
+                f"{source} is no PPOW drafter (model_type {config.get('model_type')!r} in its config.json). An EAGLE-3 "
+                f"drafter of another trainer is read by the package `ppow`, which is not installed here ({error}): "
+                "`pip install .` in a clone of PPOW's repository, or `ppow import` it where the package is."
+            ) from error
         if target is None:
             raise ValueError(
                 f"{source} is no PPOW drafter. If it is an EAGLE-3 drafter of another trainer, say for which target: "
                 "PPOWDrafter.from_pretrained(..., target=<model, Hub id or folder>), or `ppow import` it first."
             )
-        imported = import_checkpoint(str(source), target, PPOWDrafter, **hub)
+        imported = foreign.import_checkpoint(str(source), target, PPOWDrafter, **hub)
         rest = {key: value for key, value in kwargs.items() if key not in hub}
         return super().from_pretrained(None, *args, config=imported.config, state_dict=imported.tensors, **rest)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """Save weights, configuration, code, and ``custom_generate/``, so that the folder serves every entrance."""
         if is_main_process:
             folder = Path(save_directory) / "custom_generate"
             folder.mkdir(parents=True, exist_ok=True)
-            entrances = Path(sys.modules[register_assisted_decoding.__module__].__file__)
+            entrances = Path(inspect.getfile(register_assisted_decoding))
             shutil.copyfile(entrances, folder / entrances.name)
             (folder / "generate.py").write_text(CUSTOM_GENERATE)
         kind = type(self)

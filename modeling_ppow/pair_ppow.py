@@ -6,20 +6,22 @@ On the fast path the next cycle is under way before this one's tokens are read; 
 from typing import NamedTuple
 
 import torch
+from transformers import Cache, PreTrainedModel
 
 from .cache_ppow import DrafterMemory, SlotCache, hand_back
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
+from .graphs_ppow import FastPath
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE
 from .target_ppow import TargetState
-from .transcript_ppow import Transcript
-from .verifier_ppow import Verdict, Verifier
+from .transcript_ppow import Transcript, Verdict
+from .verifier_ppow import Verifier
 
 CATCH_UP = 64  # tokens of one forward when rows of a batch that ended early are brought to the others' length
 PLAIN_CAPACITY = 512  # slots for new tokens that the plain path allocates at first
 
 
-class Ahead(NamedTuple):
+class Cycle(NamedTuple):
     """A cycle that was begun before the tokens of the one before were read."""
 
     window: DraftWindow
@@ -42,7 +44,16 @@ class Pair:
         root: (B,) the newest token of every row, under which the next window is drafted.
     """
 
-    def __init__(self, target, drafter, options: DraftOptions, prompt: Prompt, text: Transcript, verifier, fast):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: PreTrainedModel,
+        options: DraftOptions,
+        prompt: Prompt,
+        text: Transcript,
+        verifier: Verifier,
+        fast: FastPath | None,
+    ):
         self.target, self.drafter, self.options, self.prompt = target, drafter, options, prompt
         self.text, self.verifier = text, verifier
         if fast is None:
@@ -54,11 +65,10 @@ class Pair:
             self.target_state, self.drafter_state = fast.target_state, fast.drafter_state
         runs_ahead = self.drafter_state.whole_windows and verifier.prefix_free
         self.runs_ahead = runs_ahead and not text.needs_every_prefix and not text.together
-        self.ahead: Ahead | None = None
-        self.begun: Ahead | None = None  # what this cycle has of it
+        self.begun: Cycle | None = None  # the present cycle until :meth:`accept`, the next one from then on
         self.root = prompt.ids[:, -1]
-        self._grew: list[bool] = []  # which rows grew when that was last brought to the device
-        self._grow: torch.Tensor | None = None
+        self._grew: list[bool] = []  # which rows grew when that was last brought to the device,
+        self._grow: torch.Tensor  # (B,) bool, and what was brought there
 
     def prefill(self, chunk: int | None) -> Verdict:
         """Read the prompt, ``chunk`` tokens a forward (None: all), and choose the first new token."""
@@ -81,9 +91,8 @@ class Pair:
 
     def draft(self) -> DraftWindow:
         """The next window."""
-        self.begun, self.ahead = self.ahead, None
         with GATE.shared():
-            return self.begun.window if self.begun else self._draft()
+            return self._draft() if self.begun is None else self.begun.window
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
         """The target over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht).
@@ -91,33 +100,66 @@ class Pair:
         On the fast path they are overwritten once the next cycle begins, which may be in :meth:`accept`.
         """
         with GATE.shared():
-            return self.begun.outputs if self.begun else self.target_state.verify(window)
+            return self.target_state.verify(window) if self.begun is None else self.begun.outputs
 
     def accept(self, window: DraftWindow, logits: torch.Tensor, taps: torch.Tensor) -> Verdict:
         """What the target takes of a window; where it can be, the next cycle is begun before anybody reads that."""
         with GATE.shared():
-            verdict = self.begun.verdict if self.begun else self._judge(window, logits)
+            verdict = self._judge(window, logits) if self.begun is None else self.begun.verdict
+            self.begun = None
             if self.runs_ahead and self.text.remaining() > window.max_depth + 1:
                 # should one of these tokens end the text, this was in vain
                 self._move_on(verdict, taps, torch.where(self._growing(), verdict.accepted + 1, 0))
                 following = self._draft()
                 outputs = self.target_state.verify(following)
-                self.ahead = Ahead(following, outputs, self._judge(following, outputs[0]))
+                self.begun = Cycle(following, outputs, self._judge(following, outputs[0]))
         return verdict
 
     def keep(self, verdict: Verdict, taps: torch.Tensor, counts: list[int]) -> None:
         """Let both caches hold the tokens gained, ``counts`` of every row (0: it has ended), and nothing else."""
-        if self.ahead is None:
+        if self.begun is None:
             with GATE.shared():
                 self._move_on(verdict, taps, torch.tensor(counts, device=self.root.device))
 
-    def fill(self, cache) -> None:
+    def fill(self, cache: Cache) -> None:
         """Let ``cache`` hold every token but the last, as without a drafter; the drafter's side of it comes along.
 
         Rows of a batch that ended early hold their padding too, as transformers leaves it there.
         """
+        text, drafter_state = self.text, self.drafter_state
+        behind = self.prompt.end - text.prompt_length - 1  # entries held, less tokens in the text
+        length, held = text.length + behind, [min(n, text.length) + behind for n in text.lengths]
         with GATE.shared():
-            fill_cache(cache, self.target_state, self.drafter_state, self.prompt, self.text)
+            slots, memory = self.target_state.cache, drafter_state.cache
+            if min(held) < length:
+                slots, memory = slots.copy(length), memory.copy(length)
+                self._catch_up(slots, memory, held, length)
+            hand_back(slots, cache, length)
+            if drafter_state.whole_windows and memory is drafter_state.cache:
+                memory = memory.copy(length)  # graphs own their buffers
+            memory.set_length(length)
+            cache.drafter_memory = DrafterMemory(memory, cache, self.drafter)
+
+    def _catch_up(self, slots: SlotCache, memory: SlotCache, held: list[int], length: int) -> None:
+        """Bring copies of both caches, with ``held`` entries that count in each row, to ``length`` in all rows."""
+        text, target_state, drafter_state = self.text, self.target_state, self.drafter_state
+        ids, behind = text.sequences().to(self.prompt.ids.device), length - text.length
+        lengths = torch.tensor(held, device=ids.device)
+        surplus = target_state.lengths - lengths  # of rows that ran ahead
+        state = TargetState(self.target, target_state.taps, slots, text.batch, length, self.prompt.valid)
+        state.lengths, state.next_position = lengths, target_state.next_position - surplus
+        state.last_position = target_state.last_position
+        valid = self.prompt.valid if drafter_state.valid is None else drafter_state.valid
+        mine = DrafterState(self.drafter, drafter_state.embed, memory, lengths, valid)
+        while int(state.lengths.min()) < length:
+            counts = (length - state.lengths).clamp(max=CATCH_UP)
+            steps = torch.arange(int(counts.max()), device=ids.device)
+            at = (state.lengths - behind)[:, None] + steps - 1
+            window = DraftWindow.chain(ids.gather(1, at.clamp(max=text.length - 1)))
+            _, taps = state.verify(window)
+            positions = state.next_position[:, None] + steps
+            state.keep(window.depth, counts, in_order=True)
+            mine.extend(taps, ids.gather(1, (at + 1).clamp(max=text.length - 1)), positions, counts)
 
     def _draft(self) -> DraftWindow:
         return draft(self.drafter_state, self.root, self.options, self.text.remaining() - 1, self.verifier)
@@ -129,7 +171,7 @@ class Pair:
 
     def _growing(self) -> torch.Tensor:
         """(B,) bool, on the device: rows that still grow."""
-        if self._grow is None or self._grew != self.text.growing():
+        if self._grew != self.text.growing():
             self._grew = self.text.growing()
             self._grow = torch.tensor(self._grew, device=self.root.device)
         return self._grow
@@ -169,38 +211,7 @@ def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: 
         depth = min(options.longest, room)
         width = min(options.tree_top_k or 1, state.drafter.config.draft_vocab_size)
         return DraftWindow.blank(root, min(options.tree_nodes or depth, width + (depth - 1) * width * width), depth)
-    if options.is_tree:
-        return state.tree(root, min(options.tree_depth, room), options.tree_top_k, options.tree_nodes)
+    if options.tree is not None:
+        depth, top_k, nodes = options.tree
+        return state.tree(root, min(depth, room), top_k, nodes)
     return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)
-
-
-def fill_cache(cache, target_state: TargetState, drafter_state: DrafterState, prompt: Prompt, text: Transcript) -> None:
-    """See :meth:`Pair.fill`."""
-    drafter, target = drafter_state.drafter, target_state.target
-    slots, memory = target_state.cache, drafter_state.cache
-    behind = prompt.end - text.prompt_length - 1  # entries held, less tokens in the text
-    length, held = text.length + behind, [min(n, text.length) + behind for n in text.lengths]
-    if min(held) < length:
-        ids = text.sequences().to(prompt.ids.device)
-        lengths = torch.tensor(held, device=ids.device)
-        surplus = target_state.lengths - lengths  # of rows that ran ahead
-        slots, memory = slots.copy(length), memory.copy(length)
-        state = TargetState(target, target_state.taps, slots, text.batch, length, prompt.valid)
-        state.lengths, state.next_position = lengths, target_state.next_position - surplus
-        state.last_position = target_state.last_position
-        valid = prompt.valid if drafter_state.valid is None else drafter_state.valid
-        mine = DrafterState(drafter, drafter_state.embed, memory, lengths, valid)
-        while int(state.lengths.min()) < length:
-            counts = (length - state.lengths).clamp(max=CATCH_UP)
-            steps = torch.arange(int(counts.max()), device=ids.device)
-            at = (state.lengths - behind)[:, None] + steps - 1
-            window = DraftWindow.chain(ids.gather(1, at.clamp(max=text.length - 1)))
-            _, taps = state.verify(window)
-            positions = state.next_position[:, None] + steps
-            state.keep(window.depth, counts, in_order=True)
-            mine.extend(taps, ids.gather(1, (at + 1).clamp(max=text.length - 1)), positions, counts)
-    hand_back(slots, cache, length)
-    if drafter_state.whole_windows and memory is drafter_state.cache:
-        memory = memory.copy(length)  # graphs own their buffers
-    memory.set_length(length)
-    cache.drafter_memory = DrafterMemory(memory, cache, drafter)

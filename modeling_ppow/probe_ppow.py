@@ -17,13 +17,13 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
 from .drafting_ppow import DraftWindow
 from .masks_ppow import ancestors_of
 from .target_ppow import TargetState, check_kind, decoder_layers
 
-# Classes of transformers that tests/test_families.py walks, token for token and under every attention implementation.
+# Classes of transformers that tests/decoding/test_families.py walks, under every attention implementation.
 KNOWN = {
     "GPTNeoXForCausalLM",
     "Gemma2ForCausalLM",
@@ -45,12 +45,15 @@ WRONG = 8  # siblings before the right node of a tree: its slot lies far from it
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 COARSE = 0.15
 COPY_BYTES = 2 << 30  # a target of fewer bytes in float32 is tried as a copy in float32
+# (target, taps, past, batch, capacity, valid) -> a state
+MakeState = Callable[[PreTrainedModel, list[int], None, int, int, torch.Tensor | None], TargetState]
 _BORDERS = ("window", "chunk", "position", "max_seq", "seq_len", "local", "block", "span", "floor_scale", "index_topk")
 
-_found = weakref.WeakKeyDictionary()  # target -> {what was asked: why it is refused, or None}
+# target -> {what was asked: why it is refused, or None}
+_found: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple, str | None]] = weakref.WeakKeyDictionary()
 
 
-def check_target(target, start: int = 0, prompt: int = 1, end: int = 1, ahead: int = 0) -> None:
+def check_target(target: PreTrainedModel, start: int = 0, prompt: int = 1, end: int = 1, ahead: int = 0) -> None:
     """Raise a ValueError unless drafting leaves the output of a call of this target as it is.
 
     Args:
@@ -81,7 +84,7 @@ def check_target(target, start: int = 0, prompt: int = 1, end: int = 1, ahead: i
             )
 
 
-def is_known(target) -> bool:
+def is_known(target: PreTrainedModel) -> bool:
     """Whether the tests answer for the target's class, and nothing is wrapped around it."""
     kind = type(target)
     if kind.__name__.startswith("FSDP"):  # fully_shard derives a class of its own from the target's
@@ -89,13 +92,13 @@ def is_known(target) -> bool:
     return kind.__module__.startswith("transformers.models.") and kind.__name__ in KNOWN and not is_wrapped(target)
 
 
-def is_wrapped(target) -> bool:
+def is_wrapped(target: PreTrainedModel) -> bool:
     """Whether somebody else prepares the target's inputs (prompt tuning of PEFT sets a method on the instance)."""
     own = vars(target).get("prepare_inputs_for_generation")
     return own is not None and getattr(own, "__func__", own) is not type(target).prepare_inputs_for_generation
 
 
-def check_rope(config, start: int, prompt: int, end: int) -> None:
+def check_rope(config: PreTrainedConfig, start: int, prompt: int, end: int) -> None:
     """Raise a ValueError where the RoPE's frequencies change within a call; arguments of :func:`check_target`."""
     config = config.get_text_config(decoder=True)
     for rope, border in length_ropes(config):
@@ -110,7 +113,7 @@ def check_rope(config, start: int, prompt: int, end: int) -> None:
             )
 
 
-def length_ropes(config) -> Iterator[tuple[str, int]]:
+def length_ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """Each RoPE of a text configuration that depends on the length of the text: its type, and from where on."""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in [ropes, *ropes.values()]:
@@ -118,18 +121,19 @@ def length_ropes(config) -> Iterator[tuple[str, int]]:
         if kind == "longrope":
             original = rope.get("original_max_position_embeddings")
             yield kind, int(original or getattr(config, "original_max_position_embeddings", 0) or 0)
-        elif "dynamic" in (kind or ""):
+        elif kind is not None and "dynamic" in kind:
             yield kind, int(getattr(config, "max_position_embeddings", 0) or 0)
 
 
-def borders(target) -> list[int]:
+def borders(target: PreTrainedModel) -> list[int]:
     """Lengths at which the configuration says that something about attention or positions may change, ascending.
 
     Learned positions end at such a border, so nothing lies behind it that could be compared. RoPE has none at the
     length of pretraining, but for those of :func:`check_rope`.
     """
     rotary = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) is not None
-    found, stack = set(), [target.config.get_text_config(decoder=True).to_dict()]
+    found: set[int] = set()
+    stack = [target.config.get_text_config(decoder=True).to_dict()]
     while stack:
         for key, value in stack.pop().items():
             if isinstance(value, dict):
@@ -141,7 +145,7 @@ def borders(target) -> list[int]:
     return sorted(border for border in found if not ends & set(range(border, border + 9)))
 
 
-def _learned_positions(target) -> set[int]:
+def _learned_positions(target: PreTrainedModel) -> set[int]:
     """Sizes of the embeddings that are not the vocabulary's."""
     sizes = {module.num_embeddings for module in target.modules() if isinstance(module, torch.nn.Embedding)}
     return sizes - {target.config.get_text_config(decoder=True).vocab_size}
@@ -151,7 +155,7 @@ def _learned_positions(target) -> set[int]:
 
 
 @torch.no_grad()
-def trial(target, name: str, length: int, make_state: Callable) -> str | None:
+def trial(target: PreTrainedModel, name: str, length: int, make_state: MakeState) -> str | None:
     """Try windows on a prompt of ``length`` tokens, unless that was done: -> why they are wrong, None if right.
 
     Args:
@@ -168,7 +172,7 @@ def trial(target, name: str, length: int, make_state: Callable) -> str | None:
     return known[key]
 
 
-def _try(target, length: int, make_state: Callable) -> str | None:
+def _try(target: PreTrainedModel, length: int, make_state: MakeState) -> str | None:
     subject = copy.copy(_in_float32(target))
     subject.generation_config = GenerationConfig()  # of the shallow copy: what the user set stays, and takes no part
     try:
@@ -210,7 +214,7 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else 'no message'}"
 
 
-def _in_float32(target):
+def _in_float32(target: PreTrainedModel) -> PreTrainedModel:
     """A copy in float32 where rounding could hide a fault and the copy is small and can be made; else the target."""
     parameters = list(target.parameters())
     plain = all(type(p) is torch.nn.Parameter and p.is_floating_point() for p in parameters)  # not quantized, sharded
@@ -221,7 +225,7 @@ def _in_float32(target):
     return copy.deepcopy(target).float()
 
 
-def _text(target, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _text(target: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two prompts (2, length), the second padded on the left, their mask, and the tokens (2, TOKENS) to follow."""
     text = target.config.get_text_config(decoder=True)
     special, stack = {0}, [target.config.to_dict()]
@@ -248,12 +252,12 @@ class _Forced(LogitsProcessor):
     def __init__(self, tokens: torch.Tensor, start: int):
         self.tokens, self.start = tokens, start
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         token = self.tokens[:, input_ids.shape[1] - self.start, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)
 
 
-def _one_by_one(target, ids, mask, forced) -> torch.Tensor:
+def _one_by_one(target: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:
     """Logits (B, TOKENS, V) of plain ``generate``: entry i is about the token that forced[i] is."""
     config = GenerationConfig(
         max_new_tokens=forced.shape[1],
@@ -267,7 +271,14 @@ def _one_by_one(target, ids, mask, forced) -> torch.Tensor:
     return torch.stack(out.logits, 1)
 
 
-def _in_windows(target, ids, mask, forced, make_state, tree: bool) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+def _in_windows(
+    target: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    forced: torch.Tensor,
+    make_state: MakeState,
+    tree: bool,
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """The same tokens in windows, as decoding runs them: -> what it was, which tokens (B, n), their logits (B, n, V).
 
     A second row keeps less of each window than the first, so that rows of unequal length are tried too.
@@ -297,11 +308,11 @@ def _in_windows(target, ids, mask, forced, make_state, tree: bool) -> list[tuple
     return found
 
 
-def _window(forced, done, tree: bool) -> tuple[DraftWindow, torch.Tensor]:
+def _window(forced: torch.Tensor, done: torch.Tensor, tree: bool) -> tuple[DraftWindow, torch.Tensor]:
     """A window over forced[done], forced[done + 1], ..: -> it, and which of its nodes are those tokens, root first."""
     batch, device = len(forced), forced.device
 
-    def token(offset):
+    def token(offset: int) -> torch.Tensor:
         return forced.gather(1, done[:, None] + offset)
 
     if not tree:

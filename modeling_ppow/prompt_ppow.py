@@ -1,13 +1,15 @@
 """What a call of ``generate`` gives the target to read, checked before anything is computed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .cache_ppow import CACHE_NAME, cache_obstacle
 
 
-def device_of(model) -> torch.device:
+def device_of(model: PreTrainedModel) -> torch.device:
     """Where a model takes its inputs: where its embeddings lie, or where accelerate brings offloaded ones to run."""
     embeddings = model.get_input_embeddings()
     for module in (embeddings, model):
@@ -34,11 +36,12 @@ class Prompt:
     ids: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor
-    past: object | None
+    past: Cache | None
     start: int
 
     @property
     def end(self) -> int:
+        """Tokens of the whole prompt, those in the cache included."""
         return self.start + self.ids.shape[1]
 
     @property
@@ -47,7 +50,9 @@ class Prompt:
         return None if self.attention_mask is None else self.attention_mask.bool()
 
     @classmethod
-    def read(cls, target, input_ids, config, model_kwargs) -> "Prompt":
+    def read(
+        cls, target: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> "Prompt":
         """Split off what a passed cache already holds; ids may be the whole conversation or only its new part.
 
         Raises:
@@ -72,13 +77,12 @@ class Prompt:
                 "from. Pass a longer prompt, or crop the cache by one token."
             )
         device = device_of(target)
-        mask = None if mask is None else checked_mask(mask, ids.shape[0]).to(device)
-        mask = None if mask is None or bool(mask.all()) else mask
+        mask = None if mask is None else checked_mask(mask, ids.shape[0], device)
         positions = checked_positions(model_kwargs.get("position_ids"), ids, start, mask).to(device)
         return cls(ids.to(device, torch.long), mask, positions, past, start)
 
 
-def check_ids(target, input_ids: torch.Tensor) -> None:
+def check_ids(target: PreTrainedModel, input_ids: torch.Tensor) -> None:
     """Raise a ValueError for what the target's embeddings cannot look up."""
     kind = input_ids.dtype
     if input_ids.dim() != 2 or 0 in input_ids.shape or kind.is_floating_point or kind.is_complex or kind == torch.bool:
@@ -95,9 +99,10 @@ def check_ids(target, input_ids: torch.Tensor) -> None:
         )
 
 
-def check_cache(past, start: int, input_ids: torch.Tensor) -> None:
+def check_cache(past: Cache | None, start: int, input_ids: torch.Tensor) -> None:
+    """Raise a ValueError for a cache of ``start`` entries that does not serve a drafter or does not belong to ids."""
     obstacle = None if past is None else cache_obstacle(past)
-    if obstacle is None and start:
+    if past is not None and obstacle is None and start:
         rows = next(layer.keys.shape[0] for layer in past.layers if layer.is_initialized)
         if rows != input_ids.shape[0]:
             obstacle = f"holds {rows} rows and input_ids has {input_ids.shape[0]}"
@@ -105,8 +110,8 @@ def check_cache(past, start: int, input_ids: torch.Tensor) -> None:
         raise ValueError(f"{CACHE_NAME} {obstacle}. Pass a DynamicCache (empty or of an earlier call), or none.")
 
 
-def checked_mask(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
-    """A mask of the whole text (B, n) as int64, None when it hides nothing."""
+def checked_mask(mask: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor | None:
+    """A mask of the whole text (B, n) as int64 on ``device``, None when it hides nothing."""
     if mask.dim() != 2 or mask.shape[0] != batch:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, expected ({batch}, tokens) of 0 and 1.")
     if not bool(((mask == 0) | (mask == 1)).all()):
@@ -114,10 +119,12 @@ def checked_mask(mask: torch.Tensor, batch: int) -> torch.Tensor | None:
     mask = mask.long()
     if not bool(mask.any(1).all()):
         raise ValueError("attention_mask hides every token of a row: there is nothing to continue from.")
-    return mask
+    return None if bool(mask.all()) else mask.to(device)
 
 
-def checked_positions(positions, ids: torch.Tensor, start: int, mask: torch.Tensor | None) -> torch.Tensor:
+def checked_positions(
+    positions: torch.Tensor | None, ids: torch.Tensor, start: int, mask: torch.Tensor | None
+) -> torch.Tensor:
     """Positions (B, n) int64 of the new tokens, from what the caller or transformers passes, else from the mask."""
     batch, count = ids.shape
     if positions is None:

@@ -1,8 +1,8 @@
 """How the parts of a cycle are captured as CUDA graphs, without anyone else noticing.
 
 A model's modules are not touched: what is captured is a twin of it, whose modules are its own and whose weights are the
-model's (those of one input are laid side by side in memory),
-so that a call of another thread never meets a model in the state of being recorded.
+model's (those of one input are laid side by side in memory), so that a call of another thread never meets a model in
+the state of being recorded.
 """
 
 import contextlib
@@ -10,11 +10,13 @@ import copy
 import functools
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch._dynamo
 from torch import nn
+from transformers import PreTrainedModel
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # modules that read one input
 
@@ -25,13 +27,14 @@ class Gate:
     While a graph is captured, the generator of random numbers belongs to it, and draws elsewhere would fail.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.changed = threading.Condition()
         self.inside: dict[int, int] = {}  # thread -> how deep it stands in shared work
         self.alone: int | None = None  # the thread that records
 
     @contextlib.contextmanager
-    def shared(self):
+    def shared(self) -> Iterator[None]:
+        """Work that may go on beside other work, once nobody records."""
         me = threading.get_ident()
         with self.changed:
             if me not in self.inside:  # who is inside already must not wait for one who waits for all to leave
@@ -47,7 +50,7 @@ class Gate:
                 self.changed.notify_all()
 
     @contextlib.contextmanager
-    def exclusive(self):
+    def exclusive(self) -> Iterator[None]:
         """Also from within shared work, which then gives others a turn: of several that wait, one goes first."""
         me = threading.get_ident()
         with self.changed:
@@ -78,10 +81,10 @@ class Replay:
     Off the GPU the functions simply run, so that everything around the graphs can be tested anywhere.
     """
 
-    def __init__(self):
-        self.graphs: dict = {}
+    def __init__(self) -> None:
+        self.graphs: dict[tuple, tuple[list[torch.Tensor], torch.cuda.CUDAGraph, Any]] = {}
 
-    def __call__(self, name: tuple, function: Callable, *tensors: torch.Tensor):
+    def __call__(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> Any:
         """``function(*tensors)`` under ``name`` (which must tell apart what differs but in the tensors' contents).
 
         Returns:
@@ -129,12 +132,12 @@ class Product:
     def __init__(self, linears: list[nn.Linear]):
         ends = list(itertools.accumulate(linear.out_features for linear in linears))
         self.parts = [(linear, slice(end - linear.out_features, end)) for linear, end in zip(linears, ends)]
-        self.weight, self.bias, self.result = self._side_by_side("weight"), self._side_by_side("bias"), None
+        self.weight = self._side_by_side([linear.weight for linear in linears])
+        biases = [linear.bias for linear in linears]
+        self.bias = None if biases[0] is None else self._side_by_side(biases)
+        self.result: Any = None  # (.., out) of the product under way
 
-    def _side_by_side(self, name: str) -> torch.Tensor | None:
-        tensors = [getattr(linear, name) for linear, _ in self.parts]
-        if tensors[0] is None:
-            return None
+    def _side_by_side(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         data = [tensor.data for tensor in tensors]
         if all(map(_follows, data, data[1:])):  # another fast path has laid them so
             return data[0].as_strided((sum(map(len, data)), *data[0].shape[1:]), data[0].stride())
@@ -144,10 +147,10 @@ class Product:
         return whole
 
     @classmethod
-    def find(cls, layers) -> list["Product"]:
+    def find(cls, layers: list[nn.Module]) -> list["Product"]:
         """All that the layers' modules allow; quantized and adapted modules stay as they are."""
         candidates = itertools.product((module for layer in layers for module in layer.modules()), SIBLINGS)
-        groups = ([getattr(module, name, None) for name in names] for module, names in candidates)
+        groups: Iterator[list] = ([getattr(module, name, None) for name in names] for module, names in candidates)
         return [cls(linears) for linears in groups if _alike(linears)]
 
 
@@ -174,7 +177,11 @@ def _alike(linears: list) -> bool:
 class PartOfProduct(nn.Linear):
     """What a module of a :class:`Product` is in a twin: the first computes for all."""
 
+    product: Product
+    part: slice
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This module's part (.., part) of the product with x (.., in)."""
         product, part = self.product, self.part
         if part.start == 0:
             product.result = nn.functional.linear(x, product.weight, product.bias)
@@ -193,25 +200,25 @@ class Twin:
         compile_layers: whether torch.compile fuses what lies between the products.
     """
 
-    def __init__(self, model, layers_of: Callable, compile_layers: bool):
+    def __init__(self, model: PreTrainedModel, layers_of: Callable, compile_layers: bool):
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors_of(model)})
-        layers = list(layers_of(self.model))
+        layers: list[nn.Module] = list(layers_of(self.model))
         self.products = Product.find(layers)
         for product in self.products:
             for linear, part in product.parts:
                 # another class, not another `forward`: a compilation is bound to a function, and serves all layers
                 linear.__class__ = PartOfProduct
-                linear.product, linear.part = product, part
+                vars(linear).update(product=product, part=part)
         if compile_layers:
-            forwards = {kind: torch.compile(kind.forward, dynamic=False) for kind in set(map(type, layers))}
+            forwards = {kind: torch.compile(kind.forward, dynamic=False) for kind in {type(layer) for layer in layers}}
             for layer in layers:
                 layer.forward = functools.partial(forwards[type(layer)], layer)
                 for module in layer.modules():
                     if "layer_idx" in vars(module):
-                        module.layer_idx = 0  # see WindowCache
+                        vars(module)["layer_idx"] = 0  # see WindowCache
 
 
-def _tensors_of(model):
+def _tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     """All tensors that a copy shall share: weights, buffers, and what quantized modules keep beside them."""
     for module in model.modules():
         yield from module.parameters(recurse=False)
@@ -222,7 +229,7 @@ def _tensors_of(model):
 
 
 @contextlib.contextmanager
-def held(holder, **attributes):
+def held(holder: object, **attributes: Any) -> Iterator[None]:
     """Let an object have these attributes for a while."""
     before = dict(vars(holder))
     vars(holder).update(attributes)

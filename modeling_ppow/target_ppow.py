@@ -2,8 +2,11 @@
 
 import os
 import threading
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .attention_ppow import pack_window
@@ -12,10 +15,11 @@ from .drafting_ppow import DraftWindow
 from .masks_ppow import additive_mask, window_allowed
 from .prompt_ppow import device_of
 
+LayerMasks = torch.Tensor | dict[str, torch.Tensor]  # one mask, or one per layer type
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def decoder_layers(target) -> torch.nn.ModuleList:
+def decoder_layers(target: PreTrainedModel) -> torch.nn.ModuleList:
     """The blocks of the target's text decoder, in order.
 
     Raises:
@@ -32,7 +36,7 @@ def decoder_layers(target) -> torch.nn.ModuleList:
     return layers
 
 
-def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+def read_taps(target: PreTrainedModel, taps: list[int], **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the target: -> its logits, and the hidden states ``taps`` side by side (B, N, n_taps * Ht).
 
     The states are caught where they enter their blocks. ``output_hidden_states`` would watch every module of the
@@ -45,8 +49,9 @@ def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Te
     """
     layers, thread, states = decoder_layers(target), threading.get_ident(), {}
 
-    def catch(tap):
-        def hook(layer, args, kwargs=None):  # torch forgets the keywords while another thread removes its hooks
+    def catch(tap: int) -> RemovableHandle:
+        # torch forgets the keywords while another thread removes its hooks
+        def hook(layer: torch.nn.Module, args: tuple, kwargs: Any = None) -> None:
             if threading.get_ident() == thread:  # others may be running the same target
                 states[tap] = args[0] if args else kwargs["hidden_states"]
 
@@ -62,7 +67,7 @@ def read_taps(target, taps: list[int], **inputs) -> tuple[torch.Tensor, torch.Te
     return logits, torch.cat([states[tap].to(device) for tap in taps], dim=-1)
 
 
-def check_kind(target) -> None:
+def check_kind(target: PreTrainedModel) -> None:
     """Raise a ValueError unless the target, by its configuration, is a decoder whose cache can be rolled back."""
     config, name = target.config.get_text_config(decoder=True), type(target).__name__
     if getattr(target.config, "is_encoder_decoder", False):
@@ -84,19 +89,18 @@ def check_kind(target) -> None:
         )
 
 
-def check_pair(target, drafter) -> None:
+def check_pair(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     """Raise a ValueError unless ``drafter`` was made for a target like this one and its cache can be rolled back.
 
     This reads configurations only; :mod:`probe_ppow` asks the loaded target itself.
     """
     check_kind(target)
     config = target.config.get_text_config(decoder=True)
-    made_for, made_vocab = drafter.config.target_hidden_size, drafter.config.vocab_size
     wrong = [
         f"{name} {ours} in the drafter, {theirs} in the target"
         for name, ours, theirs in (
-            ("hidden size", made_for, config.hidden_size),
-            ("vocabulary", made_vocab, config.vocab_size),
+            ("hidden size", drafter.config.target_hidden_size, config.hidden_size),
+            ("vocabulary", drafter.config.vocab_size, config.vocab_size),
             ("layer count", drafter.config.target_num_layers, config.num_hidden_layers),
             ("model type", drafter.config.target_model_type or config.model_type, config.model_type),
         )
@@ -124,18 +128,25 @@ class WindowMasks:
         target: the target model; some of its layers may see a sliding window only.
     """
 
-    def __init__(self, target):
+    def __init__(self, target: PreTrainedModel):
         config = target.config.get_text_config(decoder=True)
         self.dtype = target.dtype
-        self.sliding_window = getattr(config, "sliding_window", None)
+        self.sliding_window: int | None = getattr(config, "sliding_window", None)
         types = getattr(config, "layer_types", None)
         if types is None:
             types = ["full_attention" if self.sliding_window is None else "sliding_attention"]
         self.layer_types = set(types)
 
     def __call__(
-        self, prefix, ancestors, depth, slots, view, valid=None, slot_depth=None
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        self,
+        prefix: torch.Tensor,
+        ancestors: torch.Tensor,
+        depth: torch.Tensor,
+        slots: torch.Tensor,
+        view: int,
+        valid: torch.Tensor | None = None,
+        slot_depth: torch.Tensor | None = None,
+    ) -> LayerMasks:
         """Arguments of :func:`window_allowed` -> additive (B, 1, N, view), one per layer type where they differ."""
         masks = {}
         for kind in self.layer_types:
@@ -144,12 +155,15 @@ class WindowMasks:
             masks[kind] = additive_mask(allowed, self.dtype)
         return masks if len(masks) > 1 else masks.popitem()[1]
 
-    def packed(self, prefix, ancestors, depth, first) -> torch.Tensor | dict[str, torch.Tensor]:
+    def packed(
+        self, prefix: torch.Tensor, ancestors: torch.Tensor, depth: torch.Tensor, first: torch.Tensor
+    ) -> LayerMasks:
         """The same for :mod:`attention_ppow`: prefix (B,), ancestors (B, N, N), depth (B, N), first (B,) real slot."""
         masks = {}
         for kind in self.layer_types:
             oldest, seen = first[:, None].expand_as(depth), ancestors
             if kind == "sliding_attention":
+                assert self.sliding_window is not None
                 oldest = torch.maximum(oldest, prefix[:, None] + depth - self.sliding_window + 1)
                 seen = ancestors & (depth[:, :, None] - depth[:, None, :] < self.sliding_window)
             masks[kind] = pack_window(prefix, seen, oldest)
@@ -174,7 +188,18 @@ class TargetState:
             read as if they stood there: a model may have no position beyond.
     """
 
-    def __init__(self, target, taps: list[int], past, batch: int, capacity: int, valid: torch.Tensor | None):
+    next_position: torch.Tensor
+    last_position: torch.Tensor
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        taps: list[int],
+        past: Cache | None,
+        batch: int,
+        capacity: int,
+        valid: torch.Tensor | None,
+    ):
         config = target.config.get_text_config(decoder=True)
         self.target, self.taps = target, taps
         self.cache: SlotCache = as_slot_cache(past, config.num_hidden_layers, capacity)
@@ -182,11 +207,14 @@ class TargetState:
         self.window_masks = WindowMasks(target)
         self.uses_flash = "flash" in (target.config._attn_implementation or "")
         self.lengths = torch.full((batch,), self.cache.get_seq_length(), dtype=torch.long, device=device_of(target))
-        self.next_position: torch.Tensor | None = None
-        self.last_position: torch.Tensor | None = None
 
     def prefill(
-        self, input_ids, attention_mask, position_ids, chunk: int | None, room: int = 1 << 30
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        chunk: int | None,
+        room: int = 1 << 30,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the prompt (B, P): -> logits (B, V) after its last token, taps (B, P, n_taps * Ht).
 
@@ -195,7 +223,7 @@ class TargetState:
             room: tokens that may follow the prompt.
         """
         start, length = self.cache.get_seq_length(), input_ids.shape[1]
-        taps, logits = [], None
+        taps = []
         for first in range(0, length, chunk or length):
             part = slice(first, min(first + (chunk or length), length))
             mask = None if attention_mask is None else attention_mask[:, : start + part.stop]
@@ -210,7 +238,9 @@ class TargetState:
         """One forward over a window of N nodes: -> logits (B, N, V), taps (B, N, n_taps * Ht)."""
         return self._verify(window.tokens, window.depth, window.ancestors)
 
-    def _verify(self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor):
+    def _verify(
+        self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         count = tokens.shape[1]
         slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
         view = self._view(count)
@@ -224,13 +254,19 @@ class TargetState:
         """Slots that attention reads when ``count`` nodes follow the committed ones."""
         return int(self.lengths.max()) + count
 
-    def _mask(self, depth: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor, view: int):
+    def _mask(self, depth: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor, view: int) -> LayerMasks | None:
         if self.uses_flash:  # one causal row without padding: flash attention aligns it by itself
             return None
         prefix = self.lengths[:, None].expand_as(slots)
         return self.window_masks(prefix, ancestors, depth, slots, view, self.valid)
 
-    def _forward(self, input_ids, attention_mask, position_ids, last_only: bool):
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: LayerMasks | None,
+        position_ids: torch.Tensor,
+        last_only: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keep = {"logits_to_keep": 1} if last_only and self.target._supports_logits_to_keep() else {}
         return read_taps(
             self.target,

@@ -1,14 +1,19 @@
-"""What a generation has produced so far: tokens, stopping, streaming, scores, and the acceptance figures."""
+"""What a generation has produced so far, from verdict to verdict: tokens, stopping, streaming, scores, figures."""
 
 from dataclasses import dataclass
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.streamers import BaseStreamer
+
+Collected = list[list[torch.Tensor]]  # per row, (V,) scores of each token
 
 
 @dataclass
@@ -27,6 +32,7 @@ class Acceptance:
 
     @property
     def verifications(self) -> int:
+        """Windows verified, pooled over rows."""
         return sum(len(row) for row in self.gained)
 
     @property
@@ -53,6 +59,43 @@ class Acceptance:
         return rates
 
 
+@dataclass
+class Verdict:
+    """Outcome of one verification of B rows.
+
+    Attributes:
+        accepted: (B,) drafted tokens accepted.
+        path: (B, M) window nodes accepted, root first; entries beyond ``accepted`` are meaningless.
+        tokens: (B, M) new tokens; entry i follows path node i, the first ``accepted + 1`` count.
+        scores, logits: per row the processed / raw scores (V,) behind each new token, when they are collected.
+        appended: tokens that the verifier itself has appended to each row of the text; None: that is still to be done.
+    """
+
+    accepted: torch.Tensor
+    path: torch.Tensor
+    tokens: torch.Tensor
+    scores: Collected | None = None
+    logits: Collected | None = None
+    appended: list[int] | None = None
+    _table: torch.Tensor | None = None  # (B, 1 + M) accepted and tokens, on their way to the host
+    _arrived: torch.cuda.Event | None = None
+
+    def fetch(self) -> None:
+        """Start to copy the outcome to the host, behind what the device has been given so far."""
+        self._table = torch.cat((self.accepted[:, None], self.tokens), 1).to("cpu", non_blocking=self.accepted.is_cuda)
+        if self.accepted.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def fetched(self) -> tuple[list[int], list[list[int]]]:
+        """``accepted`` and ``tokens`` on the host, without waiting for anything that was started after ``fetch``."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        assert self._table is not None, "fetch() comes first"
+        table = self._table.tolist()
+        return [row[0] for row in table], [row[1:] for row in table]
+
+
 class Transcript:
     """Tokens of B rows that grow at different speeds, and the rules that end them.
 
@@ -63,15 +106,22 @@ class Transcript:
             them. Criteria that are not transformers' own and streamers ask for the same.
     """
 
-    def __init__(self, input_ids, stopping_criteria, streamer, generation_config, together: bool = False):
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        generation_config: GenerationConfig,
+        together: bool,
+    ):
         self.batch, self.prompt_length = input_ids.shape
         self.criteria, self.streamer = stopping_criteria, streamer
         pad = generation_config._pad_token_tensor
-        self.pad = None if pad is None else int(pad)  # filler behind rows that ended early
+        self.pad = 0 if pad is None else int(pad)  # filler behind rows that ended early; without it none does
         collect = generation_config.return_dict_in_generate
-        self.scores = [[] for _ in range(self.batch)] if collect and generation_config.output_scores else None
-        self.logits = [[] for _ in range(self.batch)] if collect and generation_config.output_logits else None
-        self.acceptance = Acceptance(*([[] for _ in range(self.batch)] for _ in range(3)))
+        self.scores: Collected | None = self._lists() if collect and generation_config.output_scores else None
+        self.logits: Collected | None = self._lists() if collect and generation_config.output_logits else None
+        self.acceptance = Acceptance(self._lists(), self._lists(), self._lists())
         self.device = input_ids.device
         self.ids = input_ids.to("cpu", torch.long)  # written token by token, so kept by the host
         self.lengths = [self.prompt_length] * self.batch
@@ -87,6 +137,9 @@ class Transcript:
         self.needs_every_prefix = any(type(c) not in quick for c in stopping_criteria)
         foreign = any(type(c) not in (*quick, StopStringCriteria) for c in stopping_criteria)
         self.together = self.batch > 1 and (together or foreign or streamer is not None)
+
+    def _lists(self) -> list[list]:
+        return [[] for _ in range(self.batch)]
 
     def remaining(self) -> int:
         """Tokens that the row with the most room may still get; a large number without a length limit."""
@@ -114,7 +167,8 @@ class Transcript:
 
     @property
     def finished(self) -> bool:
-        return not any(self.active(row) for row in range(self.batch))
+        """Whether no row grows any more."""
+        return not any(self.growing())
 
     def prefix(self, rows: list[int]) -> torch.Tensor:
         """(B, n) ids as a logits processor expects them for ``rows``, which stand at one length n.
@@ -124,7 +178,7 @@ class Transcript:
         """
         return self.ids[:, : self.lengths[rows[0]]].to(self.device)
 
-    def commit(self, verdict, drafted: int | None) -> list[int]:
+    def commit(self, verdict: Verdict, drafted: int | None) -> list[int]:
         """Append what a verification yielded to every row that still grows, unless the verifier has done so.
 
         Args:
@@ -141,7 +195,7 @@ class Transcript:
             before = list(self.lengths)
             for rows in self.groups():
                 count = 1 + min(accepted[row] for row in rows)
-                scores, logits = ([v and v[row] for row in rows] for v in (verdict.scores, verdict.logits))
+                scores, logits = (v and [v[row] for row in rows] for v in (verdict.scores, verdict.logits))
                 self.extend(rows, [tokens[row][:count] for row in rows], scores, logits)
             counts = [length - start for length, start in zip(self.lengths, before)]
         if drafted is not None:
@@ -151,7 +205,9 @@ class Transcript:
                 self.acceptance.gained[row].append(counts[row])
         return counts
 
-    def extend(self, rows: list[int], tokens: list[list[int]], scores, logits) -> None:
+    def extend(
+        self, rows: list[int], tokens: list[list[int]], scores: Collected | None, logits: Collected | None
+    ) -> None:
         """Append tokens to ``rows``, one after the other, until something stops them.
 
         Args:
@@ -169,19 +225,20 @@ class Transcript:
                 break
             for k, row in now:
                 self.lengths[row] = start + i + 1
-                if self.scores is not None:
+                if self.scores is not None and scores is not None:
                     self.scores[row].append(scores[k][i])
-                if self.logits is not None:
+                if self.logits is not None and logits is not None:
                     self.logits[row].append(logits[k][i])
             if self.streamer is not None:
                 self.streamer.put(self.ids[:, start + i].clone())
             for row in self._stopped({row: tokens[k][i] for k, row in now}):
                 if self.ended_at[row] is None:
                     self.ended_at[row] = start + i + 1
-                    self.horizon = None if None in self.ended_at else max(self.ended_at)
+                    ends = [end for end in self.ended_at if end is not None]
+                    self.horizon = max(ends) if len(ends) == self.batch else None
             for row in rows:
                 if not self.active(row):  # nothing of what follows its end may be seen
-                    self.ids[row, self.lengths[row] : start + count] = self.pad or 0
+                    self.ids[row, self.lengths[row] : start + count] = self.pad
 
     def _stopped(self, newest: dict[int, int]) -> list[int]:
         """The rows that a criterion stops; ``newest`` token of each row of a group that still grows."""
@@ -201,14 +258,14 @@ class Transcript:
 
     def _reserve(self, needed: int) -> None:
         if needed > self.ids.shape[1]:
-            grown = self.ids.new_full((self.batch, max(needed, 2 * self.ids.shape[1])), self.pad or 0)
+            grown = self.ids.new_full((self.batch, max(needed, 2 * self.ids.shape[1])), self.pad)
             grown[:, : self.ids.shape[1]] = self.ids
             self.ids = grown
 
     @property
     def length(self) -> int:
         """Columns of :meth:`sequences`."""
-        return max(self.lengths) if self.ends_alone else self.horizon
+        return max(self.lengths) if self.ends_alone or self.horizon is None else self.horizon
 
     def sequences(self) -> torch.Tensor:
         """(B, longest) prompt and output, padded on the right behind rows that ended early."""
@@ -218,7 +275,7 @@ class Transcript:
                 ids[row, length:] = self.pad
         return ids.to(self.device)
 
-    def stacked(self, rows: list[list[torch.Tensor]] | None, steps: int) -> tuple[torch.Tensor, ...] | None:
+    def stacked(self, rows: Collected | None, steps: int) -> tuple[torch.Tensor, ...] | None:
         """The scores of the first ``steps`` new tokens of all rows -> one (B, V) tensor per new token.
 
         Behind the end of a row the padding token is certain: score 0, every other token -inf.
@@ -226,7 +283,6 @@ class Transcript:
         if rows is None:
             return None
         padding = torch.full_like(rows[0][0], -torch.inf)
-        if self.pad is not None:
-            padding[self.pad] = 0.0
-        steps = (torch.stack([row[i] if i < len(row) else padding for row in rows]) for i in range(steps))
-        return tuple(step.to(self.device) for step in steps)
+        padding[self.pad] = 0.0
+        found = (torch.stack([row[i] if i < len(row) else padding for row in rows]) for i in range(steps))
+        return tuple(step.to(self.device) for step in found)

@@ -1,4 +1,4 @@
-"""Applies the acceptance rules to a window's logits, with whatever logits processors the user passed.
+"""Applies the rules of :mod:`acceptance_ppow` to a window's logits, with whatever logits processors the user passed.
 
 Processors that ignore the text so far (temperature, top-k, top-p, ...) run on all nodes at once. Any other processor
 is called exactly as transformers would call it: once per produced token, in order, with that token's true prefix, and
@@ -7,13 +7,12 @@ was not accepted. In a batch, processors that are not transformers' own see all 
 without a drafter: a window then counts for all rows as far as it does for each.
 """
 
-from dataclasses import dataclass
-
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from .acceptance_ppow import follow, reject, reject_one, sample
 from .drafting_ppow import DraftWindow
-from .transcript_ppow import Transcript
-from .verification_ppow import follow, reject, residual, sample
+from .transcript_ppow import Collected, Transcript, Verdict
 
 _PREFIX_FREE = {
     "TemperatureLogitsWarper",
@@ -46,50 +45,15 @@ _ROW_WISE = {
 _DRAFT_WARPERS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"}
 
 
-@dataclass
-class Verdict:
-    """Outcome of one verification of B rows.
-
-    Attributes:
-        accepted: (B,) drafted tokens accepted.
-        path: (B, M) window nodes accepted, root first; entries beyond ``accepted`` are meaningless.
-        tokens: (B, M) new tokens; entry i follows path node i, the first ``accepted + 1`` count.
-        scores, logits: per row the processed / raw scores (V,) behind each new token, when they are collected.
-        appended: tokens that the verifier itself has appended to each row of the text; None: that is still to be done.
-    """
-
-    accepted: torch.Tensor
-    path: torch.Tensor
-    tokens: torch.Tensor
-    scores: list[list[torch.Tensor]] | None = None
-    logits: list[list[torch.Tensor]] | None = None
-    appended: list[int] | None = None
-    _table: torch.Tensor | None = None  # (B, 1 + M) accepted and tokens, on their way to the host
-    _arrived: torch.cuda.Event | None = None
-
-    def fetch(self) -> None:
-        """Start to copy the outcome to the host, behind what the device has been given so far."""
-        self._table = torch.cat((self.accepted[:, None], self.tokens), 1).to("cpu", non_blocking=self.accepted.is_cuda)
-        if self.accepted.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def fetched(self) -> tuple[list[int], list[list[int]]]:
-        """``accepted`` and ``tokens`` on the host, without waiting for anything that was started after ``fetch``."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        table = self._table.tolist()
-        return [row[0] for row in table], [row[1:] for row in table]
-
-
 class DraftSampler:
-    """Draws drafts from logits (B, D), warped as the target's are: -> draft ids (B,), their distribution (B, D)."""
+    """Draws drafts from the drafter's logits, warped as the target's are; a :data:`Sampler`."""
 
-    def __init__(self, warpers: list):
+    def __init__(self, warpers: list[LogitsProcessor]):
         self.warpers = warpers
         self.key = repr([(type(warper).__name__, sorted(vars(warper).items())) for warper in warpers])
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, D) -> draft ids (B,), the distributions (B, D) they were drawn from."""
         logits = logits.float()
         for warper in self.warpers:
             logits = warper(None, logits)
@@ -109,7 +73,12 @@ class Verifier:
     """
 
     def __init__(
-        self, processors, do_sample: bool, columns: torch.Tensor, text: Transcript, accept_drafts: bool = True
+        self,
+        processors: LogitsProcessorList,
+        do_sample: bool,
+        columns: torch.Tensor,
+        text: Transcript,
+        accept_drafts: bool,
     ):
         self.processors, self.do_sample, self.columns, self.text = processors, do_sample, columns, text
         self.prefix_free = all(_is_stock(p, _PREFIX_FREE) for p in processors)
@@ -140,11 +109,11 @@ class Verifier:
             accepted, path, following = follow(window, choices)
         tokens = window.tokens.gather(1, path.roll(-1, 1))
         tokens = tokens.scatter(1, accepted[:, None], following[:, None])
-        return Verdict(accepted, path, tokens, self._pick(scores, path), self._pick(raw, path, raw_logits=True))
 
-    def _pick(self, values: torch.Tensor, path: torch.Tensor, raw_logits: bool = False):
-        wanted = self.text.logits if raw_logits else self.text.scores
-        return None if wanted is None else [list(row[nodes]) for row, nodes in zip(values, path)]
+        def of_path(values: torch.Tensor, wanted: object) -> Collected | None:
+            return None if wanted is None else [list(row[nodes]) for row, nodes in zip(values, path)]
+
+        return Verdict(accepted, path, tokens, of_path(scores, self.text.scores), of_path(raw, self.text.logits))
 
     def _along_the_path(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
         """Token by token; each is appended to the text at once, so that no processor is asked behind an end."""
@@ -155,12 +124,12 @@ class Verifier:
         appended = [length - start for length, start in zip(text.lengths, before)]
         tokens = [text.ids[row, start : text.lengths[row]].tolist() for row, start in enumerate(before)]
 
-        def table(lists):  # of one width, so that the fast path needs one graph
-            return torch.tensor([values + [0] * (window.max_depth + 1 - len(values)) for values in lists])
+        def table(lists: list[list[int]]) -> torch.Tensor:  # of one width, so that the fast path needs one graph
+            wide = [values + [0] * (window.max_depth + 1 - len(values)) for values in lists]
+            return torch.tensor(wide).to(raw.device)
 
-        accepted = torch.tensor([len(path) - 1 for path in paths])
-        on_device = (tensor.to(raw.device) for tensor in (accepted, table(paths), table(tokens)))
-        return Verdict(*on_device, appended=appended)
+        accepted = torch.tensor([len(path) - 1 for path in paths]).to(raw.device)
+        return Verdict(accepted, table(paths), table(tokens), appended=appended)
 
     def _walk(self, window: DraftWindow, raw: torch.Tensor, rows: list[int], paths: list[list[int]]) -> None:
         """Follow ``rows`` from the root as long as each of them finds its token in the window; extends their paths."""
@@ -175,10 +144,11 @@ class Verifier:
             own = raw[going, nodes]
             scores = self._process(going, raw, own)
             tokens = self._choose(window, scores, going, nodes)
-            self.text.extend(going, [[token] for token in tokens], scores[:, None], own[:, None])
+            self.text.extend(going, [[token] for token in tokens], [[row] for row in scores], [[row] for row in own])
             found = {row: children[row].get((paths[row][-1], token)) for row, token in zip(going, tokens)}
-            for row in going:
-                paths[row] += [] if found[row] is None else [found[row]]
+            for row, node in found.items():
+                if node is not None:
+                    paths[row].append(node)
             going = [row for row in going if self.text.active(row)]
             if any(found[row] is None for row in going):
                 break
@@ -190,25 +160,7 @@ class Verifier:
         probs = scores.softmax(-1)
         if window.draft_probs is None:
             return sample(probs).tolist()
-        last = window.tokens.shape[1] - 1  # nothing was drafted behind it
-        return [
-            self._coin(window, own, row, node) if node < last else int(sample(own))
-            for own, row, node in zip(probs, rows, nodes)
-        ]
-
-    def _coin(self, window: DraftWindow, probs: torch.Tensor, row: int, node: int) -> int:
-        """One step of rejection sampling after ``node``: the drafted token, or one drawn from what is left of p - q.
-
-        What is left gives the drafted token weight 0 when it was rejected, so the two cases cannot be confused.
-        """
-        draft_probs = window.draft_probs[row, node]
-        token = int(window.tokens[row, node + 1])
-        if float(torch.rand(())) * float(draft_probs[window.draft_ids[row, node]]) < float(probs[token]):
-            return token
-        spread = torch.zeros_like(probs)
-        spread[self.columns] = draft_probs.to(probs.dtype)
-        rejected = torch.ones(1, dtype=torch.bool, device=probs.device)
-        return int(sample(residual(probs[None], spread[None], rejected)))
+        return [reject_one(window, own, self.columns, row, node) for own, row, node in zip(probs, rows, nodes)]
 
     def _process(self, rows: list[int], raw: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Processed scores (R, V) of the tokens behind ``rows`` of the text, from their logits ``own`` (R, V).
@@ -220,11 +172,11 @@ class Verifier:
         return self.processors(self.text.prefix(rows), scores.to(self.text.device))[rows].to(raw.device)
 
 
-def row_wise(processors) -> bool:
+def row_wise(processors: LogitsProcessorList) -> bool:
     """Whether every one of ``processors`` treats a row the same whatever the other rows are."""
     return all(_is_stock(processor, _PREFIX_FREE | _ROW_WISE) for processor in processors)
 
 
-def _is_stock(processor, names: set[str]) -> bool:
+def _is_stock(processor: LogitsProcessor, names: set[str]) -> bool:
     kind = type(processor)
     return kind.__name__ in names and kind.__module__.startswith("transformers.")

@@ -48,7 +48,7 @@ def _how_exactly(options: dict) -> str:
     )
     said += "groups to compare and nothing to clip"
     if options.get("supervised_coef"):
-        loss = html.escape(str(options.get("supervised_loss")).upper())
+        loss = html.escape(str(options.get("supervised_loss", "lk")).upper())
         said += f"; beside it stands a supervised loss, {loss}, at weight {options['supervised_coef']:g}"
     if 0 < options.get("average_from", 1) < 1:
         said += "; and its weights are the mean over the last steps"
@@ -59,7 +59,7 @@ def _closed_form(options: dict) -> str:
     size, gamma = options.get("window_size", 10), options.get("cost_ratio", 0.12)
     where = "of the target's texts"
     first = ("Every window", where, f"{size} tokens long")
-    if not options.get("all_windows"):
+    if not options.get("all_windows", "supervised_loss" not in options):  # as older runs could choose
         first = ("Windows", "drawn from the", "target's own texts")
     if options.get("reward", "paper") == "paper":
         reward = ("Expected reward", f"sum of P(k) k / ({gamma:g} k + 1)", "in closed form")

@@ -2,9 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from .sources import BadRow
 
@@ -16,6 +18,20 @@ THOUGHT = re.compile(
 )
 # What a template may raise about a conversation: its own errors, and what Python says of values it did not expect.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+class Answered(NamedTuple):
+    """A text with answers of the target.
+
+    Attributes:
+        text: a conversation, or its beginning, in the chat template.
+        spans: (start, end) in characters of each answer with its end-of-turn token, in order.
+        messages: how many of them the text is the rendering of; None: of none.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    messages: int | None
 
 
 class Chat:
@@ -30,7 +46,7 @@ class Chat:
         BadRow: the template refuses the conversation.
     """
 
-    def __init__(self, messages: list[dict], options: dict, tokenizer):
+    def __init__(self, messages: list[dict], options: dict, tokenizer: PreTrainedTokenizerBase):
         self.messages, self.options, self.tokenizer = messages, options, tokenizer
         self.template = tokenizer.get_chat_template(tools=options.get("tools"))
         self.form = self._choose_form()
@@ -60,7 +76,7 @@ class Chat:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def answers(self, cut: bool = False) -> Iterator[tuple[str, list[tuple[int, int]], int | None]]:
+    def answers(self, cut: bool = False) -> Iterator[Answered]:
         """Texts that the target writes in this conversation, and where in them it writes.
 
         Most templates give one text with all answers. Where a template shows an earlier answer otherwise than it was
@@ -69,14 +85,10 @@ class Chat:
         Args:
             cut: the last answer was cut short: the end of its turn is not the target's.
 
-        Yields:
-            text, character spans of the answers with their end-of-turn tokens, and of how many messages the text is
-            the rendering (None: of none).
-
         Raises:
             BadRow: an answer cannot be found, or the template does not write its calls of tools.
         """
-        texts = []
+        texts: list[Answered] = []
         places = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         for index in reversed(places):
             if self.messages[index].get("weight") == 0:
@@ -85,13 +97,13 @@ class Chat:
             if answer is None:
                 continue
             text, start, end, count = answer
-            home = next((spans for longer, spans, _ in texts if longer.startswith(text[:end])), None)
+            home = next((found.spans for found in texts if found.text.startswith(text[:end])), None)
             if home is None:
-                texts.append((text, [(start, end)], count))
+                texts.append(Answered(text, [(start, end)], count))
             else:
                 home.append((start, end))
-        for text, spans, count in reversed(texts):
-            yield text, sorted(spans), count
+        for found in reversed(texts):
+            yield found._replace(spans=sorted(found.spans))
 
     def _answer(self, index: int, cut: bool) -> tuple[str, int, int, int | None] | None:
         """(text, start, end, messages rendered) of one answer; None where nobody asked for it."""
@@ -116,12 +128,13 @@ class Chat:
         if opened and start < opened.end() and not text.startswith(opened[1], opened.start()):
             start = min(start, opened.start())  # whatever the answer's first letters have in common with the tag
         self._check_calls(index, text[start:])
-        count, thought = index + 1, self._hidden_thought(index, text[start:], opened and opened[1], cut)
-        if thought is not None:
-            rest = THOUGHT.sub("", text[start:], count=1) if THOUGHT.match(text[start:]) else text[start:]
-            rest = rest.lstrip().removeprefix(opened[1]).lstrip() if opened else rest.lstrip()
-            text, start, count = before + thought + rest, len(before), None
-        return text, start, self._end(text, start, cut), count
+        thought = self._hidden_thought(index, text[start:], opened and opened[1], cut)
+        if thought is None:
+            return text, start, self._end(text, start, cut), index + 1
+        rest = THOUGHT.sub("", text[start:], count=1) if THOUGHT.match(text[start:]) else text[start:]
+        rest = rest.lstrip().removeprefix(opened[1]).lstrip() if opened else rest.lstrip()
+        text, start = before + thought + rest, len(before)
+        return text, start, self._end(text, start, cut), None
 
     def _end(self, text: str, start: int, cut: bool) -> int:
         """Where an answer ends: the line break after an end-of-turn token is the template's, never the target's."""
@@ -138,15 +151,16 @@ class Chat:
         message = self.messages[index]
         content, thought = message["content"] or "", message.get("reasoning_content", "").strip()
         found = THOUGHT.match(content)
+        inside = thought or (found[1].strip() if found else "")
         tag = opened or ("[THINK]" if "[THINK]" in self.template else "<think>")
         closing = f"\n{tag[0]}/{tag[1:]}\n\n"
         if cut and not found and not shown.lstrip().startswith(tag) and opened and not thought:
             return ""  # cut short in the thought that the prompt opened
         if cut and thought and not content:
             closing = ""
-        elif not (thought or (found and found[1].strip())) or (thought or found[1].strip()) in shown:
+        elif not inside or inside in shown:
             return None
-        written = f"{tag}\n{thought}{closing}" if thought else content[: found.end()]
+        written = content[: found.end()] if found and not thought else f"{tag}\n{thought}{closing}"
         return written.lstrip().removeprefix(opened).lstrip("\n") if opened else written
 
     def _check_calls(self, index: int, shown: str) -> None:
@@ -156,27 +170,28 @@ class Chat:
 
     # -- forms ---------------------------------------------------------------------------------------------------------
 
-    def _choose_form(self):
+    def _choose_form(self) -> Callable[[dict], dict]:
         """How this template takes content: as it is, with empty text for none, or (image-text models) as parts.
 
         The first form that is taken and shows what the user says; a template that reads parts shows nothing of a text.
         """
-        first, failed = None, None
+        taken: list[Callable[[dict], dict]] = []
+        failed: list[Exception] = []
         said = [m["content"].strip() for m in self.messages if m["role"] == "user" and m["content"]]
         for form in (_plain, _filled, _in_parts):
             try:
                 text = self._apply(form, None, tokenize=False)
             except TEMPLATE_ERRORS as error:
-                failed = failed or error
+                failed.append(error)
                 continue
             if all(content in text for content in said):
                 return form
-            first = first or form
-        if first is None:
-            raise _refused(failed)
-        return first
+            taken.append(form)
+        if not taken:
+            raise _refused(failed[0])
+        return taken[0]
 
-    def _apply(self, form, count: int | None, **how):
+    def _apply(self, form: Callable[[dict], dict], count: int | None, **how: bool) -> Any:
         messages = [form(message) for message in self.messages[:count]]
         return self.tokenizer.apply_chat_template(messages, **how, **self.options)
 

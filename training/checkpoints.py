@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from .files import free_bytes
+from .optimizers import Optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ _HIDDEN = ".unfinished-"
 def save(
     folder: str | Path,
     step: int,
-    drafter: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    drafter: PreTrainedModel,
+    optimizer: torch.optim.Optimizer | Optimizers,
     state: dict,
     keep_last: int | None = None,
 ) -> Path:
@@ -46,7 +48,7 @@ def save(
     Args:
         folder: holds the checkpoints of one run.
         step: optimizer steps done.
-        drafter: unwrapped; has ``save_pretrained``.
+        drafter: unwrapped.
         optimizer: its ``state_dict`` is kept bit-exactly.
         state: anything else that JSON can hold, handed back by :func:`load`.
         keep_last: afterwards remove all but the newest so many checkpoints.
@@ -72,7 +74,8 @@ def save(
     partial = folder / f"{_HIDDEN}{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
+        for leftover in folder.glob(f"{_HIDDEN}*"):
+            shutil.rmtree(leftover)
         partial.mkdir()
         drafter.save_pretrained(partial)
         save_file(tensors, partial / OPTIMIZER_FILE)
@@ -149,7 +152,7 @@ def verify(path: str | Path) -> dict:
     return record
 
 
-def load(path: str | Path, drafter: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load(path: str | Path, drafter: PreTrainedModel, optimizer: torch.optim.Optimizer | Optimizers) -> dict:
     """Restore drafter and optimizer in place, bit-exactly.
 
     Args:
@@ -185,7 +188,7 @@ def load(path: str | Path, drafter: torch.nn.Module, optimizer: torch.optim.Opti
 # -- the optimizer's state as tensors and JSON -------------------------------------------------------------------------
 
 
-def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict]]:
+def _split_optimizer(optimizer: torch.optim.Optimizer | Optimizers) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Tensors under ``{parameter index}.{name}``, and the parameter groups as JSON."""
     whole = optimizer.state_dict()
     tensors = {
@@ -200,7 +203,7 @@ def _split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.
     return tensors, groups
 
 
-def _load_optimizer(path: Path, saved: list[dict], optimizer: torch.optim.Optimizer) -> None:
+def _load_optimizer(path: Path, saved: list[dict], optimizer: torch.optim.Optimizer | Optimizers) -> None:
     current = optimizer.state_dict()["param_groups"]
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in current]:
         raise ValueError(
@@ -267,8 +270,3 @@ def _discard(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(path, hidden)
     shutil.rmtree(hidden)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(path)

@@ -8,26 +8,28 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from .stopping import AGAIN, Stopped, ended_by_sigterm
+from .stopping import AGAIN, STATUS, Stopped, ended_by_sigterm
 
 
 class Command(NamedTuple):
+    """A command of ``ppow``: where it is, and its line of ``ppow --help``."""
+
     module: str  # has main(config)
     config: str  # a class of .config
     help: str
 
 
 COMMANDS = {
-    "pretrain": Command(".pretrain", "PretrainConfig", "train a small target and its tokenizer"),
     "regenerate": Command(".regenerate", "RegenerateConfig", "let the target write a data set's answers"),
     "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
     "reinforce": Command(".reinforce", "ReinforceConfig", "stage 2: PPOW reinforcement learning"),
     "evaluate": Command(".evaluate", "EvaluateConfig", "measure acceptance length and speedup"),
-    "push": Command(".hub", "PushConfig", "make a drafter a repository of the Hub"),
+    "push": Command(".push", "PushConfig", "make a drafter a repository of the Hub"),
     "import": Command(".convert", "ImportConfig", "make another trainer's EAGLE-3 drafter usable"),
     "export": Command(".convert", "ExportConfig", "write a drafter for vLLM, SGLang, ..."),
     "demo": Command(".demo", "DemoConfig", "generate with and without the bundled drafter"),
@@ -36,6 +38,7 @@ COMMANDS = {
 
 
 def usage() -> str:
+    """The page that ``ppow --help`` prints."""
     lines = ["usage: ppow COMMAND [--key value ...]", "", "commands:"]
     lines += [f"  {name:<12}{command.help}" for name, command in COMMANDS.items()]
     lines += ["", "ppow COMMAND --help lists the options of a command; PPOW_DEBUG=1 shows tracebacks."]
@@ -63,23 +66,32 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point.
+    """Entry point; returns the exit status, as :func:`guarded` gives it."""
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(action: Callable[[], object], again: str = AGAIN) -> int:
+    """Do what a command does, and tell in a line what stopped it.
+
+    Args:
+        action: reads its arguments, too.
+        again: how to go on after an interruption, in words.
 
     Returns:
         0; 2 after a bad argument, bad input or a failed file operation; 130 when interrupted, 143 after SIGTERM.
     """
     try:
-        with ended_by_sigterm():
-            run(sys.argv[1:] if argv is None else argv)
+        with ended_by_sigterm(again):
+            action()
     except Stopped as stopped:
         if stopped.told:
             print(f"\nppow: {stopped.told}", file=sys.stderr)
-        return stopped.code
+        return STATUS
     except (ValueError, OSError, SafetensorError, KeyboardInterrupt) as error:
         if os.environ.get("PPOW_DEBUG") == "1":
             raise
         if isinstance(error, KeyboardInterrupt):
-            print(f"\nppow: interrupted; {AGAIN}", file=sys.stderr)
+            print(f"\nppow: interrupted; {again}", file=sys.stderr)
             return 130
         told = f"safetensors could not read or write: {error}" if isinstance(error, SafetensorError) else error
         print(f"ppow: error: {told}", file=sys.stderr)

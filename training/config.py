@@ -5,10 +5,9 @@ line reads this file before it starts anything heavy.
 """
 
 import dataclasses
-import sys
 from typing import Literal
 
-from .options import Config, option
+from .arguments import Config, option
 
 _ROWS = (
     "a file (.jsonl, .json, .csv, .tsv, plain or .gz, .bz2, .xz, .zst; .parquet), a folder of them, or a Hub dataset "
@@ -16,58 +15,56 @@ _ROWS = (
     "instruction and output, or text, and where the prompt needs them tools, documents, chat_template_kwargs "
     "(docs/data.md)"
 )
-_SKIP = "go on without rows that cannot be used, count them and name them; else the first one is an error"
-
-_AVERAGING = (
-    "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
-    "fall then; 1: the last weights, with a rate that falls to 0"
-)
+SKIP_BAD_ROWS = "go on without rows that cannot be used, count them and name them; else the first one is an error"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
     """What stages 1 and 2 share."""
 
-    target: str = option("target model: Hub id or folder")
+    target: str = option("target model: Hub id or folder", group="basics")
     data: str = option(f"chats or texts: {_ROWS}")
     output_dir: str = option(
         "folder for the drafter, checkpoints/, metrics.jsonl, its curve training.png, provenance.json"
     )
-    split: str = option("split of a Hub dataset", "train")
-    limit: int | None = option("read at most this many rows", None, at_least=1)
-    max_length: int = option("tokens of a row that are kept; never more than the target's positions", 2048, at_least=8)
-    drop_long: bool = option("drop rows whose answer starts beyond max_length instead of stopping", False)
-    skip_bad_rows: bool = option(_SKIP, False)
-    eval_data: str | None = option("held-out chats, same forms as data", None)
-    eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
-
     steps: int = option("optimizer steps", 1000, at_least=1)
     batch_size: int = option("sequences per process and micro step", 1, at_least=1)
-    accumulation: int = option("micro steps per optimizer step", 1, at_least=1)
     learning_rate: float = option("peak learning rate of AdamW", 1e-4, above=0)
-    warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
-    average_from: float = option(f"{_AVERAGING} (ours)", 0.5, at_least=0, at_most=1)
-    max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
-    weight_decay: float = option("decoupled weight decay", 0.0, at_least=0)
-    betas: list[float] = option("AdamW's two averaging factors", [0.9, 0.95], at_least=0, below=1)
-    dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
+    eval_data: str | None = option("held-out chats, same forms as data", None)
     seed: int = option("everything random follows from it", 0, at_least=0)
-    shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
-
-    save_every: int = option("steps between checkpoints", 200, at_least=1)
-    keep_last: int = option("checkpoints to keep", 2, at_least=1)
-    log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
     resume: bool = option("go on from the latest complete checkpoint in output_dir", False)
     plan: Literal["here", "a100", "h100", "h200"] | None = option(
         "print the memory and time of a step on this or that device, and stop", None
     )
-    trackers: list[str] = option("accelerate trackers, e.g. tensorboard,wandb", [])
     push_to_hub: str | None = option("ORG/NAME: push every checkpoint and the drafter there, in the background", None)
 
-    def __post_init__(self):
+    split: str = option("split of a Hub dataset", "train", group="data")
+    limit: int | None = option("read at most this many rows", None, at_least=1)
+    max_length: int = option("tokens of a row that are kept; never more than the target's positions", 2048, at_least=8)
+    drop_long: bool = option("drop rows whose answer starts beyond max_length instead of stopping", False)
+    skip_bad_rows: bool = option(SKIP_BAD_ROWS, False)
+
+    warmup_steps: int = option("steps of linear warm-up", 0, at_least=0, group="method")
+    average_from: float = option(
+        "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
+        "fall then; 1: the last weights, with a rate that falls to 0 (ours)",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
+
+    accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
+    dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
+    shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
+    save_every: int = option("steps between checkpoints", 200, at_least=1)
+    keep_last: int = option("checkpoints to keep", 2, at_least=1)
+    eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
+    log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
+    trackers: list[str] = option("accelerate trackers, e.g. tensorboard,wandb", [])
+
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {self.betas}.")
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}: the peak is never reached."
@@ -78,196 +75,136 @@ class TrainingConfig(Config):
 class SupervisedConfig(TrainingConfig):
     """Stage 1: train an EAGLE-3 style drafter on the target's answers with the training-time test."""
 
-    drafter: str | None = option("drafter to start from instead of a fresh one", None)
-    ttt_steps: int = option("draft steps unrolled by the training-time test (EAGLE-3: 7)", 7, at_least=1)
+    drafter: str | None = option("drafter to start from instead of a fresh one", None, group="basics")
+    ttt_steps: int = option(
+        "draft steps unrolled by the training-time test (EAGLE-3: 7)", 7, at_least=1, group="method"
+    )
     step_weight: float = option(
         "draft step i weighs step_weight ** i in the loss (EAGLE-3: 0.8)", 0.8, above=0, at_most=1
     )
 
-    draft_vocab_size: int | None = option("draft vocabulary, most frequent answer tokens; none: all", None, at_least=1)
+    optimizer: Literal["adamw", "muon"] = option("muon: matrices by Muon, the rest by AdamW", "adamw")
+
+    draft_vocab_size: int | None = option(
+        "draft vocabulary, most frequent answer tokens; none: all", None, at_least=1, group="shape of a fresh drafter"
+    )
     num_layers: int = option("decoder layers of a fresh drafter", 1, at_least=1)
     taps: list[int] | None = option("hidden-state indices of the target to read; none: EAGLE-3's", None, at_least=0)
     hidden_size: int | None = option("width of a fresh drafter; none: the target's", None, at_least=1)
     intermediate_size: int | None = option("width of its MLPs; none: the target's", None, at_least=1)
     num_attention_heads: int | None = option("its attention heads; none: the target's", None, at_least=1)
     num_key_value_heads: int | None = option("its key-value heads; none: the target's", None, at_least=1)
+    norm_before_fc: bool = option("normalise the taps before they are fused (EAGLE-3.1)", False)
+    norm_output: bool = option("a draft step goes on from its normalised features (EAGLE-3.1)", False)
+    qk_norm: bool = option("normalise queries and keys (Qwen3)", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.drafter is None:
             return
-        shape = ("draft_vocab_size", "num_layers", "taps", "hidden_size", "intermediate_size", "num_attention_heads")
+        shape = ["draft_vocab_size", "num_layers", "taps", "hidden_size", "intermediate_size", "num_attention_heads"]
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name in (*shape, "num_key_value_heads") if getattr(self, name) != fresh[name]]
+        shape += ["num_key_value_heads", "norm_before_fc", "norm_output", "qk_norm"]
+        given = [name for name in shape if getattr(self, name) != fresh[name]]
         if given:
             raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
 
 
-# What `ppow reinforce` takes for options that are not given: the best settings found for each way to learn (ours, from
-# benchmarks/README.md).
-RECIPES = {
-    "exact": {  # PPOW's reward in closed form
+# What `ppow reinforce --preset NAME` sets where an option is not given: the best settings found for each way to learn
+# (ours, benchmarks/README.md). The first is the default.
+PRESETS = {
+    "ppow": {  # PPOW's expected reward in closed form, beside LK's loss
+        "objective": "ppow",
+        "estimator": "exact",
         "verification": "text",
-        "all_windows": True,
-        "supervised_loss": "lk",
         "supervised_coef": 3.0,
         "kl_coef": 0.0,
-        "rollout_temperature": 1.0,
         "learning_rate": 3e-4,
         "average_from": 0.5,
     },
-    "rollout": {  # PPOW as published, and the controls that roll out
+    "published": {  # PPOW as published
+        "objective": "ppow",
+        "estimator": "rollout",
         "verification": "greedy",
-        "all_windows": False,
-        "supervised_loss": "cst",
         "supervised_coef": 0.0,
         "kl_coef": 0.1,
-        "rollout_temperature": 0.5,
         "learning_rate": 5e-5,
         "average_from": 1.0,
     },
-    "text": {  # the controls that learn from texts
-        "verification": "greedy",
-        "all_windows": True,
-        "supervised_loss": "cst",
-        "supervised_coef": 0.0,
-        "kl_coef": 0.0,
-        "rollout_temperature": 1.0,
-        "learning_rate": 3e-4,
-        "average_from": 0.5,
-    },
 }
+_TEXTS = {**PRESETS["ppow"], "supervised_coef": 0.0}  # of the controls that learn from texts
+PRESETS |= {name: {**_TEXTS, "objective": name} for name in ("cst", "lk")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReinforceConfig(TrainingConfig):
     """Stage 2: PPOW reinforcement learning of a supervised drafter (arXiv 2605.14978).
 
-    Without options: the recipe that gained most in benchmarks/README.md. As published: --estimator rollout. An option
-    whose default is none takes the value that served its estimator best, and the run's record says which.
+    Without options: the recipe that gained most in benchmarks/README.md. As published: --preset published.
     """
 
-    drafter: str = option("drafter of stage 1: folder or Hub id")
-    steps: int = option("optimizer steps (ours)", 500, at_least=1)
-    learning_rate: float | None = option(
-        "peak learning rate of AdamW; none: 3e-4 along texts, 5e-5 on rollouts (ours)", None, above=0
-    )
-    average_from: float | None = option(
-        f"{_AVERAGING}; none: 0.5 along texts, 1 on rollouts (ours)", None, at_least=0, at_most=1
-    )
+    presets = PRESETS
 
-    objective: Literal["ppow", "cst", "lk", "lk_mixed", "eal", "d_pace", "vat", "gto", "draft_opd"] = option(
-        "what to optimise: PPOW, or one of the controls of training/objectives.py (paper)", "ppow"
+    drafter: str = option("drafter of stage 1: folder or Hub id", group="basics")
+    steps: int = option("optimizer steps (ours)", 500, at_least=1)
+    learning_rate: float = option("peak learning rate of AdamW (ours)", 3e-4, above=0)
+
+    objective: Literal["ppow", "cst", "lk"] = option(
+        "PPOW (paper), or continued supervised training or LK, which learn from texts as well", "ppow", group="method"
     )
-    estimator: Literal["rollout", "exact"] = option(
-        "of PPOW's expected reward: sampled windows (paper), or its closed form along the text (ours)", "exact"
+    estimator: Literal["exact", "rollout"] = option(
+        "of PPOW's expected reward: its closed form along the texts (ours), or sampled windows (paper)", "exact"
     )
-    supervised_coef: float | None = option(
-        "weight of a supervised loss beside the objective; none: 3 with PPOW's estimator=exact, else 0 (ours)",
-        None,
+    verification: Literal["text", "greedy", "sampling"] = option(
+        "rule that accepts tokens in training; text: the rule that wrote each text, for texts alone (ours)", "text"
+    )
+    supervised_coef: float = option(
+        "weight of a supervised loss beside PPOW's: LK's along texts, stage 1's beside rollouts (ours)",
+        3.0,
         at_least=0,
     )
-    supervised_loss: Literal["cst", "lk"] | None = option(
-        "that loss: stage 1's, or LK's, which knows texts only; none: lk with PPOW's estimator=exact, else cst (ours)",
-        None,
-    )
-    step_weight: float = option(
-        "draft step i weighs step_weight ** i in supervised losses; 0.8 as in EAGLE-3 (ours)", 0.8, above=0, at_most=1
-    )
-    tree_branches: int = option("branches per node of the tree in verification=tree (ours)", 4, at_least=1)
-
     window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
-    group_size: int = option("rollouts of one prefix, G_roll (paper)", 8, at_least=2)
-    windows_per_sequence: int = option("prefixes drawn from a sequence (ours)", 8, at_least=1)
-    all_windows: bool | None = option(
-        "learn from every window of a text instead; none: yes, but not with rollouts (ours)", None
+    cost_ratio: float = option("cost of a draft step over a target step, gamma (paper)", 0.12, at_least=0)
+    kl_coef: float = option("weight of the KL term anchored on the target, beta (ours)", 0.0, at_least=0)
+
+    group_size: int = option(
+        "rollouts of one prefix, G_roll (paper)", 8, at_least=2, group="rollouts, with --estimator rollout"
     )
+    windows_per_sequence: int = option("windows drawn from a text (ours)", 8, at_least=1)
     adaptive_switch: float = option(
-        "fraction of the steps after which windows are drawn by criticality (ADAW), not uniformly; 1: never (ours)",
+        "share of the steps after which windows are drawn by criticality (ADAW), not uniformly; 1: never (ours)",
         0.5,
         at_least=0,
         at_most=1,
     )
-    rollout_temperature: float | None = option(
-        "temperature of the drafter's rollouts, or with estimator=exact of the drafts that greedy rules judge; none: "
-        "0.5 for rollouts, else 1 (ours)",
-        None,
-        above=0,
-    )
-    verification: Literal["greedy", "sampling", "text", "tree"] | None = option(
-        "rule that accepts tokens in training; estimator=exact knows two more: each text's own rule, and a tree; none: "
-        "text with estimator=exact, else greedy (ours)",
-        None,
-    )
-    max_forest_nodes: int = option("drafted nodes verified in one target forward (ours)", 4096, at_least=1)
-
+    rollout_temperature: float = option("temperature of the rollouts (ours)", 0.5, above=0)
+    proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
+    proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
     updates_per_rollout: int = option(
         "optimizer steps on each rollout; clipping acts from the second on (ours)", 1, at_least=1
     )
+    max_forest_nodes: int = option("drafted nodes verified in one target forward (ours)", 4096, at_least=1)
 
-    reward: Literal["paper", "throughput"] = option(
-        "paper: k / (k * cost_ratio + 1); throughput: charges every drafted token and counts the bonus (ours)", "paper"
-    )
-    cost_ratio: float = option("cost of a draft step over a target step, gamma (paper)", 0.12, at_least=0)
-    verify_cost: float = option(
-        "cost of verifying a window over one target step, for the throughput reward (ours)", 1.0, above=0
-    )
-    proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
-    proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
-    proximity_share: float | None = option(
-        "instead of a margin: the share of a micro step's rejected rollouts that get it, those of least Delta (ours)",
-        None,
-        above=0,
-        below=1,
-    )
-    credit: Literal["window", "token"] = option(
-        "which rollouts a token is compared with: its window's group (paper), or those of it that got as far (ours)",
-        "window",
-    )
-    normalize_advantages: bool = option("divide advantages by the group's standard deviation (ours)", True)
-    clip_range: float = option("clipping of the policy ratio (ours)", 0.2, above=0, below=1)
-    kl_coef: float | None = option(
-        "weight of the KL term anchored on the target, beta; none: 0.1 on rollouts, else 0 (ours)", None, at_least=0
-    )
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        learns = {"ppow": self.estimator, "gto": "rollout", "draft_opd": "rollout"}.get(self.objective, "text")
-        for name, value in RECIPES[learns].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.group_size * self.window_size > self.max_forest_nodes:
+        rolls = self.objective == "ppow" and self.estimator == "rollout"
+        if self.verification == "text" and rolls:
+            raise ValueError(
+                "estimator='rollout' verifies rollouts, and verification='text' is for texts: --preset published sets "
+                "all that suits rollouts."
+            )
+        if self.supervised_coef and self.objective != "ppow":
+            raise ValueError(
+                f"supervised_coef={self.supervised_coef} adds a supervised loss to PPOW's, but objective="
+                f"{self.objective} is one already; --preset {self.objective} sets it to 0."
+            )
+        if rolls and self.group_size * self.window_size > self.max_forest_nodes:
             raise ValueError(
                 f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
                 f"{self.window_size} tokens; raise it to {self.group_size * self.window_size} or more."
             )
-        rolls = learns == "rollout"
-        if self.verification in ("text", "tree") and learns != "exact":
-            raise ValueError(
-                f"verification={self.verification!r} needs objective=ppow with estimator=exact; otherwise it is greedy "
-                "or sampling."
-            )
-        if self.all_windows and rolls:
-            raise ValueError("all_windows would roll out from every position; raise windows_per_sequence instead.")
-        if self.supervised_loss != "cst" and rolls:
-            raise ValueError(
-                f"supervised_loss={self.supervised_loss!r} needs an objective that learns from texts, such as "
-                "estimator=exact; beside rollouts it is cst."
-            )
-        if self.credit != "window" and (self.objective != "ppow" or not rolls):
-            raise ValueError(
-                f"credit={self.credit!r} says how PPOW's rollouts share their reward: it needs objective=ppow with "
-                f"estimator=rollout, got objective={self.objective} with estimator={self.estimator}."
-            )
-        if self.proximity_share is not None and (self.objective != "ppow" or not rolls or self.proximity_bonus == 0):
-            raise ValueError(
-                f"proximity_share={self.proximity_share} says which of PPOW's rollouts earn the proximity reward: it "
-                f"needs objective=ppow with estimator=rollout and a proximity_bonus above 0, got {self.objective} with "
-                f"{self.estimator} and {self.proximity_bonus}."
-            )
-        throughput = 1 / (self.window_size * self.cost_ratio + self.verify_cost)
-        first = 1 / (self.cost_ratio + 1) if self.reward == "paper" else throughput
-        if self.proximity_bonus >= first:
+        first = 1 / (self.cost_ratio + 1)
+        if rolls and self.proximity_bonus >= first:
             raise ValueError(
                 f"proximity_bonus={self.proximity_bonus} must stay below {first:.3g}, what the first accepted token "
                 "earns; otherwise a rejected window is worth more than an accepted one."
@@ -286,7 +223,7 @@ class RegenerateConfig(Config):
     concurrency: int = option("requests in flight on the endpoint", 16, at_least=1)
     split: str = option("split of a Hub dataset", "train")
     limit: int | None = option("read at most this many rows", None, at_least=1)
-    skip_bad_rows: bool = option(f"{_SKIP}; an endpoint's refusal of the first requests is one, too", False)
+    skip_bad_rows: bool = option(f"{SKIP_BAD_ROWS}; an endpoint's refusal of the first requests is one, too", False)
     max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
     temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
     batch_size: int = option("prompts per generate call", 8, at_least=1)
@@ -294,7 +231,7 @@ class RegenerateConfig(Config):
     seed: int = option("seed of the sampling", 0, at_least=0)
     resume: bool = option("go on after the rows that output already holds", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if (self.target is None) == (self.endpoint is None):
             raise ValueError(
@@ -323,7 +260,7 @@ class DraftingConfig(Config):
     compile_layers: bool | None = option("let torch.compile fuse what the graphs record; none: as the drafter's", None)
     threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(tree) and not all(tree):
@@ -353,7 +290,7 @@ class EvaluateConfig(DraftingConfig):
     resume: bool = option("go on with the evaluation that output_dir holds", False)
     seed: int = option("seed of sampling and bootstrap", 0, at_least=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prompts or not self.temperatures:
             raise ValueError(f"prompts={self.prompts} and temperatures={self.temperatures} must not be empty.")
@@ -380,7 +317,7 @@ class DemoConfig(DraftingConfig):
     output: str | None = option("write the figures to this .json file", None)
     seed: int = option("seed of the sampling", 0, at_least=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _both_or_neither(self.target, self.drafter)
 
@@ -396,7 +333,7 @@ class SpaceConfig(Config):
     port: int = option("port to listen on", 7860, at_least=0, at_most=65535)
     threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _both_or_neither(self.target, self.drafter)
 
@@ -427,76 +364,6 @@ class ExportConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(Config):
-    """Train the small target of the bundled pair, tokenizer included, for a budget of tokens or minutes."""
-
-    data: str = option("folder of GROUP-NN.jsonl.xz files with messages or text rows")
-    output: str = option("folder for the model; its work/ keeps tokens and checkpoints")
-    groups: list[str] = option(
-        "group:weight[:max characters]; weight = expected copies of a row in one pass",
-        ["math:3", "chat:1", "instruct:0.25:1200", "reasoning:0.15:1500"],
-    )
-    skip_bad_rows: bool = option(_SKIP, False)
-    python_share: float = option("share of characters that is Python source", 0.1, at_least=0, below=1)
-    python_packages: list[str] = option(
-        "installed packages read besides the standard library; permissive licences only", []
-    )
-    heldout: float = option("share of rows held out", 0.005, at_least=0, below=1)
-    # 256 bytes and 4 special tokens; the packed tokens are uint16.
-    vocab_size: int = option("tokens of the byte-level BPE, special ones included", 4096, at_least=260, at_most=65536)
-    num_layers: int = option("transformer blocks", 10, at_least=1)
-    hidden_size: int = option("width of the residual stream", 192, at_least=1)
-    intermediate_size: int = option("width of the MLP", 384, at_least=1)
-    num_heads: int = option("query heads", 4, at_least=1)
-    num_kv_heads: int = option("key and value heads", 2, at_least=1)
-    max_positions: int = option("max_position_embeddings of the saved config", 2048, at_least=1)
-    rope_theta: float = option("RoPE base", 10000.0, above=0)
-    sequence_length: int = option("tokens in a packed training sequence", 512, at_least=2)
-    batch_size: int = option("sequences in an optimizer step", 8, at_least=1)
-    tokens: int = option("budget in training tokens; this or minutes", 0, at_least=0)
-    minutes: float = option("budget in minutes of training; this or tokens", 0.0, at_least=0)
-    optimizer: Literal["muon", "adamw"] = option("muon: matrices by Muon, the rest by AdamW", "muon")
-    learning_rate: float = option("peak rate of AdamW", 4e-3, above=0)
-    muon_learning_rate: float = option("peak rate of Muon", 1e-2, above=0)
-    weight_decay: float = option("decay of the matrices, as a factor of their rate", 0.05, at_least=0)
-    warmup: float = option("share of the budget in which the rate rises", 0.02, at_least=0, below=1)
-    max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16: autocast over float32 weights", "bfloat16")
-    device: Literal["cpu", "cuda"] = option("where to train", "cpu")
-    compile_layers: bool = option("let torch.compile fuse what lies between a block's products", False)
-    seed: int = option("seed of the split, the weights and the order", 0, at_least=0)
-    checkpoint_minutes: float = option("minutes between checkpoints", 5.0, above=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.tokens > 0) == (self.minutes > 0):
-            raise ValueError(
-                f"Give exactly one budget, --tokens 10000000 or --minutes 75; got tokens={self.tokens} and "
-                f"minutes={self.minutes}."
-            )
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must divide hidden_size={self.hidden_size}, and "
-                f"num_kv_heads={self.num_kv_heads} must divide num_heads."
-            )
-        for group in self.groups:
-            parse_group(group)
-
-
-def parse_group(text: str) -> tuple[str, float, int]:
-    """``name:weight[:max_chars]`` -> (name, weight, max_chars); without a limit, ``sys.maxsize``."""
-    name, *numbers = text.split(":")
-    try:
-        weight = float(numbers[0])
-        max_chars = int(numbers[1]) if len(numbers) > 1 else sys.maxsize
-    except (IndexError, ValueError):
-        weight, max_chars = -1.0, 0
-    if not name or len(numbers) > 2 or not 0 < weight < float("inf") or max_chars <= 0:
-        raise ValueError(f"group {text!r} must be name:weight[:max characters], positive numbers, as in chat:1:1500.")
-    return name, weight, max_chars
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PushConfig(Config):
     """Make a drafter a repository of the Hub, in one commit, with its card; or push the Space that shows it."""
 
@@ -515,7 +382,7 @@ class PushConfig(Config):
     license: str | None = option("licence of the weights, as the Hub names it", None)
     dry_run: bool = option("show the files and the card, and upload nothing", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.tag and self.create_pr:
             raise ValueError("A pull request is tagged after it was merged: give --tag or --create-pr, not both.")

@@ -8,32 +8,36 @@ Both print what they mapped, dropped and assumed. The output folder appears whol
 
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
-from ppow.formats_ppow import Row, import_checkpoint
 from ppow.target_ppow import check_pair
 
 from .config import ExportConfig, ImportConfig
+from .export_formats import Exported, from_ppow
 from .files import claim_beside, whole
-from .formats import Exported, from_ppow
+from .foreign_files import find_file, read_json
+from .import_formats import Row, import_checkpoint
 from .loading import check_model, named
 
 
 def main(config: ImportConfig | ExportConfig) -> None:
     """Run ``ppow import`` or ``ppow export``. Raises ValueError for what cannot be imported, or not expressed."""
-    (import_drafter if isinstance(config, ImportConfig) else export_drafter)(config)
+    if isinstance(config, ImportConfig):
+        import_drafter(config)
+    else:
+        export_drafter(config)
 
 
 def import_drafter(config: ImportConfig) -> None:
+    """Write another trainer's drafter as a PPOW drafter, in its folder with code and ``custom_generate/``."""
     for option, name in (("source", config.source), ("target", config.target)):
         check_model(option, name)
     imported = import_checkpoint(config.source, config.target, PPOWDrafter)
@@ -48,6 +52,7 @@ def import_drafter(config: ImportConfig) -> None:
 
 
 def export_drafter(config: ExportConfig) -> None:
+    """Write a drafter, PPOW's or another trainer's, in an engine's format, and print the command that serves it."""
     target_config = embeddings = None
     if config.target:
         with named("target", config.target):
@@ -55,8 +60,10 @@ def export_drafter(config: ExportConfig) -> None:
     with named("drafter", config.drafter):
         drafter = PPOWDrafter.from_pretrained(config.drafter, target=config.target, dtype="auto")
     if config.target:
-        check_pair(_without_weights(target_config), drafter)
-        embeddings = _embeddings(config.target, target_config) if config.format == "sglang" else None
+        with torch.device("meta"):  # the whole of it may not fit into memory
+            target_model = AutoModelForCausalLM.from_config(target_config)
+        check_pair(target_model, drafter)
+        embeddings = _embeddings(config.target, target_model) if config.format == "sglang" else None
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
     exported = from_ppow(
@@ -79,12 +86,11 @@ def export_drafter(config: ExportConfig) -> None:
     print(serving_command(config.format, target or "TARGET", str(folder), tokens))
 
 
-def report(title: str, rows: Iterable[Row]) -> str:
+def report(title: str, rows: list[Row]) -> str:
     """The table that both commands print."""
-    lines = [f"{'dialect':<9}{title}"]
-    rows = list(rows)
     width = max((len(row.what) for row in rows), default=0)
-    return "\n".join([*lines, *(f"{row.action:<9}{row.what:<{width}}  {row.how}" for row in rows)])
+    lines = [f"{row.action:<9}{row.what:<{width}}  {row.how}" for row in rows]
+    return "\n".join([f"{'dialect':<9}{title}", *lines])
 
 
 def save(exported: Exported, folder: Path) -> None:
@@ -115,7 +121,7 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
     """The command that serves ``target`` with the exported ``drafter``, drafting chains of ``tokens``.
 
     Args:
-        form: one of ``formats.FORMATS``.
+        form: one of ``export_formats.FORMATS``.
         target: Hub id or folder.
         drafter: the exported folder.
         tokens: drafted tokens per verification.
@@ -139,28 +145,17 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
     return f"train on from {drafter} with SpecForge; to serve it, export with --format vllm or sglang"
 
 
-def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
-    """A target's model on no device: the whole of it may not fit into memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def _embeddings(target: str, config: PreTrainedConfig) -> torch.Tensor:
-    """(V, Ht) embeddings of a target, read alone."""
-    model = _without_weights(config)
+def _embeddings(target: str, model: PreTrainedModel) -> torch.Tensor:
+    """(V, Ht) embeddings of a target, read alone; ``model`` is the target on no device."""
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-    file = _file(target, "model.safetensors")
-    if index := _file(target, "model.safetensors.index.json"):
-        file = _file(target, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(name, ""))
+    file = find_file(target, "model.safetensors")
+    if index := find_file(target, "model.safetensors.index.json"):
+        file = find_file(target, read_json(index)["weight_map"].get(name, ""))
     if file is None:
         raise ValueError(f"{target} has no safetensors with {name}, which SGLang export compares with the drafter's.")
     with named("target", target), safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
-
-
-def _file(source: str, name: str) -> str | None:
-    return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
 
 
 def _name(source: str) -> str:

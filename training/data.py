@@ -11,10 +11,12 @@ import functools
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .chats import Chat
 from .rows import normal, options_of
@@ -24,8 +26,10 @@ SHOWN = 20  # bad rows that are named; the others are counted
 
 
 class Example(NamedTuple):
+    """One text to learn from: its ids, and 1 on the tokens that the target would write, end-of-turn tokens included."""
+
     input_ids: list[int]
-    loss_mask: list[int]  # 1 on tokens that the target would write: the answers and their end-of-turn tokens
+    loss_mask: list[int]
 
 
 class Row(dict):
@@ -47,9 +51,11 @@ class BadRows:
     """
 
     def __init__(self, skip: bool = False):
-        self.skip, self.found, self.left_out = skip, [], collections.Counter()
+        self.skip = skip
+        self.found: list[tuple[str, str]] = []
+        self.left_out: collections.Counter[str] = collections.Counter()
 
-    def add(self, place: str, reason) -> None:
+    def add(self, place: str, reason: object) -> None:
         """Note a bad row. Raises ValueError, which names it, where bad rows are not skipped."""
         if not self.skip:
             raise ValueError(f"{place}: {reason} To go on without such rows: --skip-bad-rows.")
@@ -85,7 +91,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, bad: 
         OSError: a source that does not exist or cannot be reached.
     """
     bad = BadRows() if bad is None else bad
-    rows = []
+    rows: list[Row] = []
     for number, (place, raw) in enumerate(read_source(source, split)):
         if limit is not None and len(rows) == limit:
             break
@@ -106,7 +112,7 @@ def load_rows(source: str, split: str = "train", limit: int | None = None, bad: 
 
 def encode(
     rows: Sequence[dict],
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     drop_long: bool = False,
     bad: BadRows | None = None,
@@ -131,7 +137,13 @@ def encode(
             no example at all, a tokenizer that cannot do it.
     """
     bad = BadRows() if bad is None else bad
-    _check_tokenizer(tokenizer, rows)
+    if any("messages" in row for row in rows):
+        tokenizer.get_chat_template()  # says what is missing
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "Finding the answers of a chat needs a fast tokenizer (for character offsets); "
+                f"{type(tokenizer).__name__} is not one. Convert it, or give rows of 'text'."
+            )
     examples = []
     for index, row in enumerate(tqdm(rows, desc="tokenizing", unit="row", disable=None, leave=False)):
         place = getattr(row, "place", f"row {index}")
@@ -154,18 +166,6 @@ class _Unanswered(Exception):
     """A row of `ppow regenerate` without an answer: recorded as such, so no bad row."""
 
 
-def _check_tokenizer(tokenizer, rows: Sequence[dict]) -> None:
-    """Raises ValueError for what no row with messages can do without."""
-    if not any("messages" in row for row in rows):
-        return
-    tokenizer.get_chat_template()  # says what is missing
-    if not tokenizer.is_fast:
-        raise ValueError(
-            "Finding the answers of a chat needs a fast tokenizer (for character offsets); "
-            f"{type(tokenizer).__name__} is not one. Convert it, or give rows of 'text'."
-        )
-
-
 def _fitting(
     examples: list[Example], max_length: int, drop_long: bool, positions: int | None, bad: BadRows
 ) -> list[Example]:
@@ -186,7 +186,7 @@ def _fitting(
     )
 
 
-def _encode_row(row: dict, tokenizer) -> list[Example]:
+def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The examples of a row, each with a masked token. Raises BadRow."""
     if "messages" in row:
         examples = _encode_chat(row, tokenizer)
@@ -204,7 +204,7 @@ def _encode_row(row: dict, tokenizer) -> list[Example]:
     return examples
 
 
-def _encode_chat(row: dict, tokenizer) -> list[Example]:
+def _encode_chat(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     messages = row["messages"]
     chat, cut = Chat(messages, options_of(row), tokenizer), row.get("complete") is False
     plain = not any(message.get("tool_calls") or "weight" in message for message in messages)
@@ -296,17 +296,35 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-pad: input_ids (B, T) int64, loss_mask (B, T) bool, attention_mask (B, T) int64."""
+@dataclass
+class Batch:
+    """One micro step's texts on this process, right-padded.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        loss_mask: (B, T) bool, tokens to learn from.
+        lengths: (B,) int64 tokens before the padding.
+        seed: seeds whatever the micro step draws; differs for every micro step of every process.
+    """
+
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    lengths: torch.Tensor
+    seed: int
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator; the same numbers on every device and on every call."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+def make_batch(examples: Sequence[Example], pad_id: int, device: torch.device | str, seed: int) -> Batch:
+    """Right-pad some texts to the longest, on a device."""
     if not examples:
-        raise ValueError("An empty batch cannot be collated.")
-    length = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
-    loss_mask = torch.zeros(len(examples), length, dtype=torch.bool)
-    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+        raise ValueError("An empty batch cannot be made.")
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    input_ids = torch.full((len(examples), int(lengths.max())), pad_id)
+    loss_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
     for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        input_ids[row, :size] = torch.tensor(example.input_ids)
-        loss_mask[row, :size] = torch.tensor(example.loss_mask, dtype=torch.bool)
-        attention_mask[row, :size] = 1
-    return {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": attention_mask}
+        input_ids[row, : lengths[row]] = torch.tensor(example.input_ids)
+        loss_mask[row, : lengths[row]] = torch.tensor(example.loss_mask, dtype=torch.bool)
+    return Batch(input_ids.to(device), loss_mask.to(device), lengths.to(device), seed)

@@ -10,10 +10,18 @@ two systems take turns.
 import dataclasses
 import os
 import statistics
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import DemoConfig
+
+if TYPE_CHECKING:  # at run time imported once ``main`` has said whether the Hub may be asked
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from ppow import PPOWDrafter
+
+    from .prompts import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = [
@@ -41,7 +49,7 @@ def main(config: DemoConfig) -> None:
     from ppow import PPOWDrafter
 
     from . import provenance
-    from .evaluate import drafting_options, generation_configs
+    from .evaluate import drafting_options, generation_configs, timed
     from .files import write_json
     from .loading import named
     from .prompts import first_turn, load_prompts
@@ -65,11 +73,13 @@ def main(config: DemoConfig) -> None:
     drafting = drafting_options(config)
     plain, ours = generation_configs(target, config.temperature, config.max_new_tokens, drafting)
     print(
-        f"target {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters,",
-        end=" ",
+        f"target {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters, "
+        f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n"
     )
-    print(f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n")
-    warm_up(target, drafter, tokenizer, plain, ours)
+    hello = tokenizer("Hello", return_tensors="pt")["input_ids"].to(device)
+    for _ in range(2):  # what happens once happens before any figure
+        timed(target, 0, hello, generation_config=plain)
+        timed(target, 0, hello, generation_config=ours, assistant_model=drafter)
     answers = []
     for prompt in prompts[: config.limit]:
         question, ids = prompt.turns[0], torch.tensor([first_turn(tokenizer, prompt)], device=device)
@@ -81,7 +91,7 @@ def main(config: DemoConfig) -> None:
         answers.append({"prompt": question, **race(target, drafter, ids, plain, ours, config)})
     speedups = [answer["speedup"] for answer in answers]
     if config.output:
-        write_json(Path(config.output), {"answers": answers, **provenance.record("demo", config)})
+        write_json(Path(config.output), {"answers": answers, **provenance.record(config)})
     spread = f"{min(speedups):.2f}x to {max(speedups):.2f}x"
     print(f"median speedup {statistics.median(speedups):.2f}x over {len(speedups)} prompts ({spread})")
     if faults := sum(answer["fault"] for answer in answers):
@@ -91,24 +101,22 @@ def main(config: DemoConfig) -> None:
         )
 
 
-def bundled_prompts() -> list:
+def bundled_prompts() -> list["Prompt"]:
     """The prompts that are asked when none are named."""
     from .prompts import Prompt
 
     return [Prompt(str(index), "bundled", [text]) for index, text in enumerate(PROMPTS)]
 
 
-def warm_up(target, drafter, tokenizer, plain, ours) -> None:
-    from .evaluate import timed
-
-    ids = tokenizer("Hello", return_tensors="pt")["input_ids"].to(target.device)
-    for _ in range(2):
-        timed(target, 0, ids, generation_config=plain)
-        timed(target, 0, ids, generation_config=ours, assistant_model=drafter)
-
-
-def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
-    """Time both systems in turns and print the line of one prompt: -> its figures."""
+def race(
+    target: "PreTrainedModel",
+    drafter: "PPOWDrafter",
+    ids: "torch.Tensor",
+    plain: "GenerationConfig",
+    ours: "GenerationConfig",
+    config: DemoConfig,
+) -> dict:
+    """Time both systems in turns on a prompt's ids (1, P) and print their line: -> its figures."""
     import torch
 
     from ppow.drafting_ppow import what_was_drafted
@@ -128,8 +136,8 @@ def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
     what_was_drafted(out, drafting_options(config))
     same, answer, differences = torch.equal(expected, out.sequences), "sampled from one distribution", []
     if config.temperature == 0 and not same:
-        answers = (sequences[0, ids.shape[1] :].tolist() for sequences in (out.sequences, expected))
-        differences = drafter.explain(target, ids, *answers, ours)
+        here, stock = (sequences[0, ids.shape[1] :].tolist() for sequences in (out.sequences, expected))
+        differences = drafter.explain(target, ids, here, stock, ours)
         agrees = "; the same tokens as without drafts" if len(differences) == 1 else ""
         answer = f"identical: NO, {'; '.join(map(str, differences))}{agrees}"
     elif config.temperature == 0:
@@ -137,9 +145,9 @@ def race(target, drafter, ids, plain, ours, config: DemoConfig) -> dict:
     length = out.acceptance.acceptance_length
     print(
         f"  plain {plain_rate:.0f} tokens/s, with drafter {rate:.0f} tokens/s, speedup {rate / plain_rate:.2f}x, "
-        f"acceptance length {length:.2f}, {answer}\n"
+        f"acceptance length {length:.2f}, {answer}\n",
+        flush=True,
     )
-    sys.stdout.flush()
     figures = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
     fault = any(found.verdict == FAULT for found in differences)
     figures |= {"acceptance_length": length, "identical": same, "fault": fault}

@@ -18,20 +18,28 @@ agree. A fault ends the command with an error, after everything was written.
 Every prompt is kept in ``samples.jsonl`` as soon as it is measured; ``--resume`` goes on behind the last one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DraftOptions, call_config, what_was_drafted
-from ppow.lossless_ppow import first_difference, without_drafts
+from ppow.lossless_ppow import Difference, first_difference, without_drafts
 
 from . import provenance
 from .config import DraftingConfig, EvaluateConfig
@@ -39,13 +47,20 @@ from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import claim_folder, write_json
 from .fingerprints import fingerprint
 from .loading import named
-from .prompts import first_turn, prompt_sets, sampling_options, turn_ids
+from .prompts import Prompt, prompt_sets, sampling_options, turn_ids
 from .samples import Sample, SampleLog
 
 _FREE_TO_CHANGE = ("output_dir", "resume", "bootstrap")  # what the samples do not depend on
 
 
 def main(config: EvaluateConfig) -> None:
+    """Measure into ``config.output_dir``, which is this run's alone meanwhile.
+
+    Raises:
+        ValueError: names that lead to no model or prompts, a folder that holds something else, a drafting option
+            without effect, and, once all is written, answers at temperature 0 that are not the target's own.
+        OSError: what cannot be read or written.
+    """
     with claim_folder(config.output_dir):
         evaluate(config)
 
@@ -66,25 +81,26 @@ def evaluate(config: EvaluateConfig) -> None:
             with named(option, name):
                 drafters.append(PPOWDrafter.from_pretrained(name, dtype=dtype).to(device))
             weights[option] = fingerprint(name, whole=True)
-    record = provenance.record("evaluate", config)
-    log = SampleLog(folder, made_with(record, weights, prompts), config.resume)
-    try:
-        sets = measure_all(target, tokenizer, drafters, prompts, config, log)
-    finally:
-        log.close()
+    record = provenance.record(config)
+    sets = {}
+    with contextlib.closing(SampleLog(folder, made_with(record, weights, prompts), config.resume)) as log:
+        for name, chosen in prompts.items():
+            for temperature in config.temperatures:
+                title = f"{name} T={temperature:g}"
+                sets[title] = measure(target, tokenizer, drafters, chosen, config, temperature, title, log)
 
     results, baseline = {}, {}
     for title, measured in sets.items():
         figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
         results[title] = figures[0]
         if config.baseline:
-            figures[0]["gain"] = gain(*measured, config.bootstrap, config.seed)
+            figures[0]["gain"] = gain(measured[0], measured[1], config.bootstrap, config.seed)
             baseline[title] = figures[1]
     ran = [samples[0].drafting for samples in next(iter(sets.values()))]
-    figures = {"results": results, "drafting": ran[0], "weights": weights}
+    metrics = {"results": results, "drafting": ran[0], "weights": weights}
     if config.baseline:
-        figures |= {"baseline": baseline, "baseline_drafting": ran[1]}
-    write_json(folder / "metrics.json", figures | record)
+        metrics |= {"baseline": baseline, "baseline_drafting": ran[1]}
+    write_json(folder / "metrics.json", metrics | record)
     plot(results, folder / "acceptance.png")
     print(table(results))
     if config.baseline:
@@ -100,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> None:
         )
 
 
-def made_with(record: dict, weights: dict, prompts: dict) -> dict:
+def made_with(record: dict, weights: dict, prompts: dict[str, list[Prompt]]) -> dict:
     """What samples of one evaluation have in common, by names that a user knows."""
     texts = {title: [dataclasses.asdict(prompt) for prompt in chosen] for title, chosen in prompts.items()}
     options = {name: value for name, value in record["config"].items() if name not in _FREE_TO_CHANGE}
@@ -114,24 +130,22 @@ def made_with(record: dict, weights: dict, prompts: dict) -> dict:
     return options | common
 
 
-def measure_all(target, tokenizer, drafters: list, prompts: dict, config, log: SampleLog) -> dict:
-    """Every set of prompts at every temperature: title -> the samples of each drafter."""
-    drafting, sets = drafting_options(config), {}
-    for name, chosen in prompts.items():
-        for temperature in config.temperatures:
-            title = f"{name} T={temperature:g}"
-            sets[title] = measure(target, tokenizer, drafters, chosen, config, temperature, drafting, title, log)
-    return sets
-
-
 def measure(
-    target, tokenizer, drafters: list, prompts, config, temperature: float, drafting: dict, title: str, log: SampleLog
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drafters: list[PPOWDrafter],
+    prompts: list[Prompt],
+    config: EvaluateConfig,
+    temperature: float,
+    title: str,
+    log: SampleLog,
 ) -> list[list[Sample]]:
     """Answer every prompt (and the second turns of two-turn ones) with all systems: -> the samples of each drafter.
 
     Raises:
         ValueError: when a drafting option had no effect, or prompts were not all drafted for in one way.
     """
+    drafting = drafting_options(config)
     plain, ours = generation_configs(target, temperature, config.max_new_tokens, drafting)
     check = temperature == 0 and config.reference
     work = [(number, turn) for number, prompt in enumerate(prompts) for turn in range(len(prompt.turns))]
@@ -171,18 +185,21 @@ def drafting_options(config: DraftingConfig) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def generation_configs(target, temperature: float, max_new_tokens: int, drafting: dict):
+def generation_configs(
+    target: PreTrainedModel, temperature: float, max_new_tokens: int, drafting: dict
+) -> tuple[GenerationConfig, GenerationConfig]:
     """Generation configs of the plain target and of the target with a drafter."""
     settings = sampling_options(temperature) | {"max_new_tokens": max_new_tokens}
     plain = call_config(target.generation_config, **settings)
     return plain, call_config(plain, **drafting, return_dict_in_generate=True)
 
 
-def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
+def turns(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int
+) -> list[torch.Tensor]:
     """Prompt ids (1, P) of every turn; a later turn follows the plain target's greedy answers to the earlier ones."""
-    if len(prompt.turns) == 1:
-        return [torch.tensor([first_turn(tokenizer, prompt)], device=target.device)]
-    found, answers = [], []
+    found: list[torch.Tensor] = []
+    answers: list[str] = []
     for number in range(len(prompt.turns)):
         found.append(torch.tensor([turn_ids(tokenizer, prompt, answers)], device=target.device))
         if number + 1 < len(prompt.turns):
@@ -192,10 +209,19 @@ def turns(target, tokenizer, prompt, max_new_tokens: int) -> list[torch.Tensor]:
 
 
 def compare(
-    target, drafters: list, prompt: int, ids, plain, ours, seed: int, drafting: dict, check: bool
+    target: PreTrainedModel,
+    drafters: list[PPOWDrafter],
+    prompt: int,
+    ids: torch.Tensor,
+    plain: GenerationConfig,
+    ours: GenerationConfig,
+    seed: int,
+    drafting: dict,
+    check: bool,
 ) -> list[Sample]:
     """One prompt: stock generate, then each drafter; with ``check`` also without drafts. -> a sample per drafter."""
-    mask, samples, references = torch.ones_like(ids), [], {}
+    mask, samples = torch.ones_like(ids), []
+    references: dict[DraftOptions, list[int]] = {}
     expected, plain_seconds = timed(target, seed, ids, attention_mask=mask, generation_config=plain)
     expected = expected[0, ids.shape[1] :].tolist()
     for drafter in drafters:
@@ -216,22 +242,22 @@ def compare(
             drafting={name: value for name, value in dataclasses.asdict(ran).items() if name != "accept_drafts"},
         )
         if not plain.do_sample:
-            sample.difference = judged(target, ids, answer, expected, plain)
+            sample.difference = _recorded(first_difference(target, ids, answer, expected, plain))
         if check:
             if ran not in references:
                 references[ran], _ = without_drafts(target, drafter, ids, ours)
-            sample.reference = judged(target, ids, answer, references[ran], plain, exact=ran.repeats_exactly) or {}
+            found = first_difference(target, ids, answer, references[ran], plain, exact=ran.repeats_exactly)
+            sample.reference = _recorded(found) or {}
         samples.append(sample)
     return samples
 
 
-def judged(*arguments, **options) -> dict | None:
-    """:func:`ppow.lossless_ppow.first_difference`, ready for JSON."""
-    found = first_difference(*arguments, **options)
-    return None if found is None else dataclasses.asdict(found)
+def _recorded(difference: Difference | None) -> dict | None:
+    """As a :class:`ppow.training.samples.Sample` keeps it."""
+    return None if difference is None else dataclasses.asdict(difference)
 
 
-def timed(target, seed: int, ids, **arguments):
+def timed(target: PreTrainedModel, seed: int, ids: torch.Tensor, **arguments: Any) -> tuple[Any, float]:
     """Generate and time it on the wall clock; -> (output, seconds)."""
     torch.manual_seed(seed)
     _synchronize(ids.device)
@@ -241,6 +267,6 @@ def timed(target, seed: int, ids, **arguments):
     return out, time.perf_counter() - started
 
 
-def _synchronize(device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

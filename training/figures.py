@@ -1,6 +1,7 @@
 """Figures of an evaluation, from its samples: means, bootstrap intervals, the table and the plot."""
 
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ppow.lossless_ppow import FAULT, NEAR_TIE, Difference
@@ -27,14 +28,14 @@ def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
         "prompts": len({s.prompt for s in samples}),
         "samples": len(samples),
         "acceptance_length": acceptance_length(samples),
-        "acceptance_length_95": interval(samples, acceptance_length, resamples, seed),
+        "acceptance_length_95": interval(acceptance_length, resamples, seed, samples),
         "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
         "loops": len(samples) - len(straight),
         "per_position": Acceptance(*([getattr(s, n) for s in samples] for n in _COUNTS)).per_position(),
         "tokens_per_second": rate(samples, "tokens", "seconds"),
         "plain_tokens_per_second": rate(samples, "plain_tokens", "plain_seconds"),
         "speedup": speedup(samples),
-        "speedup_95": interval(samples, speedup, resamples, seed),
+        "speedup_95": interval(speedup, resamples, seed, samples),
         "identical": sum(s.identical for s in samples),
         "near_ties": sum(not is_fault(s) and verdict(s.difference) == NEAR_TIE for s in samples),
         "faults": sum(map(is_fault, samples)),
@@ -44,6 +45,7 @@ def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
 
 
 def verdict(difference: dict | None) -> str | None:
+    """What a difference is, "near tie" or "fault"; None where there is none, or nothing was compared."""
     return difference["verdict"] if difference else None
 
 
@@ -57,48 +59,49 @@ def faults(title: str, samples: list[Sample]) -> list[str]:
     lines = []
     for number, sample in enumerate(samples):
         for against, found in (("stock generate", sample.difference), ("the loop without drafts", sample.reference)):
-            if verdict(found) == FAULT:
+            if found and found["verdict"] == FAULT:
                 place = f"{title}, sample {number + 1}, prompt {sample.prompt + 1}, against {against}"
                 lines.append(f"{place}: {Difference(**found)}")
     return lines
 
 
-def acceptance_length(samples: list[Sample]) -> float:
+def acceptance_length(samples: Sequence[Sample]) -> float:
     """Tokens gained per verification, bonus included, pooled; 1 when nothing was verified."""
     verifications = sum(len(s.gained) for s in samples)
     return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
 
 
-def rate(samples: list[Sample], tokens: str, seconds: str) -> float:
+def rate(samples: Sequence[Sample], tokens: str, seconds: str) -> float:
+    """Tokens per second, the mean over samples, by the names of the two fields."""
     return sum(getattr(s, tokens) / getattr(s, seconds) for s in samples) / len(samples)
 
 
-def speedup(samples: list[Sample]) -> float:
+def speedup(samples: Sequence[Sample]) -> float:
+    """Tokens per second with the drafter over those of stock ``generate``."""
     return rate(samples, "tokens", "seconds") / rate(samples, "plain_tokens", "plain_seconds")
 
 
 def gain(samples: list[Sample], baseline: list[Sample], resamples: int, seed: int) -> dict:
     """Acceptance length over a baseline's on the same prompts, with the interval of the paired difference."""
 
-    def difference(pairs: list[tuple[Sample, Sample]]) -> float:
-        ours, others = zip(*pairs)
+    def difference(ours: Sequence[Sample], others: Sequence[Sample]) -> float:
         return acceptance_length(ours) - acceptance_length(others)
 
-    pairs = list(zip(samples, baseline))
     return {
-        "acceptance_length": difference(pairs),
-        "acceptance_length_95": interval(pairs, difference, resamples, seed, prompt=lambda pair: pair[0].prompt),
+        "acceptance_length": difference(samples, baseline),
+        "acceptance_length_95": interval(difference, resamples, seed, samples, baseline),
     }
 
 
-def interval(samples: list, figure, resamples: int, seed: int, prompt=lambda sample: sample.prompt) -> list[float]:
-    """95% percentile bootstrap over prompts, each with all its samples."""
-    draw, prompts = random.Random(seed), {}
-    for sample in samples:
-        prompts.setdefault(prompt(sample), []).append(sample)
+def interval(figure: Callable[..., float], resamples: int, seed: int, *systems: list[Sample]) -> list[float]:
+    """95% percentile bootstrap over prompts, each with all its samples; ``figure`` is given those of every system."""
+    draw = random.Random(seed)
+    prompts: dict[int, list[tuple[Sample, ...]]] = {}
+    for row in zip(*systems):
+        prompts.setdefault(row[0].prompt, []).append(row)
     groups = list(prompts.values())
-    drawn = ([s for group in draw.choices(groups, k=len(groups)) for s in group] for _ in range(resamples))
-    values = sorted(map(figure, drawn))
+    drawn = ([row for group in draw.choices(groups, k=len(groups)) for row in group] for _ in range(resamples))
+    values = sorted(figure(*zip(*rows)) for rows in drawn)
     return [values[int(0.025 * resamples)], values[min(resamples - 1, int(0.975 * resamples))]]
 
 
@@ -139,13 +142,11 @@ def without_drafts(figures: dict) -> str:
 def plot(results: dict, path: Path) -> None:
     """Per-position acceptance, one line per prompt set and temperature; without matplotlib, nothing."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, result in results.items():
         rates = result["per_position"]
         axes.plot(range(1, len(rates) + 1), rates, marker="o", label=name)
@@ -154,4 +155,3 @@ def plot(results: dict, path: Path) -> None:
     axes.legend()
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -18,16 +19,15 @@ from safetensors import SafetensorError
 
 LOCK = ".lock"  # in the folder of a run
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 # -- whole or not at all -----------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, content) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write ``content`` as indented JSON, all of it or nothing; makes the folder."""
     with whole(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -212,11 +212,11 @@ def _lock(file: FileIO) -> bool:
     A file system that knows no locks keeps nobody out.
     """
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if sys.platform == "win32":
             file.seek(1 << 30)  # behind what the file says, which others are to read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             return True

@@ -49,7 +49,8 @@ def fingerprint(name: str | Path, whole: bool = False, revision: str | None = No
         file, facts = tensors[tensor]
         digest.update(json.dumps([tensor, facts["dtype"], facts["shape"]]).encode())
         with file.open("rb") as content:
-            for start, size in blocks(*facts["place"], whole):
+            first, end = facts["place"]
+            for start, size in blocks(first, end, whole):
                 content.seek(start)
                 if len(read := content.read(size)) < size:
                     raise SafetensorError(f"{file} is truncated in {tensor}")

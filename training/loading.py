@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
-from ppow.weights_ppow import only_a_path
+from ppow.paths_ppow import only_a_path
 
 HUB_SECONDS = 5  # that the Hub has to say whether it knows a name
 
@@ -36,7 +37,7 @@ def named(option: str, name: str | Path) -> Iterator[None]:
         raise ValueError(f"--{option} {name}{place}: {error}") from error
 
 
-def positions(config) -> int | None:
+def positions(config: PreTrainedConfig) -> int | None:
     """How many tokens a target of this configuration has positions for, as far as it says."""
     text = config.get_text_config()
     named = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))

@@ -2,33 +2,37 @@
 
 A stage is a plain loop in its own module:
 
-    trainer = Trainer(config, drafter, examples, pad_id)
+    trainer = Trainer(config, drafter, examples, pad_id, accelerator, held_out)
     for step in trainer.steps():
-        batches = trainer.batches(step)
-        metrics = trainer.update(step, [lambda b=b: loss(b) for b in batches])
-        trainer.record(step, metrics)
+        losses = [functools.partial(loss, batch) for batch in trainer.batches(step)]
+        trainer.record(step, trainer.update(step, losses))
 
 Everything random follows from (seed, step, micro step), never from a generator's state, so a run that was killed and
 resumed takes exactly the steps of one that was not.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ppow import PPOWDrafter
 
 from . import checkpoints, provenance, report
-from .data import batch_indices, collate, fingerprint
+from .config import ReinforceConfig, SupervisedConfig, TrainingConfig
+from .data import Batch, Example, batch_indices, fingerprint, make_batch
 from .files import move_in, scratch, telling
 from .metrics import MetricsLog
+from .optimizers import make_optimizer
 from .stopping import Stopped, deferred_sigterm
 
 # May differ between a run and its continuation: they do not change what is computed.
@@ -49,32 +53,11 @@ _FREE_TO_CHANGE = {
 }
 
 
-@dataclass
-class Batch:
-    """One micro step's texts on this process, right-padded.
-
-    Attributes:
-        input_ids: (B, T) int64.
-        loss_mask: (B, T) bool, tokens to learn from.
-        lengths: (B,) int64 tokens before the padding.
-        seed: seeds whatever the micro step draws; differs for every micro step of every process.
-    """
-
-    input_ids: torch.Tensor
-    loss_mask: torch.Tensor
-    lengths: torch.Tensor
-    seed: int
-
-    def generator(self) -> torch.Generator:
-        """A fresh CPU generator; the same numbers on every device and on every call."""
-        return torch.Generator().manual_seed(self.seed)
-
-
 class Trainer:
     """Runs optimizer steps on a drafter.
 
     Args:
-        config: a TrainingConfig.
+        config: of the stage.
         drafter: in float32, on ``accelerator.device``; parameters with ``requires_grad`` are trained.
         examples: encoded texts.
         pad_id: token to pad with.
@@ -82,14 +65,22 @@ class Trainer:
         held_out: encoded texts to evaluate on.
     """
 
-    def __init__(self, config, drafter, examples: list, pad_id: int, accelerator: Accelerator, held_out: Sequence = ()):
+    log: MetricsLog  # of the main process
+
+    def __init__(
+        self,
+        config: SupervisedConfig | ReinforceConfig,
+        drafter: PPOWDrafter,
+        examples: Sequence[Example],
+        pad_id: int,
+        accelerator: Accelerator,
+        held_out: Sequence[Example],
+    ):
         self.config, self.drafter, self.examples, self.pad_id = config, drafter, examples, pad_id
         self.accelerator = accelerator
         self.folder = Path(config.output_dir)
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
-        )
+        self.optimizer = make_optimizer(config, drafter)
         self.hub = None
         if config.push_to_hub and accelerator.is_main_process:
             from .hub import BackgroundPush
@@ -103,7 +94,6 @@ class Trainer:
             )
         self.fingerprints = {"data": fingerprint(examples), "eval_data": fingerprint(held_out)}
         self.first_step = self._resume()
-        self.log = None  # of the main process
         on_main(accelerator, self._open_log)
         if config.trackers:
             flat = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
@@ -112,7 +102,7 @@ class Trainer:
     def _open_log(self) -> None:
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.log.truncate_after(self.first_step)
-        provenance.write(self.folder, self.config.command(), self.config)
+        provenance.write(self.folder, self.config)
 
     def _resume(self) -> int:
         """Load the latest complete checkpoint when asked to; -> steps already done."""
@@ -130,7 +120,13 @@ class Trainer:
         now = self.config.to_dict(without=_FREE_TO_CHANGE)
         if (made_by := state.get("command", self.config.command())) != self.config.command():
             raise ValueError(f"{self.folder} holds a run of `ppow {made_by}`; choose another output_dir.")
-        changed = sorted(k for k in now if state["config"].get(k) != now[k])
+        if unknown := sorted(set(state["config"]) - set(now)):
+            raise ValueError(
+                f"{path} was made by a version with options that this one does not know ({', '.join(unknown)}), so it "
+                f"cannot go on. Start a run from its drafter, --drafter {path}, into another output_dir."
+            )
+        fresh = {field.name: field.default for field in dataclasses.fields(self.config)}
+        changed = sorted(k for k in now if state["config"].get(k, fresh[k]) != now[k])
         learned = state.get("data", {})
         changed += [f"what {key} holds" for key, found in self.fingerprints.items() if learned.get(key) != found]
         if changed or state["micro_steps"] != self.micro_steps:
@@ -139,7 +135,7 @@ class Trainer:
         self._exchange()
         return state["step"]
 
-    def announce(self, target, held_out: list) -> None:
+    def announce(self, target: PreTrainedModel, held_out: Sequence[Example]) -> None:
         """Say where and on what the run trains: device, dtype, models, the texts kept and dropped."""
         self.accelerator.print(report.begun(self, target, held_out), flush=True)
 
@@ -174,13 +170,17 @@ class Trainer:
             self.started = time.perf_counter()
             yield step
             self.bar.update()
-            stop = step < config.steps and self._any(asked())
+            stop = step < config.steps and anywhere(self.accelerator, asked())  # all end after the same step
             if step % config.save_every == 0 or step == config.steps or stop:
                 self._save(step)
             if stop:
                 self.bar.close()
                 self.accelerator.end_training()
-                raise Stopped(self._stopped(step) if self.accelerator.is_main_process else "")
+                told = (
+                    f"stopped by SIGTERM after step {step} of {config.steps}; it is saved in {self.folder}. The same "
+                    "command with --resume goes on from there."
+                )
+                raise Stopped(told if self.accelerator.is_main_process else "")
         self.bar.close()
         finished_before = self.first_step == config.steps and (self.folder / "config.json").exists()
         if not finished_before:
@@ -191,18 +191,6 @@ class Trainer:
         with self.mean_weights():
             save_drafter(self.drafter, self.folder, self.config.dtype)
         self.log.close()
-
-    def _any(self, asked: bool) -> bool:
-        """Whether any process was asked to stop: all of them have to end after the same step."""
-        if self.accelerator.num_processes == 1:
-            return asked
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)) > 0)
-
-    def _stopped(self, step: int) -> str:
-        return (
-            f"stopped by SIGTERM after step {step} of {self.config.steps}; it is saved in {self.folder}. The same "
-            "command with --resume goes on from there."
-        )
 
     def _save(self, step: int) -> None:
         def save() -> None:
@@ -231,13 +219,13 @@ class Trainer:
             batches.append(make_batch(part, self.pad_id, ours.device, seed))
         return batches
 
-    def autocast(self):
+    def autocast(self) -> contextlib.AbstractContextManager:
         """The precision of the drafter's forward."""
         if self.config.dtype == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.accelerator.device.type, dtype=getattr(torch, self.config.dtype))
 
-    def update(self, step: int, losses: list[Callable[[], tuple[torch.Tensor, dict]]], times: int = 1) -> dict:
+    def update(self, step: int, losses: Sequence[Callable[[], tuple[torch.Tensor, dict]]], times: int = 1) -> dict:
         """``times`` optimizer steps over the mean of ``losses`` (each -> loss, metrics), averaged over processes.
 
         The gradient's norm is clipped to ``max_grad_norm``.
@@ -254,7 +242,7 @@ class Trainer:
         self._average_weights(step)
         return metrics
 
-    def _update_once(self, step: int, losses: list) -> dict:
+    def _update_once(self, step: int, losses: Sequence[Callable[[], tuple[torch.Tensor, dict]]]) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
         collected = []
         for compute in losses:
@@ -296,7 +284,8 @@ class Trainer:
         count = step - int(self.config.average_from * self.config.steps + 1e-9)  # of weights, these included
         if count < 1:
             return
-        states, weights = [self.optimizer.state[p] for p in self.parameters], [p.detach() for p in self.parameters]
+        known, weights = self.optimizer.state, [p.detach() for p in self.parameters]
+        states = [known[p] for p in self.parameters]
         if count == 1:
             for state, weight in zip(states, weights):
                 state["twin"] = weight.clone()
@@ -315,14 +304,15 @@ class Trainer:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Swap the drafter's weights and their mean, if there is one."""
+        known = self.optimizer.state
         for p in self.parameters:
-            state = self.optimizer.state.get(p, {})
+            state = known.get(p, {})
             if "twin" in state:
                 own = p.clone()
                 p.copy_(state["twin"])
                 state["twin"] = own
 
-    def average(self, metrics: list[dict]) -> dict:
+    def average(self, metrics: Sequence[dict]) -> dict:
         """Mean of every metric over micro steps and processes."""
         mean = {key: torch.stack([m[key].float() for m in metrics]).mean(0) for key in metrics[0]}
         return dict(zip(mean, self._reduce(list(mean.values()))))
@@ -348,7 +338,7 @@ class Trainer:
         """Show the step's metrics, and write them every ``log_every`` steps (and the last)."""
         if step % self.config.log_every and step != self.config.steps and "eval_loss" not in metrics:
             return
-        values = {k: _number(v) for k, v in metrics.items()}
+        values = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         values["seconds"] = time.perf_counter() - self.started
         on_main(self.accelerator, lambda: self.log.log(step, values))
         if self.accelerator.is_main_process:
@@ -369,27 +359,26 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
             action()
         except Exception as error:
             failure = error
-    if accelerator.num_processes > 1:
-        failed = torch.tensor(float(failure is not None), device=accelerator.device)
-        if accelerator.reduce(failed) > 0 and failure is None:
-            raise SystemExit(2)
+    failed = anywhere(accelerator, failure is not None)
     if failure is not None:
         raise failure
+    if failed:
+        raise SystemExit(2)
 
 
-def largest(parameters: list[torch.Tensor]) -> torch.Tensor:
+def anywhere(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something holds on any process, given whether it holds on this one."""
+    if accelerator.num_processes == 1:
+        return here
+    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device)) > 0)
+
+
+def largest(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The largest weight () by its amount; not finite if any is."""
     return torch.stack(torch._foreach_norm([p.detach() for p in parameters], math.inf)).max()
 
 
-def make_batch(examples: list, pad_id: int, device, seed: int) -> Batch:
-    """Collate examples on a device."""
-    arrays = collate(examples, pad_id)
-    lengths = arrays["attention_mask"].sum(1)
-    return Batch(arrays["input_ids"].to(device), arrays["loss_mask"].to(device), lengths.to(device), seed)
-
-
-def learning_rate(config, step: int) -> float:
+def learning_rate(config: TrainingConfig, step: int) -> float:
     """Linear warm-up to the peak, then a cosine to zero after the last step; no fall where weights are averaged."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
@@ -399,7 +388,7 @@ def learning_rate(config, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save_drafter(drafter, folder: Path, dtype: str) -> None:
+def save_drafter(drafter: PPOWDrafter, folder: Path, dtype: str) -> None:
     """Write the drafter in ``dtype``, in shards below 16 MB, leaving the one in memory as it is."""
     weights = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in drafter.state_dict().items()}
     with telling(folder), scratch(folder / ".unfinished-drafter") as partial:
@@ -407,9 +396,3 @@ def save_drafter(drafter, folder: Path, dtype: str) -> None:
         config = json.loads((partial / "config.json").read_text())  # which names the dtype of the one in memory
         (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
         move_in(partial, folder)
-
-
-def _number(value):
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    return value

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from .files import append, leads_to
 
@@ -22,7 +23,8 @@ class MetricsLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b", buffering=0)
-        self._keep(self._whole_lines())
+        self._file.truncate(len(self._whole_lines()))
+        self._sync()
 
     def log(self, step: int, values: dict) -> None:
         """Write ``{"step": step, **values}``. Values are JSON, or tensors and arrays of one number.
@@ -63,22 +65,19 @@ class MetricsLog:
         self._sync()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _whole_lines(self) -> bytes:
         self._file.seek(0)
         content = self._file.read()
         return content[: content.rfind(b"\n") + 1]
-
-    def _keep(self, content: bytes) -> None:
-        self._file.truncate(len(content))
-        self._sync()
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -90,7 +89,7 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -2,16 +2,21 @@
 
 An objective of stage 2 takes one of two kinds of batch, :class:`Rollouts` (what the drafter drew and the target said of
 it) or :class:`TextWindows` (drafter and target compared along the target's own text), and its own coefficients.
-``OBJECTIVES`` names them all: PPOW with its two estimators, and the controls without which a gain means nothing.
+``OBJECTIVES`` names what ``ppow reinforce`` knows; benchmarks/controls.py adds those that PPOW is compared with.
 Distributions live on the draft vocabulary, the target restricted to it and renormalised (ours), unless said otherwise.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .config import ReinforceConfig
 from .rewards import reachable
+
+CLIP_RANGE = 0.2  # of the policy ratio (ours)
+STEP_WEIGHT = 0.8  # draft step i weighs STEP_WEIGHT ** i in stage 2's supervised losses, as in EAGLE-3
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Rollouts:
         draft_logits: (W, G, K, D) of the present drafter, with gradients.
         old_logprobs: (W, G, K) log-probabilities of the drafted tokens when they were drawn, at ``temperature``.
         target_logits: (W, G, K, D) of the target over the draft vocabulary, after the same prefixes; -inf allowed.
-        advantages: (W, G, K) of every token; the same for all tokens of a rollout unless credit goes by token.
+        advantages: (W, G) of every rollout.
         accepted: (W, G) int64 k.
         window_mask: (W,) bool, False for windows that do not exist; what their entries hold does not matter.
         temperature: of the rollouts; the policy is the drafter at this temperature.
@@ -39,7 +44,9 @@ class Rollouts:
     temperature: float = 1.0
 
 
-def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def ppow_loss(
+    rollouts: Rollouts, kl_coef: float, clip_range: float = CLIP_RANGE
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy objective plus the target-anchored KL term.
 
     -mean over rollouts of the sum over reachable tokens of min(r * A, clip(r, 1 - c, 1 + c) * A), with the per-token
@@ -53,8 +60,8 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
 
     Args:
         rollouts: see :class:`Rollouts`.
-        clip_range: c.
         kl_coef: beta.
+        clip_range: c.
 
     Returns:
         loss (), and detached metrics: policy_loss, kl (nats per reachable state), clipped (share of reachable tokens
@@ -63,16 +70,16 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
     Raises:
         ValueError: for shapes that do not fit, clip_range <= 0 or a negative kl_coef.
     """
-    _check(rollouts)
+    check_rollouts(rollouts)
     if clip_range <= 0 or kl_coef < 0:
         raise ValueError(f"Expected clip_range > 0 and kl_coef >= 0, got {clip_range} and {kl_coef}.")
     reach = reachable(rollouts.accepted, rollouts.draft_ids.shape[-1]) & rollouts.window_mask[:, None, None]
     # only the n reachable states are looked at: less memory, and nothing that lies elsewhere can leak into a gradient
     states = reach.nonzero(as_tuple=True)
-    logits = _full_precision(rollouts.draft_logits[states])  # (n, D)
+    logits = full_precision(rollouts.draft_logits[states])  # (n, D)
     count = (rollouts.window_mask.sum() * reach.shape[1]).clamp(min=1)  # rollouts that exist
     share = (1 / reach.sum(-1).clamp(min=1).to(logits.dtype))[states[:2]] / count  # (n,) of the mean over states
-    advantage = rollouts.advantages[states]  # (n,)
+    advantage = rollouts.advantages[states[:2]]  # (n,)
 
     draft = logits.log_softmax(-1)
     policy = draft if rollouts.temperature == 1 else (logits / rollouts.temperature).log_softmax(-1)
@@ -81,7 +88,7 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
     free, clipped = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
     policy_loss = -torch.minimum(free, clipped).sum() / count
 
-    target = _full_precision(rollouts.target_logits[states]).log_softmax(-1)
+    target = full_precision(rollouts.target_logits[states]).log_softmax(-1)
     kl = (target.exp() * (target.clamp(min=-1e4) - draft)).sum(-1)  # KL(P || Q); the clamp keeps 0 * log 0 at 0
     anchor = (share * kl).sum()
     with torch.no_grad():
@@ -94,12 +101,13 @@ def ppow_loss(rollouts: Rollouts, clip_range: float, kl_coef: float) -> tuple[to
     return policy_loss + kl_coef * anchor, metrics
 
 
-def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     """bf16 and fp16 -> float32; float32 and float64 as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _check(rollouts: Rollouts) -> None:
+def check_rollouts(rollouts: Rollouts) -> None:
+    """Raise a ValueError for shapes or dtypes other than :class:`Rollouts` says, or a temperature of 0 or less."""
     logits, tokens = rollouts.draft_logits, rollouts.draft_ids
     if logits.dim() != 4 or logits.shape != rollouts.target_logits.shape:
         raise ValueError(
@@ -107,7 +115,7 @@ def _check(rollouts: Rollouts) -> None:
             "(W, G, K, D)."
         )
     shape = tuple(logits.shape)
-    expected = {"draft_ids": 3, "old_logprobs": 3, "advantages": 3, "accepted": 2, "window_mask": 1}
+    expected = {"draft_ids": 3, "old_logprobs": 3, "advantages": 2, "accepted": 2, "window_mask": 1}
     for name, dims in expected.items():
         given = tuple(getattr(rollouts, name).shape)
         if given != shape[:dims]:
@@ -141,7 +149,7 @@ def supervised_step_loss(draft_logits: torch.Tensor, target_logits: torch.Tensor
             f"draft_logits {tuple(draft_logits.shape)} and target_logits {tuple(target_logits.shape)} must both be "
             "(n, D)."
         )
-    draft = _full_precision(draft_logits)
+    draft = full_precision(draft_logits)
     labels = target_logits.to(draft.dtype).softmax(-1)
     total = torch.nn.functional.cross_entropy(draft, labels, reduction="sum")
     return total / max(1, draft.shape[0])
@@ -150,36 +158,46 @@ def supervised_step_loss(draft_logits: torch.Tensor, target_logits: torch.Tensor
 # -- along the target's own text ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TextWindows:
-    """W windows of K draft steps along the target's own text, each state reduced to what objectives read.
+class Compared(NamedTuple):
+    """What objectives read of states: P is the target and Q the drafter after the same prefix, both at temperature 1.
 
-    P is the target and Q the drafter after the same prefix; step i of a window has seen the text's own tokens, on the
-    drafter's own features (training-time test). All (W, K), entries where ``mask`` is False are 0 and mean nothing.
+    All of one shape, (n,) or (W, K); all but ``hit`` with gradient.
 
     Attributes:
-        mask: bool, False from the first step on whose token is no answer's or lies behind the text.
-        kl: KL(P || Q) in nats at temperature 1, P restricted to the draft vocabulary and renormalised (ours), with
-            gradient. Its gradient is that of the cross-entropy with soft labels.
-        overlap: sum_v min(P, Q), P over the whole vocabulary: how likely rejection sampling accepts. With gradient.
-        best: Q(argmax P), P over the whole vocabulary; 0 where the drafter does not know that token. With gradient.
-        accept: min(1, Q(x) / P(x)) of the text's token x; 0 where the drafter does not know it. With gradient. Over
-            texts of the target its mean after one prefix is ``overlap``.
-        text: Q(x) of the text's token x. With gradient.
-        tree: how surely argmax P is among the drafter's ``tree_branches`` most probable tokens, softened (ours).
+        kl: KL(P || Q) in nats, P restricted to the draft vocabulary and renormalised (ours). Its gradient is that of
+            the cross-entropy with soft labels.
+        overlap: sum_v min(P, Q), P over the whole vocabulary: how likely rejection sampling accepts.
+        best: Q(argmax P), P over the whole vocabulary; 0 where the drafter does not know that token.
+        accept: min(1, Q(x) / P(x)) of the text's token x; 0 where the drafter does not know it. Over texts of the
+            target its mean after one prefix is ``overlap``.
+        text: Q(x) of the text's token x.
         hit: bool, whether the drafter's most probable token is argmax P.
-        greedy: bool, whether every token of the window before this step is the target's argmax.
-        sampled: (W,) bool, whether the target sampled this text (else it wrote it greedily).
     """
 
-    mask: torch.Tensor
     kl: torch.Tensor
     overlap: torch.Tensor
     best: torch.Tensor
     accept: torch.Tensor
     text: torch.Tensor
-    tree: torch.Tensor
     hit: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """W windows of K draft steps along the target's own text.
+
+    Step i of a window has seen the text's own tokens, on the drafter's own features (training-time test). All (W, K),
+    entries where ``mask`` is False are 0 and mean nothing.
+
+    Attributes:
+        mask: bool, False from the first step on whose token is no answer's or lies behind the text.
+        states: drafter and target compared at each step.
+        greedy: bool, whether every token of the window before this step is the target's argmax.
+        sampled: (W,) bool, whether the target sampled this text (else it wrote it greedily).
+    """
+
+    mask: torch.Tensor
+    states: Compared
     greedy: torch.Tensor
     sampled: torch.Tensor
 
@@ -190,95 +208,41 @@ def compare(
     norm: torch.Tensor,
     best: torch.Tensor,
     text: torch.Tensor,
-    temperature: float,
-    tree_branches: int,
-) -> tuple[torch.Tensor, ...]:
-    """Reduce n states to the figures of :class:`TextWindows`.
+) -> Compared:
+    """Reduce n states to the figures that objectives read.
 
     Args:
         draft_logits: (n, D); target_logits: (n, D) over the draft vocabulary.
         norm: (n,) logsumexp of the target's logits over its whole vocabulary.
         best, text: (n,) the target's argmax and the text's token as draft ids, -1 where the drafter lacks them.
-        temperature: of the policy: of Q in ``best`` and ``text``. ``overlap`` and ``accept`` are of Q as it is.
-        tree_branches: branches a tree opens at every node, for ``tree``.
-
-    Returns:
-        kl, overlap, best, accept, text, tree, hit; (n,) each.
     """
-    logits, target = _full_precision(draft_logits), _full_precision(target_logits)
-    draft = logits.log_softmax(-1)
-    policy = draft if temperature == 1 else (logits / temperature).log_softmax(-1)
+    target = full_precision(target_logits)
+    draft = full_precision(draft_logits).log_softmax(-1)
     wanted = target.log_softmax(-1)
     kl = (wanted.exp() * (wanted.clamp(min=-1e4) - draft)).sum(-1)
     whole = target - norm[:, None]  # log P over the whole vocabulary
     overlap = torch.minimum(whole.exp(), draft.exp()).sum(-1)
 
-    def chosen(values, ids):
+    def chosen(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return values.gather(-1, ids.clamp(min=0)[:, None])[:, 0]
 
-    best_prob = torch.where(best >= 0, chosen(policy, best).exp(), 0.0)
-    text_prob = torch.where(text >= 0, chosen(policy, text).exp(), 0.0)
+    best_prob = torch.where(best >= 0, chosen(draft, best).exp(), 0.0)
+    text_prob = torch.where(text >= 0, chosen(draft, text).exp(), 0.0)
     accept = torch.where(text >= 0, (chosen(draft, text) - chosen(whole, text)).clamp(max=0).exp(), 0.0)
-    # argmax P stands among the w most probable drafts when it beats the w-th of the others
-    others = draft.scatter(-1, best.clamp(min=0)[:, None], -torch.inf)
-    threshold = others.topk(min(tree_branches, draft.shape[-1] - 1), dim=-1).values[:, -1]
-    inside = torch.where(best >= 0, torch.sigmoid(chosen(draft, best) - threshold), 0.0)
-    return kl, overlap, best_prob, accept, text_prob, inside, draft.detach().argmax(-1) == best
+    return Compared(kl, overlap, best_prob, accept, text_prob, draft.detach().argmax(-1) == best)
 
 
-def cst_loss(windows: TextWindows, step_weight: float) -> tuple[torch.Tensor, dict]:
+def cst_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:
     """Continued supervised training: the loss of stage 1 (EAGLE-3, arXiv 2503.01840) up to the labels' own entropy.
 
     Windows start in answers, as in decoding; stage 1 also unrolls from the prompt into the answer.
     """
-    return _step_mean(windows.kl, windows.mask, step_weight), {}
+    return step_mean(windows.states.kl, windows.mask, step_weight), {}
 
 
-def lk_loss(windows: TextWindows, step_weight: float) -> tuple[torch.Tensor, dict]:
+def lk_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:
     """LK (arXiv 2602.23881), first form: -log alpha, alpha = sum_v min(P, Q). Step weights as in stage 1 (ours)."""
-    return _step_mean(-windows.overlap.clamp(min=1e-6).log(), windows.mask, step_weight), {}
-
-
-def lk_mixed_loss(windows: TextWindows, step_weight: float) -> tuple[torch.Tensor, dict]:
-    """LK (arXiv 2602.23881), second form: lam * KL + (1 - lam) * (1 - alpha), lam = exp(-3 alpha), not learned."""
-    lam = torch.exp(-3 * windows.overlap.detach())
-    return _step_mean(lam * windows.kl + (1 - lam) * (1 - windows.overlap), windows.mask, step_weight), {}
-
-
-def eal_loss(windows: TextWindows, verification: str) -> tuple[torch.Tensor, dict]:
-    """EAL / WTV (arXiv 2609.24150): minus the expected accepted length, -sum_k prod_{j<=k} b_j, mean over windows.
-
-    b = Q(argmax P) under greedy verification, where windows end with the step at which the text leaves the target's
-    argmax (ours); b = sum_v min(P, Q) under sampling.
-    """
-    if verification == "greedy":
-        stands = torch.where(windows.greedy & windows.mask, windows.best, 0.0)
-    else:
-        stands = torch.where(windows.mask, windows.overlap, 0.0)
-    length = stands.cumprod(-1).sum(-1)  # (W,)
-    return -_mean(length), {"expected_accepted": _mean(length).detach()}
-
-
-def d_pace_loss(windows: TextWindows, floor: float = 0.5) -> tuple[torch.Tensor, dict]:
-    """D-PACE: cross-entropy of step i weighed by w_i = sum_{k>=i} prod_{j<=k} ((1 - a) q_j + a), detached, a = 0.5.
-
-    q_j = Q of the text's token. Ours: soft labels, as in stage 1, and the division by K.
-    """
-    stands = torch.where(windows.mask, (1 - floor) * windows.text.detach() + floor, 0.0).cumprod(-1)
-    weights = stands.flip(-1).cumsum(-1).flip(-1)  # (W, K)
-    return _mean((weights * windows.kl).sum(-1) / windows.mask.shape[-1]), {}
-
-
-def vat_loss(windows: TextWindows, step_weight: float) -> tuple[torch.Tensor, dict]:
-    """VAT (arXiv 2608.30135): verification simulated along the text decides the weights of the cross-entropy.
-
-    Weight 1 up to the first rejection, that one included; behind it step_weight ** distance. Greedy verification of
-    the drafter's first choices. Ours: the division by K.
-    """
-    k = (windows.hit & windows.mask).long().cumprod(-1).sum(-1)  # (W,)
-    distance = (torch.arange(windows.mask.shape[-1], device=k.device) - k[:, None]).clamp(min=0)
-    weights = step_weight**distance * windows.mask
-    return _mean((weights * windows.kl).sum(-1) / windows.mask.shape[-1]), {}
+    return step_mean(-windows.states.overlap.clamp(min=1e-6).log(), windows.mask, step_weight), {}
 
 
 def exact_loss(
@@ -290,9 +254,7 @@ def exact_loss(
     Pr(k >= j) = prod_{i<=j} Q(argmax P_i). Rejection sampling drafts x and accepts it with probability
     min(P, Q)(x) = P(x) a(x), a(x) = min(1, Q(x) / P(x)), so over text sampled from the target Pr(k >= j) is the mean of
     prod_{i<j} a(x_i) times alpha_j, where alpha_j = sum_v min(P, Q)(v) is the mean of a(x_j) taken in closed form.
-    Either way E[R] = R(0) + sum_j (R(j) - R(j - 1)) Pr(k >= j) for any reward of k. ``tree`` replaces Q(argmax P) by
-    the softened chance that argmax P is among the branches a tree opens (a surrogate of ours: the path's depth inside
-    the tree, without the tree's budget of nodes).
+    Either way E[R] = R(0) + sum_j (R(j) - R(j - 1)) Pr(k >= j) for any reward of k.
 
     Along sampled text the gradient of a(x_i) is known for one token only, and noisy. What it is worth on average, b_i
     (the mean over the other sampled windows of what follows step i), is therefore credited to alpha_i, which knows all
@@ -305,7 +267,7 @@ def exact_loss(
 
     Args:
         rewards: (K + 1,) R(k) of k = 0 .. K accepted tokens.
-        verification: greedy, sampling, text or tree.
+        verification: greedy, sampling or text.
         kl_coef: beta.
 
     Raises:
@@ -317,28 +279,27 @@ def exact_loss(
             f"Expected rewards ({size + 1},) of k = 0 .. {size} and kl_coef >= 0, got {tuple(rewards.shape)} and "
             f"{kl_coef}."
         )
-    greedy = torch.where(windows.greedy, windows.tree if verification == "tree" else windows.best, 0.0)
-    if verification in ("greedy", "tree"):
-        sampled = torch.zeros_like(windows.sampled)
-    elif verification == "sampling":
-        sampled = torch.ones_like(windows.sampled)
-    elif verification == "text":
-        sampled = windows.sampled
-    else:
-        raise ValueError(f"verification must be greedy, sampling, text or tree, got {verification!r}.")
-    sampled = sampled[:, None] & windows.mask  # (W, K)
-    stands = torch.where(windows.mask, torch.where(sampled, windows.accept, greedy), 0.0)
-    chance = torch.where(sampled, windows.overlap, stands)  # the mean of ``stands`` after the same prefix
+    rules = {
+        "greedy": torch.zeros_like(windows.sampled),
+        "sampling": torch.ones_like(windows.sampled),
+        "text": windows.sampled,
+    }
+    if verification not in rules:
+        raise ValueError(f"verification must be {', '.join(rules)}, got {verification!r}.")
+    sampled = rules[verification][:, None] & windows.mask  # (W, K)
+    greedy = torch.where(windows.greedy, windows.states.best, 0.0)
+    stands = torch.where(windows.mask, torch.where(sampled, windows.states.accept, greedy), 0.0)
+    chance = torch.where(sampled, windows.states.overlap, stands)  # the mean of ``stands`` after the same prefix
     before = torch.cat((torch.ones_like(stands[:, :1]), stands.cumprod(-1)[:, :-1]), -1)  # the earlier tokens stood
     reached = before * chance  # (W, K): Pr(k >= 1 .. K)
     gains = rewards.to(reached).diff()
-    reward = _mean(rewards[0].to(reached) + (reached * gains).sum(-1))
+    reward = batch_mean(rewards[0].to(reached) + (reached * gains).sum(-1))
     visits = before.detach() * windows.mask
     worth = _worth_of_acceptance(stands, chance, gains, sampled)
-    credit = _mean((visits * worth * (chance - stands)).sum(-1))
+    credit = batch_mean((visits * worth * (chance - stands)).sum(-1))
     credit = credit - credit.detach()  # a gradient only; the loss stays minus the reward
-    anchor = _mean((visits * windows.kl).sum(-1) / visits.sum(-1).clamp(min=1e-6))
-    length = _mean(reached.sum(-1)).detach()
+    anchor = batch_mean((visits * windows.states.kl).sum(-1) / visits.sum(-1).clamp(min=1e-6))
+    length = batch_mean(reached.sum(-1)).detach()
     metrics = {"reward": reward.detach(), "acceptance_length": 1 + length, "kl": anchor.detach()}
     return kl_coef * anchor - reward - credit, metrics
 
@@ -361,69 +322,16 @@ def _worth_of_acceptance(
     return torch.where(sampled & (others > 0), (future.sum(0) - future) / others.clamp(min=1), 0.0)
 
 
-def _step_mean(values: torch.Tensor, mask: torch.Tensor, step_weight: float) -> torch.Tensor:
+def step_mean(values: torch.Tensor, mask: torch.Tensor, step_weight: float) -> torch.Tensor:
     """Mean (W, K) -> () over the windows of each step, steps weighed by step_weight ** i, as in stage 1."""
     weights = step_weight ** torch.arange(mask.shape[-1], device=mask.device)
     steps = torch.where(mask, values, 0.0).sum(0) / mask.sum(0).clamp(min=1)
     return (weights * steps).sum() / weights.sum()
 
 
-def _mean(values: torch.Tensor) -> torch.Tensor:
+def batch_mean(values: torch.Tensor) -> torch.Tensor:
     """Mean over the first dimension; 0, with a gradient of 0, when it is empty."""
     return values.sum(0) / max(1, values.shape[0])
-
-
-# -- other objectives on rollouts --------------------------------------------------------------------------------------
-
-
-def draft_opd_loss(rollouts: Rollouts, decay: float = 0.8) -> tuple[torch.Tensor, dict]:
-    """Draft-OPD (arXiv 2605.29343): KL(P || Q) on accepted tokens, KL(Q || P) * 0.8^(j - 1) on rejected ones.
-
-    j counts from the first rejected token of the window (our reading). Mean over all tokens of the rollouts (ours).
-    """
-    _check(rollouts)
-    states = rollouts.window_mask[:, None, None].expand(rollouts.draft_ids.shape).nonzero(as_tuple=True)
-    draft = _full_precision(rollouts.draft_logits[states]).log_softmax(-1)  # (n, D)
-    target = _full_precision(rollouts.target_logits[states]).log_softmax(-1).clamp(min=-1e4)
-    behind = states[2] - rollouts.accepted[states[:2]]  # 0 at the first rejected token
-    forward = (target.exp() * (target - draft)).sum(-1)
-    backward = (draft.exp() * (draft - target)).sum(-1)
-    values = torch.where(behind < 0, forward, backward * decay ** behind.clamp(min=0))
-    return _mean(values), {"kl": _mean(forward).detach(), "reverse_kl": _mean(backward).detach()}
-
-
-def gto_reward(target_logprobs: torch.Tensor) -> torch.Tensor:
-    """GTO's draft tree reward (arXiv 2509.22134): r = log sum_i exp(L_i), L_i = sum_j prod_{l<=j} P(x_l) of branch i.
-
-    Args:
-        target_logprobs: (.., G, K) log P of each branch's tokens after its own prefix.
-
-    Returns:
-        (..), the tree's softened expected accepted length.
-    """
-    return target_logprobs.cumsum(-1).exp().sum(-1).logsumexp(-1)
-
-
-def gto_loss(rollouts: Rollouts, clip_range: float) -> tuple[torch.Tensor, dict]:
-    """GTO (arXiv 2509.22134): PPO on the length-normalised ratio of each tree's longest accepted path.
-
-    ``advantages`` hold one value per tree, the same for all tokens of its branches: :func:`gto_reward` minus that of a
-    frozen reference drafter, standardised over the trees of a text. The path includes the first rejected token, so
-    that a tree of which nothing was accepted still learns (ours); our tree is the G rollouts of a window.
-    """
-    _check(rollouts)
-    longest = rollouts.accepted.argmax(1)  # (W,)
-    row = torch.arange(len(longest), device=longest.device)
-    ids, accepted = rollouts.draft_ids[row, longest], rollouts.accepted[row, longest]
-    logits = _full_precision(rollouts.draft_logits[row, longest]) / rollouts.temperature  # (W, K, D)
-    path = reachable(accepted, ids.shape[-1]) & rollouts.window_mask[:, None]
-    change = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] - rollouts.old_logprobs[row, longest]
-    ratio = (torch.where(path, change, 0.0).sum(-1) / path.sum(-1).clamp(min=1)).exp()  # (W,)
-    advantage = torch.where(rollouts.window_mask, rollouts.advantages[:, 0, 0], 0.0)
-    free, clipped = ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
-    count = rollouts.window_mask.sum().clamp(min=1)
-    loss = -torch.minimum(free, clipped).sum() / count
-    return loss, {"policy_loss": loss.detach(), "clipped": (free > clipped).sum() / count}
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------
@@ -431,28 +339,25 @@ def gto_loss(rollouts: Rollouts, clip_range: float) -> tuple[torch.Tensor, dict]
 
 @dataclass(frozen=True)
 class Objective:
-    """``batch`` it learns from, "rollouts" (:class:`Rollouts`) or "text" (:class:`TextWindows`), and
-    ``function(batch, config, rewards)`` -> loss (), metrics; ``rewards`` (K + 1,) is R(k) for k = 0 .. K."""
+    """What stage 2 can optimise.
 
-    batch: str
-    function: Callable
+    Attributes:
+        batch: what it learns from, "rollouts" (:class:`Rollouts`) or "text" (:class:`TextWindows`).
+        function: (batch, config, rewards) -> loss (), metrics; ``rewards`` (K + 1,) is R(k) for k = 0 .. K.
+    """
+
+    batch: Literal["rollouts", "text"]
+    function: Callable[[Any, ReinforceConfig, torch.Tensor], tuple[torch.Tensor, dict]]
 
 
 OBJECTIVES = {
-    "ppow": Objective("rollouts", lambda b, c, r: ppow_loss(b, c.clip_range, c.kl_coef)),
-    "ppow_exact": Objective("text", lambda b, c, r: exact_loss(b, r, c.verification, c.kl_coef)),
-    "cst": Objective("text", lambda b, c, r: cst_loss(b, c.step_weight)),
-    "lk": Objective("text", lambda b, c, r: lk_loss(b, c.step_weight)),
-    "lk_mixed": Objective("text", lambda b, c, r: lk_mixed_loss(b, c.step_weight)),
-    "eal": Objective("text", lambda b, c, r: eal_loss(b, c.verification)),
-    "d_pace": Objective("text", lambda b, c, r: d_pace_loss(b)),
-    "vat": Objective("text", lambda b, c, r: vat_loss(b, c.step_weight)),
-    "gto": Objective("rollouts", lambda b, c, r: gto_loss(b, c.clip_range)),
-    "draft_opd": Objective("rollouts", lambda b, c, r: draft_opd_loss(b)),
+    "ppow rollout": Objective("rollouts", lambda b, c, r: ppow_loss(b, c.kl_coef)),
+    "ppow exact": Objective("text", lambda b, c, r: exact_loss(b, r, c.verification, c.kl_coef)),
+    "cst": Objective("text", lambda b, c, r: cst_loss(b)),
+    "lk": Objective("text", lambda b, c, r: lk_loss(b)),
 }
 
 
-def objective_of(config) -> Objective:
+def objective_of(config: ReinforceConfig) -> Objective:
     """What a ReinforceConfig asks for: its ``objective``, for ``ppow`` with its ``estimator``."""
-    exact = config.objective == "ppow" and config.estimator == "exact"
-    return OBJECTIVES["ppow_exact" if exact else config.objective]
+    return OBJECTIVES[f"ppow {config.estimator}" if config.objective == "ppow" else config.objective]

@@ -3,20 +3,23 @@
     ppow reinforce --plan h200 --target TARGET --drafter runs/stage1 --data CHATS --output-dir runs/stage2 ...
 
 The figures follow from the configurations alone. Memory is the largest of the step's phases, counted tensor by tensor;
-matrix products are counted exactly (the tests compare with a counter of executed operations), and their time comes
-from the device's rate. Around them stand the reading and writing of the large tensors at the device's bandwidth, and
-the time that the host takes to launch kernels, below which no step gets. ``benchmarks/rollouts.py`` measures the same
-steps and writes both side by side. All formulas are ours.
+matrix products are counted exactly (the tests compare with a counter of executed operations), and so are the bytes of
+the large tensors. The time is a bound: no step is faster than its products at the device's rate, or its bytes at the
+device's bandwidth (of ``here``: those that a product and a copy reach, so nearly a bound). ``benchmarks/rollouts.py``
+measures the same steps and writes both side by side. All formulas are ours.
 
 Counted for texts of ``max_length`` tokens that are answers throughout, so a real step takes less.
 """
 
+import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.probe_ppow import check_rope
@@ -36,7 +39,6 @@ class Device:
     memory: float
     bandwidth: float
     rate: dict[str, float]
-    launch: float = 25e-6  # seconds of the host per kernel of a model's block, eager; as measured beside H100s
 
 
 # Datasheets of the makers (dense, without sparsity); float32 is TF32 off, as torch leaves it.
@@ -45,12 +47,9 @@ DEVICES = {
     "h100": Device("NVIDIA H100 SXM", 80e9, 3.35e12, {"bfloat16": 989e12, "float32": 67e12}),
     "h200": Device("NVIDIA H200 SXM", 141e9, 4.8e12, {"bfloat16": 989e12, "float32": 67e12}),
 }
-EFFICIENCY = {
-    "matmul": 0.6,
-    "memory": 0.8,
-}  # of a ceiling, what real products and copies reach
-LARGE_PRODUCT = 0.8  # of a ceiling, what a single large product reaches
-KERNELS_PER_BLOCK = 20
+# Measured over bound, least and most: steps of both stages at the shape of Llama-3.1-8B on H100s, one text of 1,024
+# tokens (benchmarks/results/rollouts-llama-3.1-8b-h100*.json; a test computes them)
+MEASURED = (2.7, 9.5)
 
 
 def this_device() -> Device:
@@ -62,19 +61,12 @@ def this_device() -> Device:
     rates = {}
     for dtype in ("bfloat16", "float32"):
         a = torch.randn(size, size, device=where, dtype=getattr(torch, dtype))
-        rates[dtype] = 2 * size**3 / _seconds(lambda a=a: a @ a, cuda) / LARGE_PRODUCT
+        rates[dtype] = 2 * size**3 / _seconds(functools.partial(torch.matmul, a, a), cuda)
     block = torch.empty(2**28 if cuda else 2**24, dtype=torch.uint8, device=where)
-    copy = 2 * block.numel() / _seconds(block.clone, cuda) / EFFICIENCY["memory"]
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
-    blocks = 16  # far too small for anything but the launches to take time
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=16, num_hidden_layers=blocks)).to(where)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=where)
-    with torch.no_grad():
-        launch = _seconds(lambda: model(ids, use_cache=False), cuda) / (blocks * KERNELS_PER_BLOCK)
-    return Device(name, memory, copy, rates, launch)
+    return Device(name, memory, 2 * block.numel() / _seconds(block.clone, cuda), rates)
 
 
-def _seconds(work, cuda: bool, times: int = 5) -> float:
+def _seconds(work: Callable[[], Any], cuda: bool, times: int = 5) -> float:
     work()
     if cuda:
         torch.cuda.synchronize()
@@ -89,7 +81,7 @@ def _seconds(work, cuda: bool, times: int = 5) -> float:
 class Shape:
     """Sizes of target and drafter, from models that exist without memory (on torch's meta device)."""
 
-    def __init__(self, target_config, drafter_config: PPOWConfig):
+    def __init__(self, target_config: PreTrainedConfig, drafter_config: PPOWConfig):
         config = target_config.get_text_config(decoder=True)
         with torch.device("meta"):
             target, drafter = AutoModelForCausalLM.from_config(target_config), PPOWDrafter(drafter_config)
@@ -117,21 +109,26 @@ class Shape:
         self.trained = self.drafter_parameters - (embedding.weight.numel() if frozen else 0)
 
 
-def show(config: SupervisedConfig | ReinforceConfig, target_config, drafter_config: PPOWConfig) -> dict:
+def show(
+    config: SupervisedConfig | ReinforceConfig, target_config: PreTrainedConfig, drafter_config: PPOWConfig
+) -> dict[str, Any]:
     """Print the plan of a stage for ``config.plan``: a device of ``DEVICES``, or this one."""
     device = this_device() if config.plan == "here" else DEVICES[config.plan]
     found = plan(config, target_config, drafter_config, device)
     memory, seconds = dict(found["memory_gib"]), found["seconds"]
     total, available = memory.pop("total"), memory.pop("available")
-    print(f"One optimizer step of `ppow {config.command()}` on {device.name}, per process, at most:")
+    print(f"One optimizer step of `ppow {config.command()}` on {device.name}, per process. Memory, at most:")
     for name, value in memory.items():
         print(f"  {value:9.2f} GiB  {name}")
     print(f"  {total:9.2f} GiB  together, of {available:.0f} GiB")
     for name, value in found["operations"].items():
         print(f"  {value / 1e12:9.2f} TFLOP  {name}")
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items() if name != "total")
-    minutes = config.steps * seconds["total"] / 60
-    print(f"  {seconds['total']:9.3g} s or so ({parts}); {config.steps} steps: {minutes:.0f} min")
+    least = max(seconds.values())
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
+    print(f"  {least:9.3g} s at least at the device's rates ({parts})")
+    low, high = (f"{config.steps * least * factor / 60:.3g}" for factor in MEASURED)
+    times = f"{MEASURED[0]} to {MEASURED[1]} times"
+    print(f"{config.steps} steps: {low} to {high} min, {times} that, as was measured with an 8B target.")
     if total > available:
         print(
             "This does not fit. Lower batch_size (raise accumulation instead), max_length or max_forest_nodes, use "
@@ -140,7 +137,12 @@ def show(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     return found
 
 
-def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_config: PPOWConfig, device: Device) -> dict:
+def plan(
+    config: SupervisedConfig | ReinforceConfig,
+    target_config: PreTrainedConfig,
+    drafter_config: PPOWConfig,
+    device: Device,
+) -> dict[str, Any]:
     """Memory and time of one optimizer step of one process.
 
     Args:
@@ -150,7 +152,7 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
 
     Returns:
         memory_gib: parts by name, with ``total`` (the peak) and ``available``; operations: of matrix products, by part;
-        seconds: matmul, memory, launch, and ``total``.
+        seconds: that the products take at least (``products``), and the bytes (``memory``).
 
     Rollouts with a proximity bonus continue the target's argmax behind windows whose first draft was rejected, one
     token a forward, where the text is not that continuation: counted in time, as if every step had such a window, but
@@ -162,17 +164,15 @@ def plan(config: SupervisedConfig | ReinforceConfig, target_config, drafter_conf
     check_rope(target_config, start=0, prompt=1, end=config.max_length)
     step = _Step(config, Shape(target_config, drafter_config))
     standing, passing = step.standing(), step.passing()
-    phase = max(passing, key=passing.get)
+    phase = max(passing, key=lambda name: passing[name])
     memory = {**standing, f"the step's largest phase ({phase})": passing[phase]}
     memory = {name: value / GIB for name, value in memory.items()}
     memory |= {"total": sum(memory.values()), "available": device.memory / GIB}
     operations = {name: value * config.accumulation for name, value in step.operations().items()}
     seconds = {
-        "matmul": sum(operations.values()) / device.rate[config.dtype] / EFFICIENCY["matmul"],
-        "memory": step.moved() * config.accumulation / device.bandwidth / EFFICIENCY["memory"],
-        "launch": step.kernels() * config.accumulation * device.launch,
+        "products": sum(operations.values()) / device.rate[config.dtype],
+        "memory": step.moved() * config.accumulation / device.bandwidth,
     }
-    seconds["total"] = max(seconds["matmul"] + seconds["memory"], seconds["launch"])
     return {"device": device.name, "memory_gib": memory, "operations": operations, "seconds": seconds}
 
 
@@ -186,13 +186,11 @@ class _Step:
         self.batch, self.length, self.pairs = config.batch_size, config.max_length, config.max_length - 1
         self.reinforce = isinstance(config, ReinforceConfig)
         self.rolls = self.reinforce and objective_of(config).batch == "rollouts"
-        self.gto = self.reinforce and config.objective == "gto"
-        self.draws = 1 + self.gto  # its reference draws and is verified as well
         self.size = config.window_size if self.reinforce else config.ttt_steps
         if self.rolls:
             self.rows = config.windows_per_sequence * config.group_size
         else:
-            self.rows = self.pairs if not self.reinforce or config.all_windows else config.windows_per_sequence
+            self.rows = self.pairs
         self.nodes = self.rows * (self.size - 1)  # behind the first, of each text
         self.forest = 0  # of them, verified in one forward
         if self.rolls:
@@ -218,19 +216,16 @@ class _Step:
 
     def operations(self) -> dict[str, float]:
         head, states, taught = 2 * self.shape.head, self.states, self.taught
-        criticality = head * self.batch * self.pairs  # of the whole text
         found = {"target reads": self._read(self.length, self.length) * (2 if taught else 1)}
         if self.rolls:
             drawn = self._unroll(self.rows) + head * states
-            found["target verifies"] = self.draws * self._read(self.nodes, self.length + self.forest)
-            found["drafter draws"] = self.draws * drawn + criticality
+            found["target verifies"] = self._read(self.nodes, self.length + self.forest)
+            found["drafter draws"] = drawn + head * self.batch * self.pairs  # its criticality along the whole text
             found["drafter learns"] = 3 * drawn  # 1 forward, 2 backward
             found["drafter learns"] += 3 * (self._unroll(self.pairs) + head * taught) if taught else 0
             return found
         again = 4 if self.reinforce else 3  # stage 2 computes its logits a second time on the way back
         found["drafter learns"] = 3 * self._unroll(self.rows) + again * head * states
-        if self.reinforce and not self.config.all_windows:
-            found["drafter learns"] += criticality
         return found
 
     # -- bytes
@@ -244,13 +239,12 @@ class _Step:
     def standing(self) -> dict[str, float]:
         """Bytes that are there all the time."""
         shape, e = self.shape, self.bytes
-        reference = shape.drafter_parameters * 4 if self.gto else 0
         frozen = (shape.drafter_parameters - shape.trained) * 4
         mean = 4 * shape.trained if self.config.average_from < 1 else 0
         cached = self.batch * (self.length + self.forest) if self.rolls else 0
         return {
             "target": shape.target_parameters * e,
-            "drafter, gradient, optimizer": (16 + e * self.half) * shape.trained + frozen + reference + mean,
+            "drafter, gradient, optimizer": (16 + e * self.half) * shape.trained + frozen + mean,
             "target's word on the text": self._reading()
             + 2 * shape.layers * shape.kv_heads * shape.head_dim * cached * e,
         }
@@ -294,9 +288,4 @@ class _Step:
     def _forwards(self) -> int:
         """Of the target."""
         continued = self.size - 1 if self.rolls and self.config.proximity_bonus else 0
-        return 1 + self.rolls * self.draws + continued
-
-    def kernels(self) -> int:
-        """Kernels launched."""
-        drafter = self.size * (self.inside * 80 * 3 + 60 * (1 + self.rolls))
-        return self.shape.layers * KERNELS_PER_BLOCK * self._forwards() + drafter + 300
+        return 1 + self.rolls + continued

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from .chats import Chat
 from .rows import CHATS, normal, options_of
-from .sources import ENDINGS, KINDS, BadRow, load_hub_dataset, local_files, read_files
+from .sources import ENDINGS, KINDS, BadRow, local_files, read_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Prompt:
 
 
 class Benchmark(NamedTuple):
+    """Where the prompts of a benchmark lie on the Hub, and how a row is read."""
+
     repository: str
     config: str | None
     split: str
@@ -112,12 +116,12 @@ def load_prompts(name_or_path: str, prompts_dir: str | None = None, limit: int |
     return prompts[:limit]
 
 
-def first_turn(tokenizer, prompt: Prompt) -> list[int]:
+def first_turn(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt's first turn: in the chat template, or as it stands when it is a raw completion."""
     return turn_ids(tokenizer, prompt, [])
 
 
-def turn_ids(tokenizer, prompt: Prompt, answers: list[str]) -> list[int]:
+def turn_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answers: list[str]) -> list[int]:
     """Token ids of the turn that follows ``answers`` to the turns before it."""
     if prompt.raw_completion:
         return tokenizer(prompt.turns[0])["input_ids"]
@@ -139,8 +143,10 @@ def sampling_options(temperature: float) -> dict:
 
 def from_hub(benchmark: Benchmark) -> list[Prompt]:
     """All prompts of a benchmark through ``datasets``. Raises OSError when its repository cannot be read."""
+    import datasets
+
     try:
-        rows = load_hub_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
+        rows = datasets.load_dataset(benchmark.repository, benchmark.config, split=benchmark.split)
     except OSError as error:
         raise OSError(
             f"Cannot load {benchmark.repository} from the Hub ({error}). Offline, name a folder that holds the "

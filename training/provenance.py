@@ -12,7 +12,9 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+from .arguments import Config
 from .files import write_json
 from .fingerprints import fingerprint
 
@@ -23,7 +25,7 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _LOCAL_PATH = re.compile(r"(?:~|[A-Za-z]:[\\/]|/|\.\.?/)[^,=]*")
 
 
-def write(folder: str | Path, command: str, config) -> Path:
+def write(folder: str | Path, config: Config) -> Path:
     """Write ``folder/provenance.json``; the records of earlier (resumed) runs stay in it under ``earlier``.
 
     Fingerprints of the target and of the drafter that it starts from say which weights those were. A run that starts
@@ -32,14 +34,13 @@ def write(folder: str | Path, command: str, config) -> Path:
 
     Args:
         folder: the run's output folder; made when missing.
-        command: name of the command, e.g. ``supervised``.
-        config: its configuration (has ``to_dict``).
+        config: its configuration.
 
     Returns:
         The file written.
     """
     path = Path(folder) / FILE
-    content = record(command, config)
+    content = record(config)
     target, drafter = getattr(config, "target", None), getattr(config, "drafter", None)
     if target:  # which figures may stand beside what this run makes
         content["weights"] = {"target": fingerprint(target)} | (
@@ -67,12 +68,17 @@ def read(path: Path) -> dict:
     return content
 
 
-def record(command: str, config) -> dict:
+def record(config: Config) -> dict:
     """The facts of this process as a JSON-ready dict."""
-    options = config.to_dict()
+    options, words = config.to_dict(), config.program().split()
+    given = list(sys.argv)
+    if given[1:2] == words[1:]:  # ppow COMMAND
+        given = [*words, *given[2:]]
+    elif Path(given[0]).stem == words[-1].rpartition(".")[2]:  # python -m ...COMMAND
+        given = [*words, *given[1:]]
     return {
-        "command": command,
-        "argv": ["ppow", *(scrub(argument) for argument in sys.argv[1:])],
+        "command": config.command(),
+        "argv": [scrub(argument) for argument in given],
         "config": scrub(options),
         "seed": options.get("seed"),
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -82,7 +88,7 @@ def record(command: str, config) -> dict:
     }
 
 
-def scrub(value):
+def scrub(value: Any) -> Any:
     """Mask access tokens and shorten local paths, in a text or in every text of a list or dict."""
     if isinstance(value, dict):
         return {key: scrub(item) for key, item in value.items()}

@@ -43,10 +43,18 @@ class Written(NamedTuple):
     error: str | None = None
 
     def answered(self) -> bool:
+        """Whether any answer was written."""
         return any(_is_written(message) for message in self.messages)
 
 
 def main(config: RegenerateConfig) -> None:
+    """Write the answers to ``config.output``, which is this run's alone meanwhile.
+
+    Raises:
+        ValueError: no chats, a bad row that is not skipped, a prompt or an option that the target or server refuses,
+            an output that another run writes to or that cannot be continued.
+        OSError: what cannot be read or written.
+    """
     with claim_file(config.output):
         write(config)
 
@@ -73,7 +81,8 @@ def write(config: RegenerateConfig) -> None:
     _append(output, none, by)
     todo = [index for index in todo if index not in unfit]
     todo.sort(key=lambda index: len(str(turns(chats[index]["messages"])[0])))  # alike lengths waste little padding
-    known_good, finishes = bool(done), collections.Counter()
+    known_good = bool(done)
+    finishes: collections.Counter[str] = collections.Counter()
     with tqdm(total=len(chats), initial=len(chats) - len(todo), desc="regenerate") as bar:
         for first in range(0, len(todo), writer.size):
             part = [chats[index] for index in todo[first : first + writer.size]]
@@ -86,7 +95,9 @@ def write(config: RegenerateConfig) -> None:
                 raise ValueError(f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows.")
             _append(output, made, by)  # after the answers: a run without any leaves no file
             finishes.update(written.finish for _, written in made)
-            _name_errors(made)
+            for row, written in made:
+                if written.error is not None:
+                    tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
             bar.update(len(part))
     in_row_order(output)
     if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
@@ -95,11 +106,12 @@ def write(config: RegenerateConfig) -> None:
 
 def _writer_of(config: RegenerateConfig) -> dict:
     model = config.model if config.endpoint else config.target
+    assert model is not None
     name = Path(model).resolve().name if Path(model).is_dir() else model  # no paths of this machine
     return {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
 
 
-def unanswerable(writer, rows: list[Row], bad: BadRows) -> dict[int, str]:
+def unanswerable(writer: LocalWriter | EndpointWriter, rows: list[Row], bad: BadRows) -> dict[int, str]:
     """Rows whose first prompt the target cannot take, and why; ``bad`` takes them."""
     found = {}
     for row in rows:
@@ -126,12 +138,6 @@ def _append(output: Path, made: list[tuple[Row, Written]], by: dict) -> None:
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     with open(output, "ab", buffering=0) as out:
         append(out, "".join(lines).encode("utf-8"))
-
-
-def _name_errors(made: list[tuple[Row, Written]]) -> None:
-    for row, written in made:
-        if written.error is not None:
-            tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
 
 
 # -- turns -------------------------------------------------------------------------------------------------------------
@@ -203,7 +209,8 @@ def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -
         try:
             row = json.loads(line)
             index, ours, complete = row["row"], _asked(row["messages"]), row["complete"]
-            chat, writer = chats.get(index, {}), row["by"]
+            chat: dict = chats.get(index, {})
+            writer = row["by"]
             theirs = _asked(list(itertools.chain(*turns(chat.get("messages", [])))))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _not_ours(output, number) from None

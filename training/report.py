@@ -1,8 +1,14 @@
 """What a training run tells about itself: at its start where and on what it trains, at its end what came out of it."""
 
 import shlex
+from collections.abc import Sized
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from .config import ReinforceConfig, SupervisedConfig
 from .files import whole
 from .metrics import read_metrics
 
@@ -16,8 +22,8 @@ _SHOWN = {  # panel of the curve -> keys of the metrics, in training and held ou
 _CARRIED = ("split", "limit", "max_length", "drop_long", "skip_bad_rows", "eval_data", "dtype")
 
 
-def begun(trainer, target, held_out: list) -> str:
-    """The first lines of a run of either stage."""
+def begun(trainer: Any, target: nn.Module, held_out: Sized) -> str:
+    """The first lines of a run of either stage, which a :class:`ppow.training.loop.Trainer` is about to begin."""
     ours, config = trainer.accelerator, trainer.config
     whole, learned = (sum(p.numel() for p in part) for part in (trainer.drafter.parameters(), trainer.parameters))
     lines = [
@@ -33,27 +39,26 @@ def begun(trainer, target, held_out: list) -> str:
     return "\n".join(lines)
 
 
-def device(found) -> str:
+def device(found: torch.device) -> str:
     """A torch device, in words."""
-    import torch
-
     if found.type != "cuda":
         return f"{found.type}, {torch.get_num_threads()} threads"
     return f"{found} ({torch.cuda.get_device_name(found)})"
 
 
 def millions(count: int) -> str:
+    """A number of parameters, to three digits: ``1.24M``."""
     return f"{count / 1e6:.3g}M"
 
 
-def rows(source: str, examples, title: str = "data") -> str:
+def rows(source: str, examples: Sized, title: str = "data") -> str:
     """``data chats.jsonl: 90 texts kept, 10 dropped (7: fewer than 9 tokens; 3: ...)``; a row gives one or several."""
     dropped = getattr(examples, "dropped", {})
     why = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
     return f"{title} {source}: {len(examples)} texts kept, {sum(dropped.values())} dropped{f' ({why})' if why else ''}"
 
 
-def ended(config, folder: Path) -> str:
+def ended(config: SupervisedConfig | ReinforceConfig, folder: Path) -> str:
     """The last lines of a run of either stage; draws its curve, too."""
     log = folder / "metrics.jsonl"
     lines = read_metrics(log)
@@ -78,13 +83,14 @@ def figures(lines: list[dict]) -> str:
     return f"steps {lines[0]['step']} to {lines[-1]['step']}: {', '.join(found)}"
 
 
-def next_command(config) -> str:
+def next_command(config: SupervisedConfig | ReinforceConfig) -> str:
     """What follows a stage: stage 2, or measuring."""
-    after = type(config).command() == "supervised"
     place = config.output_dir.rstrip("/")
-    command = ["ppow", "reinforce" if after else "evaluate", "--target", config.target, "--drafter", place]
-    if not after:
-        return shlex.join([*command, "--baseline", config.drafter, "--output-dir", f"{place}-figures"])
+    pair = ["--target", config.target, "--drafter", place]
+    if isinstance(config, ReinforceConfig):
+        command = ["ppow", "evaluate", *pair, "--baseline", config.drafter, "--output-dir", f"{place}-figures"]
+        return shlex.join(command)
+    command = ["ppow", "reinforce", *pair]
     defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
     for name in ("data", *_CARRIED):
         value = getattr(config, name, None)

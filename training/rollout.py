@@ -6,33 +6,67 @@ drafted window attends to its own prefix and itself.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ppow import PPOWDrafter
+from ppow.acceptance_ppow import accepted_greedy, accepted_sampling
 
 from . import rewards
 from .config import ReinforceConfig
-from .loop import Batch
-from .objectives import gto_reward
+from .data import Batch
 from .target import FrozenTarget, Reading, log_norm
 from .unrolled import Unrolled
-from .windows import adaptive_on, criticality, sample_windows, window_priority
+from .window_choice import choose_windows, text_criticality
+from .windows import masked_mean
 
-CRITICALITY_LOGITS = 1 << 26  # looked at together; a float32 tensor of them takes 256 MiB
+
+class TargetWord(NamedTuple):
+    """The target's word where each token was drafted, after its own prefix.
+
+    Attributes:
+        argmax: (..) what the target would have chosen.
+        logprobs: (..) float32 log-probability of the drafted token.
+        logits: (.., D) over the draft vocabulary, in the target's dtype.
+    """
+
+    argmax: torch.Tensor
+    logprobs: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass
+class Drawn:
+    """G continuations of each of W windows of B texts, as the drafter drew them and the target verified them.
+
+    Attributes:
+        reading: what the target said of the texts.
+        starts: (B, W) window starts s; window_mask: (B, W) False where a text had fewer windows.
+        draft_ids: (B, W, G, K) drafted tokens in the draft vocabulary.
+        old_logprobs: (B, W, G, K) their log-probabilities under the drafter that drew them.
+        word: of the target on each of them, (B, W, G, K) and more.
+        accepted: (B, W, G) k.
+    """
+
+    reading: Reading
+    starts: torch.Tensor
+    window_mask: torch.Tensor
+    draft_ids: torch.Tensor
+    old_logprobs: torch.Tensor
+    word: TargetWord
+    accepted: torch.Tensor
 
 
 @dataclass
 class Rollout:
-    """G drafted continuations of each of W windows of B texts, verified and rewarded.
+    """What stage 2 learns from: drafted windows with their rewards.
 
     Attributes:
         input_ids: (B, T), taps: (B, T, n_taps * Ht): what the drafter reads again to recompute its policy.
-        starts: (B, W) window starts s; window_mask: (B, W) False where a text had fewer windows.
-        draft_ids: (B, W, G, K) drafted tokens in the draft vocabulary.
-        old_logprobs: (B, W, G, K) their log-probabilities under the drafter that drew them.
+        starts, window_mask, draft_ids, old_logprobs, accepted: see :class:`Drawn`.
         target_logits: (B, W, G, K, D) the target's logits over the draft vocabulary where each token was drafted.
-        accepted: (B, W, G); advantages: (B, W, G, K) of every token.
+        reward, advantages: (B, W, G).
     """
 
     input_ids: torch.Tensor
@@ -43,155 +77,108 @@ class Rollout:
     old_logprobs: torch.Tensor
     target_logits: torch.Tensor
     accepted: torch.Tensor
+    reward: torch.Tensor
     advantages: torch.Tensor
 
 
 @torch.no_grad()
 def roll_out(
-    config: ReinforceConfig,
-    target: FrozenTarget,
-    drafter: PPOWDrafter,
-    batch: Batch,
-    step: int,
-    reference: PPOWDrafter | None = None,
+    config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, step: int
 ) -> tuple[Rollout, dict]:
-    """Draw, draft, verify and reward the windows of one batch: -> the rollout and its metrics.
+    """Draw, draft, verify and reward the windows of one batch: -> the rollout and its metrics."""
+    drawn, metrics = draw(config, target, drafter, batch, step)
+    rollout, found = rewarded(config, target, batch, drawn)
+    return rollout, metrics | found
 
-    With a ``reference`` drafter, each window's group is rewarded as one tree against the reference's own (GTO).
-    """
+
+def draw(
+    config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, step: int
+) -> tuple[Drawn, dict]:
+    """Choose this step's windows, draft a group of continuations from each, and let the target verify them."""
+    if config.verification == "text":
+        raise ValueError("Rollouts are verified by greedy or sampling, got verification='text'.")
     generator, device = batch.generator(), batch.input_ids.device
     reading = target.read(batch.input_ids, room=forest_rows(config, len(batch.lengths)) * config.window_size)
-    embed = drafter.embedding_for(target.model)
-    unrolled = Unrolled(drafter, embed, batch.input_ids, reading.taps)
+    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch.input_ids, reading.taps)
     columns = drafter.draft_columns()
 
     critical, valid = text_criticality(drafter, unrolled, reading, batch, columns)
-    starts, mask, metrics = draw_windows(config, step, critical, valid, generator)
+    starts, mask, metrics = choose_windows(config, step, critical, valid, generator)
     rows = starts.repeat_interleave(config.group_size, dim=1)  # (B, R): the G rollouts of a window side by side
     uniforms = torch.rand(*rows.shape, 2 * config.window_size, generator=generator).to(device)
     draft_uniforms, coins = uniforms.chunk(2, dim=-1)
     draft_ids, old_logprobs = draft(config, drafter, unrolled, rows, draft_uniforms)
     tokens = drafter.to_target_ids(draft_ids)
-    target_argmax, target_logprobs, target_logits = verify(config, target, reading, starts, tokens, columns)
+    word = target_words(config, target, reading, starts, tokens, columns)
 
     if config.verification == "greedy":
-        accepted = rewards.accepted_greedy(tokens, target_argmax)
+        accepted = accepted_greedy(tokens, word.argmax)
     else:
-        accepted = rewards.accepted_sampling(old_logprobs, target_logprobs, coins)
+        accepted = accepted_sampling(old_logprobs, word.logprobs, coins)
     grouped = (config.windows_per_sequence, config.group_size)
-    accepted = accepted.unflatten(1, grouped)  # (B, W, G)
-    target_logprobs = target_logprobs.unflatten(1, grouped)  # (B, W, G, K)
-    nearness, margin = proximity(config, target, reading, batch, starts, mask, accepted, target_logprobs)
-    reward = window_reward(config, accepted) + nearness
-    if reference is not None:  # GTO: one advantage per tree
-        other = reference_reward(config, target, reference, batch, reading, starts, rows, generator)
-        trees = gto_reward(target_logprobs) - other
-        trees = rewards.group_advantages(trees, normalize=config.normalize_advantages)  # (B, W)
-        advantages = trees[:, :, None, None].expand_as(target_logprobs)
-    elif config.credit == "token":
-        stopping = window_reward(config, torch.arange(config.window_size + 1, device=device))
-        advantages = rewards.token_advantages(reward, accepted, stopping, config.normalize_advantages)
-    else:
-        advantages = rewards.group_advantages(reward, config.normalize_advantages)[..., None].expand_as(target_logprobs)
-    rollout = Rollout(
-        batch.input_ids,
-        reading.taps,
+    return Drawn(
+        reading,
         starts,
         mask,
         draft_ids.unflatten(1, grouped),
         old_logprobs.unflatten(1, grouped),
-        target_logits.unflatten(1, grouped),
+        TargetWord(*(value.unflatten(1, grouped) for value in word)),
+        accepted.unflatten(1, grouped),
+    ), metrics
+
+
+def rewarded(config: ReinforceConfig, target: FrozenTarget, batch: Batch, drawn: Drawn) -> tuple[Rollout, dict]:
+    """Both rewards and the advantages of what was drawn."""
+    accepted, mask = drawn.accepted, drawn.window_mask
+    nearness = proximity(config, target, batch, drawn)
+    reward = rewards.speedup_reward(accepted, config.cost_ratio) + nearness
+    rollout = Rollout(
+        batch.input_ids,
+        drawn.reading.taps,
+        drawn.starts,
+        mask,
+        drawn.draft_ids,
+        drawn.old_logprobs,
+        drawn.word.logits,
         accepted,
-        advantages,
+        reward,
+        rewards.group_advantages(reward),
     )
-    metrics |= {
-        "reward": _mean(reward, mask),
-        "proximity_reward": _mean(nearness, mask),
-        "acceptance_length": 1 + _mean(accepted.float(), mask),
-        "rejected_at_once": _mean((accepted == 0).float(), mask),
-        "flat_groups": _mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
+    return rollout, {
+        "reward": masked_mean(reward, mask),
+        "proximity_reward": masked_mean(nearness, mask),
+        "acceptance_length": 1 + masked_mean(accepted.float(), mask),
+        "rejected_at_once": masked_mean((accepted == 0).float(), mask),
+        "flat_groups": masked_mean((reward.amax(-1) == reward.amin(-1)).float(), mask),
         "windows": mask.sum().float(),
     }
-    if config.proximity_share is not None:
-        metrics["proximity_margin"] = torch.as_tensor(margin, device=device)
-    return rollout, metrics
 
 
-def reference_reward(config, target: FrozenTarget, reference, batch: Batch, reading: Reading, starts, rows, generator):
-    """GTO's reward (B, W) of the trees that the ``reference`` drafter draws from the same windows.
-
-    It has chances of its own: with the drafter's it would draw the drafter's own trees at the start, every advantage
-    would be zero, and training would never leave that point.
-    """
-    uniforms = torch.rand(*rows.shape, config.window_size, generator=generator).to(rows.device)
-    unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, reading.taps)
-    draft_ids, _ = draft(config, reference, unrolled, rows, uniforms)
-    tokens = reference.to_target_ids(draft_ids)
-    _, logprobs, _ = verify(config, target, reading, starts, tokens, reference.draft_columns())
-    return gto_reward(logprobs.unflatten(1, (-1, config.group_size)))
+def proximity(config: ReinforceConfig, target: FrozenTarget, batch: Batch, drawn: Drawn) -> torch.Tensor:
+    """Proximity reward (B, W, G) of windows whose first draft was rejected."""
+    needed = (drawn.window_mask[..., None] & (drawn.accepted == 0)).any(-1)
+    if config.proximity_bonus == 0 or not target.agree(int(needed.any())):
+        return torch.zeros(drawn.accepted.shape, device=drawn.accepted.device)
+    best = argmax_window_logprobs(target, drawn.reading, batch, drawn.starts, needed, config.window_size)  # (B, W, K)
+    logprobs = drawn.word.logprobs
+    gap = rewards.proximity_gap(best[:, :, None].expand_as(logprobs), logprobs)
+    return rewards.proximity_reward(drawn.accepted, gap, config.proximity_bonus, config.proximity_margin)
 
 
-def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of (B, W, ..) over the windows that exist."""
-    return values[mask].mean() if mask.any() else values.new_zeros(())
-
-
-def proximity(config, target: FrozenTarget, reading: Reading, batch: Batch, starts, mask, accepted, target_logprobs):
-    """Proximity reward (B, W, G) of windows whose first draft was rejected, and the margin below which it was paid.
+def draft(
+    config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw K tokens per row from the drafter at the rollout temperature, by inverting its distribution.
 
     Args:
-        starts, mask: (B, W); accepted: (B, W, G); target_logprobs: (B, W, G, K) of the drafted tokens.
-    """
-    margin = config.proximity_margin
-    rejected = mask[..., None] & (accepted == 0)  # (B, W, G)
-    needed = rejected.any(-1)
-    if config.proximity_bonus == 0 or not target.agree(int(needed.any())):
-        return torch.zeros(accepted.shape, device=accepted.device), margin
-    best = argmax_window_logprobs(target, reading, batch, starts, needed, config.window_size)  # (B, W, K)
-    gap = rewards.proximity_gap(best[:, :, None].expand_as(target_logprobs), target_logprobs)
-    if config.proximity_share is not None and rejected.any():  # without any, no margin matters
-        margin = gap[rejected].quantile(config.proximity_share)
-    return rewards.proximity_reward(accepted, gap, config.proximity_bonus, margin), margin
-
-
-def text_criticality(drafter, unrolled: Unrolled, reading: Reading, batch: Batch, columns):
-    """Criticality (B, T - 1) of each pair's prediction, and which pairs predict a token of the answers."""
-    critical = []
-    # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1; a few texts at a time, since
-    # this takes several float32 tensors of their size times the draft vocabulary
-    texts = max(1, CRITICALITY_LOGITS // (unrolled.features.shape[1] * len(columns)))
-    for features, logits in zip(unrolled.features.split(texts), reading.logits[:, 1:].split(texts)):
-        draft_logprobs = drafter.logits(features).float().log_softmax(-1)  # (texts, T - 1, D)
-        critical.append(criticality(logits.index_select(-1, columns).float().log_softmax(-1), draft_logprobs))
-    valid = torch.zeros(unrolled.features.shape[:2], dtype=torch.bool, device=columns.device)
-    valid[:, :-1] = batch.loss_mask[:, 2:]
-    return torch.cat(critical), valid
-
-
-def draw_windows(config: ReinforceConfig, step: int, critical, valid, generator: torch.Generator):
-    """Draw this step's windows of texts with criticality (B, T - 1), by it once ADAW is on.
-
-    Returns:
-        window starts (B, W), which of them exist (B, W), and the metrics that tell how they were drawn.
-    """
-    priority, starts_exist = window_priority(critical, valid, config.window_size)
-    adaptive = adaptive_on(step, config.steps, config.adaptive_switch)
-    starts, mask = sample_windows(priority, starts_exist, config.windows_per_sequence, generator, adaptive)
-    metrics = {
-        "window_criticality": _mean(critical.gather(1, starts), mask),
-        "text_criticality": critical[valid].mean(),
-        "adaptive": torch.tensor(float(adaptive), device=critical.device),
-    }
-    return starts, mask, metrics
-
-
-def draft(config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms):
-    """Draw K tokens per row (B, R) from the drafter at the rollout temperature, by inverting its distribution.
+        rows: (B, R) window starts.
+        uniforms: (B, R, K) chances on [0, 1).
 
     Returns:
         draft ids (B, R, K) and their log-probabilities at the rollout temperature.
     """
-    ids, logprobs = [], []
+    ids: list[torch.Tensor] = []
+    logprobs: list[torch.Tensor] = []
     hidden = unrolled.begin(rows)
     for i in range(config.window_size):
         if i:
@@ -211,15 +198,19 @@ def forest_rows(config: ReinforceConfig, texts: int) -> int:
     return min(rows, max(1, config.max_forest_nodes // (config.window_size * texts)))
 
 
-def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, starts, tokens, columns):
-    """The target's word on every drafted token, each after its own prefix.
+def target_words(
+    config: ReinforceConfig,
+    target: FrozenTarget,
+    reading: Reading,
+    starts: torch.Tensor,
+    tokens: torch.Tensor,
+    columns: torch.Tensor,
+) -> TargetWord:
+    """The target's word on every drafted token, (B, W * G, K).
 
     Args:
         starts: (B, W) window starts; tokens: (B, W * G, K) drafted target ids, the G rollouts of a window side by side.
-
-    Returns:
-        argmax (B, W * G, K), log-probability of the drafted token (B, W * G, K) in float32, logits over the draft
-        vocabulary (B, W * G, K, D) in the target's dtype.
+        columns: (D,) the draft vocabulary, as target ids.
     """
     size, group = config.window_size, config.group_size
     # the first token is judged by the text's own logits at s + 1, the same for all rollouts of a window
@@ -229,7 +220,7 @@ def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, star
     chosen = (first.gather(-1, grouped).float() - log_norm(first)[..., None]).flatten(1)
     best, drafted_logits = first.argmax(-1), first.index_select(-1, columns)
     best, drafted_logits = (value.repeat_interleave(group, dim=1) for value in (best, drafted_logits))
-    found = [(best[..., None], chosen[..., None], drafted_logits[:, :, None])]
+    found: list[tuple[torch.Tensor, ...]] = [(best[..., None], chosen[..., None], drafted_logits[:, :, None])]
     if size > 1:  # the others by those after their predecessor
         prefix, parts = starts.repeat_interleave(group, dim=1) + 2, []
         for part in torch.arange(tokens.shape[1], device=tokens.device).split(forest_rows(config, len(tokens))):
@@ -237,25 +228,20 @@ def verify(config: ReinforceConfig, target: FrozenTarget, reading: Reading, star
             chosen = logits.gather(-1, tokens[:, part, 1:, None])[..., 0].float() - log_norm(logits)
             parts.append((logits.argmax(-1), chosen, logits.index_select(-1, columns)))
         found.append(tuple(torch.cat(part, 1) for part in zip(*parts)))
-    return tuple(torch.cat(part, 2) for part in zip(*found))
-
-
-def window_reward(config: ReinforceConfig, accepted: torch.Tensor) -> torch.Tensor:
-    """The paper's Cost-Aware Speedup Reward, or the one that charges every draft and counts the bonus."""
-    if config.reward == "paper":
-        return rewards.speedup_reward(accepted, config.cost_ratio)
-    return rewards.throughput_reward(accepted, config.window_size, config.cost_ratio, config.verify_cost)
+    return TargetWord(*(torch.cat(part, 2) for part in zip(*found)))
 
 
 def argmax_window_logprobs(
-    target: FrozenTarget, reading: Reading, batch: Batch, starts, needed, size: int
+    target: FrozenTarget, reading: Reading, batch: Batch, starts: torch.Tensor, needed: torch.Tensor, size: int
 ) -> torch.Tensor:
     """Log-probabilities (B, W, K) of the target's own argmax continuation after each window's prefix x_0 .. x_{s+1}.
 
     Where the text is what the target writes greedily, the text is that continuation and nothing needs to be computed.
 
     Args:
+        starts: (B, W) window starts.
         needed: (B, W) bool, windows to answer for; the entries of the others mean nothing.
+        size: K.
     """
     offsets = torch.arange(size, device=starts.device)
     place = (starts[:, :, None] + 1 + offsets).clamp(max=reading.logits.shape[1] - 1)  # (B, W, K)
@@ -279,7 +265,9 @@ def argmax_window_logprobs(
     return torch.where(greedy[:, :, None], logprobs, continued)
 
 
-def policy_logits(config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, rollout: Rollout):
+def policy_logits(
+    config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, rollout: Rollout
+) -> torch.Tensor:
     """The drafter's present logits (B, W, G, K, D) along the drafted windows, with gradients."""
     unrolled = Unrolled(drafter, drafter.embedding_for(target.model), rollout.input_ids, rollout.taps)
     tokens = drafter.to_target_ids(rollout.draft_ids.flatten(1, 2))  # (B, R, K)

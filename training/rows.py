@@ -5,6 +5,7 @@ chat template takes them.
 """
 
 import json
+from typing import Any
 
 from .sources import BadRow, is_null, parse_cell
 
@@ -23,8 +24,8 @@ NOT_OF_TEMPLATES = {"conversation", "messages", "tokenize", "add_generation_prom
 NOT_OF_TEMPLATES |= {"chat_template", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
 NOT_OF_TEMPLATES |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens", "tools"}
 ROLES = {
-    **dict.fromkeys(("system",), "system"),
-    **dict.fromkeys(("developer",), "developer"),
+    "system": "system",
+    "developer": "developer",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "bard", "bing", "model"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
@@ -89,6 +90,7 @@ def _with_system(row: dict, messages: list[dict]) -> list[dict]:
 
 
 def _pair_of(row: dict) -> tuple[set[str], list[dict]] | None:
+    """As :func:`_chat_of`, of a row with columns of a prompt and an answer."""
     for asked, answered in PAIRS:
         answer = next((key for key in answered if key in row), None)
         if asked not in row or (answer is None and row.get("text")):
@@ -102,12 +104,12 @@ def _pair_of(row: dict) -> tuple[set[str], list[dict]] | None:
             for role, text in zip(("user", "assistant"), turn)
         ]
         messages = [*earlier, *prompt, *(_side(row[answer], "assistant", answer) if answer else [])]
-        used = {asked, answer, "history", *SYSTEM, *(("input",) if asked == "instruction" else ())}
+        used = {asked, answer or asked, "history", *SYSTEM, *(["input"] if asked == "instruction" else [])}
         return used, _with_system(row, normal_messages(messages))
     return None
 
 
-def _side(value, role: str, column: str) -> list[dict]:
+def _side(value: object, role: str, column: str) -> list[dict]:
     """A prompt or an answer: a text, or messages."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -123,7 +125,7 @@ def normal_messages(chat: list) -> list[dict]:
     return [normal_message(given) for given in chat]
 
 
-def normal_message(given) -> dict:
+def normal_message(given: Any) -> dict:
     """One message: roles of every dialect, parts joined, calls of tools with parsed arguments. Raises BadRow."""
     if not isinstance(given, dict):
         raise BadRow(f"a message is {{'role': text, 'content': text}}, got {given!r:.200}.")
@@ -178,7 +180,7 @@ def _join(parts: list) -> tuple[str, str]:
     return "".join(texts), "".join(thoughts)
 
 
-def _calls(given) -> list[dict]:
+def _calls(given: Any) -> list[dict]:
     """Calls of tools in OpenAI's form, with their arguments parsed, as chat templates take them. Raises BadRow."""
     if isinstance(given, str):
         try:
@@ -197,7 +199,7 @@ def _calls(given) -> list[dict]:
             except ValueError:
                 parsed = None
             arguments = parsed if isinstance(parsed, dict) else arguments
-        named = {key: call[key] for key in ("id",) if isinstance(call.get(key), str)}
+        named = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
 
@@ -205,11 +207,11 @@ def _calls(given) -> list[dict]:
 # -- options of the template -------------------------------------------------------------------------------------------
 
 
-def _looks_nested(value) -> bool:
+def _looks_nested(value: object) -> bool:
     return isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
 
 
-def _parsed(row: dict, key: str):
+def _parsed(row: dict, key: str) -> Any:
     """A column's list or object, which tables and mixed data sets hold as text. Raises BadRow."""
     value = row.get(key)
     if not isinstance(value, str):
@@ -223,7 +225,7 @@ def _parsed(row: dict, key: str):
 
 
 def _template_options(row: dict) -> dict:
-    options = {}
+    options: dict[str, Any] = {}
     tools = _parsed(row, "tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(f"'tools' must be a list of JSON objects, got {tools!r:.80}.")

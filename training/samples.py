@@ -91,6 +91,7 @@ class SampleLog:
         self._write({"set": title, "index": index, "samples": [dataclasses.asdict(sample) for sample in samples]})
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _read(self, made_with: dict) -> dict:

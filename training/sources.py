@@ -15,12 +15,16 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-COMPRESSIONS = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
+COMPRESSIONS: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-ENDINGS = (*(kind + packed for kind in TEXT_ENDINGS for packed in COMPRESSIONS), ".parquet")
+ENDINGS = {  # of the files that are read here -> kind, compression
+    **{kind + packed: (kind, packed) for kind in TEXT_ENDINGS for packed in (*COMPRESSIONS, ".zst")},
+    ".parquet": (".parquet", ""),
+}
 KINDS = ".jsonl, .json, .csv or .tsv (as they are, or .gz, .bz2, .xz, .zst) or .parquet"
 BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -31,7 +35,7 @@ class BadRow(ValueError):
     """Why a row cannot be used; whoever knows its place adds it."""
 
 
-Record = tuple[str, "dict | BadRow"]
+Record = tuple[str, dict | BadRow]
 
 
 def read_source(source: str, split: str) -> Iterator[Record]:
@@ -44,8 +48,8 @@ def read_source(source: str, split: str) -> Iterator[Record]:
         OSError: a source that does not exist or cannot be reached.
     """
     path = Path(source)
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        return _read_saved(source, split)
+    if _is_saved(path):
+        return _read_dataset(source, split)
     files = local_files(source)
     if path.is_dir():
         left = sorted(p.name for p in path.iterdir() if p not in files and not p.name.startswith("."))
@@ -53,7 +57,7 @@ def read_source(source: str, split: str) -> Iterator[Record]:
             say(f"{source}: not read, because only {KINDS} at the top of a folder are: {', '.join(left)}")
     # Parquet alone is how data sets of the Hub lie on a disk, with their splits in the names of the files.
     if all(file.name.endswith(".parquet") for file in files) and (path.is_dir() or not files):
-        return _read_dataset(source, load_hub_dataset(source, split=split), split)
+        return _read_dataset(source, split)
     return read_files(files)
 
 
@@ -67,8 +71,8 @@ def local_files(source: str) -> list[Path]:
     """The row files that ``source`` names: itself, or those at the top of the folder; empty for anything else."""
     path = Path(source)
     if path.is_dir():
-        return sorted(child for child in path.iterdir() if _kind(child) and child.is_file() and child.name[0] != ".")
-    if _kind(path):
+        return sorted(child for child in path.iterdir() if _kind(child)[0] and child.is_file() and child.name[0] != ".")
+    if _kind(path)[0]:
         if not path.exists():
             raise FileNotFoundError(f"{source} does not exist.")
         return [path]
@@ -103,10 +107,9 @@ def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is damaged or not what its name says ({error}).")
 
 
-def _kind(path: Path) -> tuple[str, str] | None:
-    """(ending, ending of the compression) of a file that is read here."""
-    ending = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
-    return ending and (f".{ending.split('.')[1]}", "".join(f".{part}" for part in ending.split(".")[2:]))
+def _kind(path: Path) -> tuple[str, str]:
+    """The kind of a file, as its ending, and the compression's; twice nothing for one that is not read here."""
+    return next((found for ending, found in ENDINGS.items() if path.name.endswith(ending)), ("", ""))
 
 
 def _open_text(path: Path, packed: str, newline: str | None) -> io.TextIOWrapper:
@@ -126,7 +129,7 @@ def _open_text(path: Path, packed: str, newline: str | None) -> io.TextIOWrapper
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
-def _read_json_lines(path: Path, lines: Iterator[str]) -> Iterator[Record]:
+def _read_json_lines(path: Path, lines: Iterable[str]) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
         line = line.strip("\ufeff \t\r\n")  # a mark also stands where files were joined
         if line:
@@ -140,11 +143,11 @@ def _parse_row(line: str) -> dict | BadRow:
         return BadRow(f"not valid JSON ({error}).")
 
 
-def _as_row(value) -> dict | BadRow:
+def _as_row(value: object) -> dict | BadRow:
     return value if isinstance(value, dict) else BadRow(f"expected a JSON object, got {type(value).__name__}.")
 
 
-def parse_json(text: str):
+def parse_json(text: str) -> Any:
     """Parse; half a surrogate pair, which no tokenizer takes, becomes U+FFFD. Raises ValueError for all that fails."""
     if SURROGATES.search(text):
         raise ValueError("it holds bytes that are not UTF-8")
@@ -155,7 +158,7 @@ def parse_json(text: str):
     return _whole_characters(value) if ESCAPED_SURROGATE.search(text) else value
 
 
-def _whole_characters(value):
+def _whole_characters(value: Any) -> Any:
     if isinstance(value, str):
         return SURROGATES.sub("\ufffd", value)
     if isinstance(value, dict):
@@ -163,7 +166,7 @@ def _whole_characters(value):
     return [_whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
-def _read_json(path: Path, file) -> Iterator[Record]:
+def _read_json(path: Path, file: io.TextIOWrapper) -> Iterator[Record]:
     """A .json file: a list of rows, an object of columns, an object that holds one list of rows, one row, or lines."""
     text = file.read().lstrip("\ufeff")
     if not text.strip():
@@ -180,7 +183,7 @@ def _read_json(path: Path, file) -> Iterator[Record]:
         yield f"{path}[{index}]", _as_row(row)
 
 
-def _rows_of(whole) -> list:
+def _rows_of(whole: Any) -> list:
     if isinstance(whole, list):
         return whole
     if not isinstance(whole, dict) or _is_row(whole):
@@ -208,7 +211,7 @@ def _is_row(value: dict) -> bool:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, lines) -> Iterator[Record]:
+def _read_table(path: Path, lines: Iterator[str]) -> Iterator[Record]:
     """A .csv or .tsv file with a header; an empty cell is a missing column."""
     csv.field_size_limit(2**31 - 1)  # whole chats stand in a cell
     header = next(lines, "").lstrip("\ufeff")
@@ -224,14 +227,14 @@ def _read_table(path: Path, lines) -> Iterator[Record]:
             yield place, BadRow(f"not valid CSV ({error}).")
             continue
         if None in row:
-            yield place, BadRow(f"has more cells than the header's {len(reader.fieldnames)}.")
+            yield place, BadRow(f"has more cells than the header's {len(reader.fieldnames or ())}.")
         elif any(SURROGATES.search(cell) for cell in row.values() if cell):
             yield place, BadRow("holds bytes that are not UTF-8.")
         else:
             yield place, {name.strip(): cell for name, cell in row.items() if cell}
 
 
-def parse_cell(text: str):
+def parse_cell(text: str) -> Any:
     """A list or an object that a table, or a column of texts, holds as text: JSON, or as Python prints it.
 
     Raises:
@@ -261,19 +264,19 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise _damaged(path, error) from None
 
 
-def without_nulls(value):
+def without_nulls(value: Any) -> Any:
     """Columns hold a null wherever another row has something: in a table, a null is a missing key."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if not is_null(item)}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def is_null(value) -> bool:
+def is_null(value: object) -> bool:
     """None, or the NaN that pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path, io.TextIOWrapper], Iterator[Record]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
@@ -285,30 +288,22 @@ _READERS = {
 # -- data sets ---------------------------------------------------------------------------------------------------------
 
 
-def _read_dataset(source: str, dataset, split: str) -> Iterator[Record]:
-    for index, row in enumerate(dataset):
-        yield f"{source}[{split}] row {index}", without_nulls(row)
+def _is_saved(path: Path) -> bool:
+    """Whether ``save_to_disk`` of datasets wrote this folder."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def _read_saved(source: str, split: str) -> Iterator[Record]:
-    """What ``save_to_disk`` of datasets wrote."""
+def _read_dataset(source: str, split: str) -> Iterator[Record]:
+    """A data set of the Hub, a folder of Parquet files as the Hub has them, or a saved data set."""
     import datasets
 
-    saved = datasets.load_from_disk(source)
-    if isinstance(saved, dict):
-        if split not in saved:
-            raise ValueError(f"{source} has the splits {', '.join(saved)}, not {split!r}; choose one with --split.")
-        saved = saved[split]
-    return _read_dataset(source, saved, split)
-
-
-def load_hub_dataset(source: str, *args, **kwargs):
-    """``datasets.load_dataset``, an optional need of those who read from the Hub."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"{source!r} is no local file or folder, and reading it from the Hub needs the package datasets: "
-            "pip install datasets, or name local .jsonl files."
-        ) from None
-    return datasets.load_dataset(source, *args, **kwargs)
+    if _is_saved(Path(source)):
+        rows = datasets.load_from_disk(source)
+        if isinstance(rows, dict):
+            if split not in rows:
+                raise ValueError(f"{source} has the splits {', '.join(rows)}, not {split!r}; choose one with --split.")
+            rows = rows[split]
+    else:
+        rows = datasets.load_dataset(source, split=split)
+    for index, row in enumerate(rows):
+        yield f"{source}[{split}] row {index}", without_nulls(row)

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-AGAIN = "regenerate, supervised, reinforce and evaluate go on with --resume, pretrain when it is called again"
+AGAIN = "regenerate, supervised, reinforce and evaluate go on with --resume"
 STATUS = 128 + signal.SIGTERM
 
 
@@ -25,30 +25,36 @@ class Stopped(SystemExit):
 class _Sigterm:
     """The handler. One that comes while another is answered changes nothing: launchers pass it on a second time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = self.deferred = False
+        self.again = AGAIN
 
-    def __call__(self, *_) -> None:
+    def __call__(self, *_: object) -> None:
         first, self.asked = not self.asked, True
         if first and not self.deferred:
-            raise Stopped(f"stopped by SIGTERM; {AGAIN}" if os.environ.get("RANK", "0") == "0" else "")
+            raise Stopped(f"stopped by SIGTERM; {self.again}" if os.environ.get("RANK", "0") == "0" else "")
 
 
 _sigterm = _Sigterm()
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises :class:`Stopped`, so that what is half done is cleaned up. For the main thread only."""
+def ended_by_sigterm(again: str = AGAIN) -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`Stopped`, so that what is half done is cleaned up. For the main thread only.
+
+    Args:
+        again: what tells the user how to go on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _sigterm.asked = _sigterm.deferred = False
+    _sigterm.again = again
     before = signal.signal(signal.SIGTERM, _sigterm)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        _sigterm.asked = _sigterm.deferred = False  # what this process does next was not asked to stop
 
 
 @contextlib.contextmanager

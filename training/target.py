@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME, SlotCache
@@ -36,13 +36,13 @@ class FrozenTarget:
         taps: hidden-state indices to read.
     """
 
-    def __init__(self, model, taps: list[int]):
+    def __init__(self, model: PreTrainedModel, taps: list[int]):
         self.model, self.taps = model.eval().requires_grad_(False), taps
         self.window_masks = WindowMasks(model)
         self.sharded = False
 
     @classmethod
-    def load(cls, name: str, dtype: str, device) -> "FrozenTarget":
+    def load(cls, name: str, dtype: str, device: torch.device | str) -> "FrozenTarget":
         """Load a target from a Hub id or folder; taps are set once the drafter is known."""
         return cls(AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), [])
 
@@ -114,9 +114,11 @@ class FrozenTarget:
         Returns:
             (B, R, n, V) logits after each token of each continuation.
         """
+        cache = reading.cache
+        assert cache is not None
         (batch, rows), window = prefix.shape, tokens.shape[-1]
         device, length = tokens.device, length or window
-        text, count = reading.cache.get_seq_length(), rows * length
+        text, count = cache.get_seq_length(), rows * length
         node_prefix = prefix.repeat_interleave(window, dim=1)  # (B, N)
         node = torch.arange(count, device=device).view(rows, length)  # all that the rows will hold
         new, node = node[:, done : done + window].flatten(), node.flatten()
@@ -125,16 +127,16 @@ class FrozenTarget:
         depth, slot_depth = ((nodes % length).expand(batch, -1) for nodes in (new, node))
         slots, view = (text + node).expand(batch, -1), text + count
         masks = self.window_masks(node_prefix, ancestors, depth, slots, view, slot_depth=slot_depth)
-        reading.cache.open_window(slots[:, new], view)
+        cache.open_window(slots[:, new], view)
         outputs = self.model(
             input_ids=tokens.flatten(1),
             attention_mask=masks,
             position_ids=node_prefix + depth,
             use_cache=True,
             return_dict=True,
-            **{CACHE_NAME: reading.cache},
+            **{CACHE_NAME: cache},
         )
-        reading.cache.close_window()
+        cache.close_window()
         return outputs.logits.unflatten(1, (rows, window))
 
 

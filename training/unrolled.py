@@ -7,6 +7,7 @@ both; source: EAGLE-3 (arXiv 2503.01840), section 3.2.
 """
 
 import torch
+from torch import nn
 
 from ppow import PPOWDrafter
 
@@ -18,7 +19,7 @@ class PrefixAttention:
     windows: R query rows, row r seeing prefix pairs ``0..starts[:, r]`` and the earlier steps of row r.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.own: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.visible: torch.Tensor | None = None  # (B, 1, 1, R, T) prefix pairs each row may see
@@ -30,6 +31,7 @@ class PrefixAttention:
         self.own = {layer: [] for layer in self.prefix}
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend in one layer: query (B, A, R, d), key and value (B, K, R, d) of A and K heads -> (B, A, R, d)."""
         if self.visible is None:
             self.prefix[layer] = (key, value)
             gqa = key.shape[1] != query.shape[1]
@@ -64,14 +66,18 @@ class Unrolled:
         features: (B, T - 1, H) after pair t = (taps of x_t, x_{t+1}); its logits predict x_{t+2}.
     """
 
-    def __init__(self, drafter: PPOWDrafter, embed, input_ids: torch.Tensor, taps: torch.Tensor):
+    # the windows that are open: where they start, the steps they have taken, their features
+    starts: torch.Tensor
+    steps: int
+    hidden: torch.Tensor
+
+    def __init__(self, drafter: PPOWDrafter, embed: nn.Module, input_ids: torch.Tensor, taps: torch.Tensor):
         self.drafter, self.embed, self.attention = drafter, embed, PrefixAttention()
         pairs = input_ids.shape[1] - 1
         hidden = drafter.fuse(taps[:, :pairs].to(drafter.dtype))
-        self.positions = torch.arange(pairs, device=input_ids.device).expand(input_ids.shape[0], -1)
-        rotary = drafter.rotary(hidden, self.positions)
+        positions = torch.arange(pairs, device=input_ids.device).expand(input_ids.shape[0], -1)
+        rotary = drafter.rotary(hidden, positions)
         self.features = drafter.step(embed(input_ids[:, 1:]).to(hidden.dtype), hidden, rotary, self.attention)
-        self.starts, self.steps, self.hidden = None, 0, None
 
     def begin(self, starts: torch.Tensor) -> torch.Tensor:
         """Open windows at pairs ``starts`` (B, R): -> features (B, R, H) whose logits give each first drafted token."""

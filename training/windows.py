@@ -106,7 +106,7 @@ def window_priority(critical: torch.Tensor, valid: torch.Tensor, window_size: in
     return torch.where(exists, priority, 0.0), exists
 
 
-def chosen_windows(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def wanted_windows(wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All wanted windows of every text, so that only those are drafted.
 
     Args:
@@ -155,7 +155,7 @@ def sample_windows(
         raise ValueError(f"Expected count >= 1, got count={count}.")
     noise = torch.rand(exists.shape, generator=generator).clamp(min=1e-20)
     keys = -(-noise.log()).log().to(exists.device)
-    if adaptive:
+    if adaptive and priority is not None:
         keys = priority.clamp(min=1e-12).log() + keys
     keys = keys.masked_fill(~exists, -torch.inf)
     found = min(count, keys.shape[1])
@@ -171,3 +171,8 @@ def adaptive_on(step: int, total_steps: int, switch: float) -> bool:
     That there is a switch part-way is the paper's (as summarised); where it lies is ours.
     """
     return step > switch * total_steps
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of (B, W, ..) over the windows that exist; 0 when none does."""
+    return values[mask].mean() if mask.any() else values.new_zeros(())

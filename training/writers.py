@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .chats import OPENED, Chat
 from .config import RegenerateConfig
@@ -22,6 +22,8 @@ ENDED = {None, "stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # an an
 
 
 class Asked(NamedTuple):
+    """A prompt: the messages that an answer is to follow."""
+
     messages: list[dict]
     options: dict  # of the chat template
 
@@ -46,6 +48,7 @@ class LocalWriter:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        assert config.target is not None
         self.config, self.size = config, config.batch_size
         with named("target", config.target):
             self.tokenizer = AutoTokenizer.from_pretrained(config.target, padding_side="left")
@@ -69,12 +72,13 @@ class LocalWriter:
         return text, min(self.config.max_new_tokens, self.positions - length)
 
     def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
+        """An answer to each prompt; of those that this target cannot be asked an error."""
         import torch
 
         from ppow.attention_ppow import without_cudnn_attention
 
         torch.manual_seed(seed)
-        answers: list[Answer | None] = [None] * len(prompts)
+        answers: dict[int, Answer] = {}
         groups: dict[int, list[tuple[int, str]]] = {}  # those near the end of the positions have less room
         for index, prompt in enumerate(prompts):
             try:
@@ -86,7 +90,7 @@ class LocalWriter:
             with without_cudnn_attention():  # every token meets another number of keys
                 for (index, text), ids in zip(group, self._generate([text for _, text in group], room)):
                     answers[index] = self._read_answer(text, ids)
-        return answers
+        return [answers[index] for index in range(len(prompts))]
 
     def _generate(self, texts: list[str], room: int) -> list[list[int]]:
         inputs = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
@@ -106,6 +110,7 @@ class EndpointWriter:
     """An OpenAI-compatible server: ``size`` requests in flight."""
 
     def __init__(self, config: RegenerateConfig):
+        assert config.endpoint is not None
         self.config, self.size = config, config.concurrency
         self.url = config.endpoint.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
@@ -116,13 +121,15 @@ class EndpointWriter:
         """Nothing is known of a prompt before the server has answered it."""
 
     def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
-        def ask(future: Future, prompt: Asked, number: int) -> None:
+        """An answer to each prompt, in their order, all asked at once; of refused ones an error."""
+
+        def ask(future: Future[Answer], prompt: Asked, number: int) -> None:
             try:
                 future.set_result(self._one(prompt, number))
             except BaseException as error:
                 future.set_exception(error)
 
-        futures = [Future() for _ in prompts]
+        futures: list[Future[Answer]] = [Future() for _ in prompts]
         for index, (future, prompt) in enumerate(zip(futures, prompts)):
             # a daemon, unlike a pool's threads: a server that never answers holds up no end of the process
             threading.Thread(target=ask, args=(future, prompt, seed + index), daemon=True).start()
@@ -130,7 +137,7 @@ class EndpointWriter:
 
     def _one(self, prompt: Asked, seed: int) -> Answer:
         options = dict(prompt.options)
-        body = {
+        body: dict[str, Any] = {
             "model": self.config.model,
             "messages": _for_server(prompt.messages),
             "temperature": self.config.temperature,
@@ -149,7 +156,8 @@ class EndpointWriter:
 
 def _for_server(messages: list[dict]) -> list[dict]:
     """Messages as OpenAI's protocol has them: calls with ids and arguments as text, results that name their call."""
-    sent, open_calls = [], []
+    sent: list[dict] = []
+    open_calls: list[str] = []
     for message in messages:
         message = {key: value for key, value in message.items() if key not in ("weight", "reasoning_content")}
         if calls := message.get("tool_calls"):
@@ -168,11 +176,11 @@ def _for_server(messages: list[dict]) -> list[dict]:
     return sent
 
 
-def _as_text(arguments) -> str:
+def _as_text(arguments: object) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _read_reply(reply) -> Answer:
+def _read_reply(reply: Any) -> Answer:
     """What a server answered, for what it is. Raises RefusedError: no chat completion."""
     try:
         choice = reply["choices"][0]

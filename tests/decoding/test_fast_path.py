@@ -1,0 +1,233 @@
+"""The fast path of the decoding loop. Off the GPU its functions run directly instead of from graphs: everything but the
+capture itself is tested here, the capture in test_gpu.py."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+
+from attention_cases import SHAPES, attention_cases
+from decoding_helpers import MODES, generate_with, prompt_batches, trained_pair
+from ppow import graphs_ppow, recording_ppow
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Take the fast path on the CPU too."""
+    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(graphs_ppow, "shortage", lambda *args: None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "phi3", "gpt-neox"])
+def test_greedy_tokens_are_the_targets_own(family, mode, anywhere):
+    target, drafter = trained_pair(family)
+    for batch in (1, 3):
+        for ids, mask in prompt_batches(batch, 3, seed=batch):
+            expected = target.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+            config = {**MODES[mode], "max_new_tokens": 24, "cuda_graphs": True}
+            out = generate_with(target, drafter, ids, mask, config)
+            plain = generate_with(target, drafter, ids, mask, {**config, "cuda_graphs": False})
+            torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+            for fast_row, plain_row in zip(out.acceptance.accepted, plain.acceptance.accepted):
+                assert fast_row[:3] == plain_row[:3]  # the plain path drafts less where less room is left
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_end_early_and_their_caches(mode, anywhere):
+    """Here the next cycle has begun before the tokens that end a row are read."""
+    target, drafter = trained_pair()
+    ended = set()
+    for batch in (1, 3):
+        for ids, mask in prompt_batches(batch, 6, seed=10 + batch):
+            config = {"max_new_tokens": 40, "eos_token_id": [5, 7, 11], "pad_token_id": 0}
+            expected = target.generate(ids, attention_mask=mask, do_sample=False, **config)
+            out = generate_with(target, drafter, ids, mask, {**MODES[mode], **config, "cuda_graphs": True})
+            torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+            ended.add(out.sequences.shape[1] - ids.shape[1])
+            if batch == 1 and out.sequences.shape[1] > ids.shape[1] + 1:
+                assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert len(ended) > 3
+
+
+def test_sampling_draws_the_same_tokens_as_the_plain_path(anywhere):
+    target, drafter = trained_pair()
+    ids = torch.arange(1, 9)[None]
+    outputs = []
+    for graphs in (True, False):
+        torch.manual_seed(3)
+        config = {"window_size": 3, "max_new_tokens": 12, "do_sample": True, "temperature": 0.7, "top_k": 20}
+        outputs.append(generate_with(target, drafter, ids, config={**config, "cuda_graphs": graphs}).sequences)
+    # the first windows see the same random numbers; the last one may be cut short on the plain path
+    torch.testing.assert_close(outputs[0][:, :16], outputs[1][:, :16])
+
+
+def test_buffers_serve_call_after_call_and_returned_caches_are_independent(anywhere):
+    target, drafter = trained_pair()
+    drafter = copy.deepcopy(drafter)
+    config = {"window_size": 4, "max_new_tokens": 8, "cuda_graphs": True}
+    first, second = torch.arange(1, 9)[None], torch.arange(20, 26)[None]
+    expected = [generate_with(target, drafter, ids, config=config).sequences for ids in (first, second)]
+    path = drafter._fast_path
+    out = generate_with(target, drafter, first, config=config)
+    again = generate_with(target, drafter, second, config=config)
+    assert drafter._fast_path is path
+    torch.testing.assert_close(out.sequences, expected[0])
+    torch.testing.assert_close(again.sequences, expected[1])
+    # the first call's cache still holds the first text after the second call used the buffers
+    ids = torch.cat((out.sequences, second), 1)
+    fresh = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    turn = {**config, "cuda_graphs": False}
+    continued = generate_with(target, drafter, ids, config=turn, past_key_values=out.past_key_values)
+    torch.testing.assert_close(continued.sequences, fresh)
+
+
+def test_buffers_are_made_anew_for_more_room_other_batches_and_moved_weights(anywhere):
+    target, drafter = (copy.deepcopy(model) for model in trained_pair())
+    ids = torch.arange(1, 9)[None]
+
+    def path(rows=1, new=8):
+        generate_with(
+            target, drafter, ids.expand(rows, -1), config={"window_size": 4, "max_new_tokens": new, "cuda_graphs": True}
+        )
+        return drafter._fast_path
+
+    first = path()
+    assert path(new=20) is first
+    assert path(rows=2) is not first
+    second = path()
+    target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.detach().clone())
+    assert path() is not second
+    assert copy.deepcopy(drafter)._fast_path is None
+
+
+def test_one_compilation_serves_all_layers_and_leaves_the_model_as_it_was(anywhere, monkeypatch):
+    target, drafter = trained_pair("qwen3")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: compiled.append(function) or function)
+    ids = torch.arange(1, 9)[None]
+    config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True}
+    expected = generate_with(target, drafter, ids, config=config).sequences
+    before = [dict(vars(module)) for module in target.modules()]
+    out = generate_with(target, drafter, ids, config={**config, "compile_layers": True}).sequences
+    assert [function.__qualname__ for function in compiled] == ["Qwen3DecoderLayer.forward", "PPOWDecoderLayer.forward"]
+    torch.testing.assert_close(out, expected)
+    assert [vars(module).keys() for module in target.modules()] == [old.keys() for old in before]
+    assert [layer.self_attn.layer_idx for layer in target.model.layers] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+def test_projections_of_one_input_are_one_product_and_the_weights_stay_the_models_own(family, anywhere, tmp_path):
+    target, drafter = (copy.deepcopy(model) for model in trained_pair(family))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    ids = torch.arange(1, 9)[None]
+    expected = target.generate(ids, max_new_tokens=12, do_sample=False)
+    config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True}
+    torch.testing.assert_close(generate_with(target, drafter, ids, config=config).sequences, expected)
+    products = drafter._fast_path.target_state.twin.products
+    assert len(products) == 2 * target.config.num_hidden_layers
+    assert all(product.result is None for product in products)
+    attention = target.model.layers[0].self_attn
+    assert attention.k_proj.weight.data_ptr() == products[0].weight[attention.q_proj.out_features :].data_ptr()
+    torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+    target.save_pretrained(tmp_path)
+    saved = type(target).from_pretrained(tmp_path, dtype="auto").state_dict()
+    torch.testing.assert_close(saved, before, rtol=0, atol=0)
+
+
+def test_modules_that_are_not_plain_stay_as_they_are():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    layer = torch.nn.ModuleDict({name: torch.nn.Linear(4, 3) for name in ("q_proj", "k_proj", "gate_proj")})
+    layer["v_proj"], layer["up_proj"] = Adapted(4, 3), torch.nn.Linear(4, 3, bias=False)
+    assert recording_ppow.Product.find([layer]) == []
+
+
+def test_dynamo_compiles_a_kind_of_layer_once_per_shape_of_window(anywhere, monkeypatch):
+    target, drafter = (copy.deepcopy(model) for model in trained_pair("qwen3"))
+    graphs, original = [], torch.compile
+
+    def backend(graph, example_inputs):
+        graphs.append(sum("linear" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=backend, **options))
+    config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True, "compile_layers": True}
+    expected = target.generate(torch.arange(1, 9)[None], max_new_tokens=12, do_sample=False)
+    out = generate_with(target, drafter, torch.arange(1, 9)[None], config=config)
+    torch.testing.assert_close(out.sequences, expected)
+    # layers of target and drafter behind the prompt: a verification of 5 nodes, an extension of 5 pairs, a draft step
+    assert sum(graphs) == 3 * 4, graphs  # products of q/k/v, o, gate/up and down
+    torch._dynamo.reset()
+
+
+def test_where_it_cannot_run_it_says_why():
+    target, drafter = trained_pair()
+    with pytest.raises(ValueError, match="cuda_graphs=True, but the target is not on a GPU"):
+        generate_with(target, drafter, torch.arange(1, 9)[None], config={"max_new_tokens": 4, "cuda_graphs": True})
+    with pytest.raises(ValueError, match="cuda_graphs='yes'"):
+        generate_with(target, drafter, torch.arange(1, 9)[None], config={"max_new_tokens": 4, "cuda_graphs": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"), [("gemma2", "caps its attention logits"), ("mixtral", "routes to experts")]
+)
+def test_targets_that_it_cannot_serve_take_the_plain_path(family, reason, anywhere):
+    target, drafter = trained_pair(family)
+    ids = torch.arange(1, 9)[None]
+    with pytest.raises(ValueError, match=reason):
+        generate_with(target, drafter, ids, config={"max_new_tokens": 4, "cuda_graphs": True})
+    out = generate_with(target, drafter, ids, config={"max_new_tokens": 4})
+    torch.testing.assert_close(out.sequences, target.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_calls_that_it_cannot_serve_take_the_plain_path(anywhere):
+    target, drafter = trained_pair()
+    ids = torch.arange(1, 9)[None]
+    fast = {"max_new_tokens": 4, "cuda_graphs": True}
+    out = generate_with(target, drafter, ids, config=fast)
+    with pytest.raises(ValueError, match="continues a cache"):
+        generate_with(target, drafter, out.sequences, config=fast, past_key_values=out.past_key_values)
+    mask = torch.ones_like(ids)
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="padding is not on the left"):
+        generate_with(target, drafter, ids, mask, fast)
+
+
+def test_memory_is_checked_before_buffers_are_made(monkeypatch):
+    target, drafter = trained_pair()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    assert "2 x 1024 cache slots need" in graphs_ppow.shortage(target, drafter, 2, 1024)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    assert graphs_ppow.shortage(target, drafter, 2, 1024) is None
+
+
+# batch, heads, kv heads, nodes, head size, slots, kept slots of each row
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_windows_mean_what_dense_masks_mean(shape):
+    out, expected = attention_cases(shape, "cpu", torch.float64)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_in_tritons_interpreter(tmp_path):
+    """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = (
+        "import torch; from attention_cases import SHAPES, attention_cases\n"
+        "for shape in SHAPES: torch.testing.assert_close(*attention_cases(shape, 'cpu', torch.float32))"
+    )
+    environment = {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"),
+        "PATH": "/usr/bin:/bin",
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
