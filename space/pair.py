@@ -97,9 +97,11 @@ def load_pair(names: Names, device: str | None = None) -> Pair:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    options = {"revision": names.target_revision}
-    target = _load("target", names.target, AutoModelForCausalLM.from_pretrained, dtype=dtype, **options)
-    tokenizer = _load("tokenizer", names.target, AutoTokenizer.from_pretrained, **options)
+    options, place = {"revision": names.target_revision}, names.target
+    if place.endswith(".gguf"):  # a file, of a folder or a repository
+        place, _, options["gguf_file"] = place.rpartition("/")
+    target = _load("target", place or ".", AutoModelForCausalLM.from_pretrained, dtype=dtype, **options)
+    tokenizer = _load("tokenizer", place or ".", AutoTokenizer.from_pretrained, **options)
     if tokenizer.chat_template is None:
         raise ValueError(f"The tokenizer of {names.target} has no chat template, which this page needs.")
     drafters = {"PPOW": _load("drafter", names.drafter, _drafter, names.drafter_revision, dtype)}

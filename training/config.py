@@ -22,7 +22,7 @@ SKIP_BAD_ROWS = "go on without rows that cannot be used, count them and name the
 class TrainingConfig(Config):
     """What stages 1 and 2 share."""
 
-    target: str = option("target model: Hub id or folder", group="basics")
+    target: str = option("target model: Hub id, folder or GGUF file", group="basics")
     data: str = option(f"chats or texts: {_ROWS}")
     output_dir: str = option(
         "folder for the drafter, checkpoints/, metrics.jsonl, its curve training.png, provenance.json"
@@ -217,7 +217,7 @@ class RegenerateConfig(Config):
 
     data: str = option(f"chats: {_ROWS}")
     output: str = option("the .jsonl file to write")
-    target: str | None = option("target model: Hub id or folder; not with endpoint", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; not with endpoint", None)
     endpoint: str | None = option("base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1", None)
     model: str | None = option("the model's name on the endpoint", None)
     concurrency: int = option("requests in flight on the endpoint", 16, at_least=1)
@@ -273,7 +273,7 @@ class DraftingConfig(Config):
 class EvaluateConfig(DraftingConfig):
     """Measure a drafter: acceptance length, tokens per second and speedup over the plain target."""
 
-    target: str = option("target model: Hub id or folder")
+    target: str = option("target model: Hub id, folder or GGUF file")
     drafter: str = option("drafter: Hub id or folder")
     baseline: str | None = option("another drafter to measure in the same run, such as its stage 1", None)
     output_dir: str = option("folder for metrics.json, the plot and samples.jsonl; empty or new")
@@ -307,7 +307,7 @@ def _both_or_neither(target: str | None, drafter: str | None) -> None:
 class DemoConfig(DraftingConfig):
     """Generate with and without a drafter on real prompts, side by side; without arguments, with the bundled pair."""
 
-    target: str | None = option("target model: Hub id or folder; none: the bundled one", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; none: the bundled one", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
     prompts: str | None = option("a .jsonl file of prompts; none: the bundled ones", None)
     limit: int | None = option("prompts to run; none: all", None, at_least=1)
@@ -326,7 +326,7 @@ class DemoConfig(DraftingConfig):
 class SpaceConfig(Config):
     """Serve the page on which plain target and drafter race; without arguments, with the bundled pair."""
 
-    target: str | None = option("target model: Hub id or folder; none: the bundled one", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; none: the bundled one", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
     baseline: str | None = option("a second drafter to race, such as the drafter's stage 1", None)
     host: str = option("address to listen on; 0.0.0.0: all", "127.0.0.1")

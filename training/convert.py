@@ -25,7 +25,7 @@ from .export_formats import Exported, from_ppow
 from .files import claim_beside, whole
 from .foreign_files import find_file, read_json
 from .import_formats import Row, import_checkpoint
-from .loading import check_model, named
+from .loading import check_model, named, place_of
 
 
 def main(config: ImportConfig | ExportConfig) -> None:
@@ -56,7 +56,7 @@ def export_drafter(config: ExportConfig) -> None:
     target_config = embeddings = None
     if config.target:
         with named("target", config.target):
-            target_config = AutoConfig.from_pretrained(config.target)
+            target_config = AutoConfig.from_pretrained(**place_of(config.target))
     with named("drafter", config.drafter):
         drafter = PPOWDrafter.from_pretrained(config.drafter, target=config.target, dtype="auto")
     if config.target:

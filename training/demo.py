@@ -44,14 +44,14 @@ def main(config: DemoConfig) -> None:
     if config.target is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoModelForCausalLM, TextStreamer
 
     from ppow import PPOWDrafter
 
     from . import provenance
     from .evaluate import drafting_options, generation_configs, timed
     from .files import write_json
-    from .loading import named
+    from .loading import load_tokenizer, named, place_of
     from .prompts import first_turn, load_prompts
 
     if config.output and Path(config.output).is_dir():
@@ -62,8 +62,8 @@ def main(config: DemoConfig) -> None:
     drafter_name = config.drafter or str(bundled("drafter"))
     prompts = load_prompts(config.prompts) if config.prompts else bundled_prompts()
     with named("target", target_name):
-        tokenizer = AutoTokenizer.from_pretrained(target_name)
-        target = AutoModelForCausalLM.from_pretrained(target_name, dtype=torch.float32)
+        tokenizer = load_tokenizer(target_name)
+        target = AutoModelForCausalLM.from_pretrained(**place_of(target_name), dtype=torch.float32)
     with named("drafter", drafter_name):
         drafter = PPOWDrafter.from_pretrained(drafter_name, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,7 +31,6 @@ import torch
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -46,7 +45,7 @@ from .config import DraftingConfig, EvaluateConfig
 from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import claim_folder, write_json
 from .fingerprints import fingerprint
-from .loading import named
+from .loading import load_tokenizer, named, place_of
 from .prompts import Prompt, prompt_sets, sampling_options, turn_ids
 from .samples import Sample, SampleLog
 
@@ -73,8 +72,8 @@ def evaluate(config: EvaluateConfig) -> None:
     dtype, folder = getattr(torch, config.dtype), Path(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with named("target", config.target):
-        tokenizer = AutoTokenizer.from_pretrained(config.target)
-        target = AutoModelForCausalLM.from_pretrained(config.target, dtype=dtype).to(device)
+        tokenizer = load_tokenizer(config.target)
+        target = AutoModelForCausalLM.from_pretrained(**place_of(config.target), dtype=dtype).to(device)
     drafters, weights = [], {"target": fingerprint(config.target)}
     for option, name in (("drafter", config.drafter), ("baseline", config.baseline)):
         if name:

@@ -11,9 +11,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+
+from .loading import is_gguf, place_of
 
 SAMPLED = 1 << 16
 _BLOCK = SAMPLED // 4
@@ -24,16 +26,19 @@ def fingerprint(name: str | Path, whole: bool = False, revision: str | None = No
     """Of a model's weights, as 64 hexadecimal digits.
 
     Args:
-        name: a folder, or a Hub id whose files are in the local cache (loading the model brings them there).
+        name: a folder, a GGUF file, or a Hub id whose files are in the local cache (loading the model brings them
+            there).
         whole: read every byte, as is done for drafters.
         revision: of a Hub id.
 
     Returns:
-        None where the weights are not on this machine, or not in model*.safetensors files.
+        None where the weights are not on this machine, or neither in model*.safetensors files nor in a GGUF file.
 
     Raises:
         SafetensorError: a file that is damaged.
     """
+    if is_gguf(name):
+        return _of_gguf(name, revision)
     folder = Path(name)
     if not folder.is_dir():
         try:
@@ -56,6 +61,24 @@ def fingerprint(name: str | Path, whole: bool = False, revision: str | None = No
                     raise SafetensorError(f"{file} is truncated in {tensor}")
                 digest.update(read)
     return digest.hexdigest() if tensors else None
+
+
+def _of_gguf(name: str | Path, revision: str | None) -> str | None:
+    """Of a GGUF file, here or in the Hub's cache: its size and 256 blocks of it."""
+    place = place_of(name)
+    file = Path(name)
+    if not file.is_file():
+        found = try_to_load_from_cache(place["pretrained_model_name_or_path"], place["gguf_file"], revision=revision)
+        if not isinstance(found, str):
+            return None
+        file = Path(found)
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as content:
+        for i in range(256):
+            content.seek(i * max(0, size - _BLOCK) // 255)
+            digest.update(content.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def table(file: Path) -> dict[str, dict]:

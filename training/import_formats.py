@@ -28,6 +28,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ppow import PPOWConfig
 
 from .foreign_files import Tensors, read_config, read_tensors
+from .loading import place_of
 
 _LEGACY_NAMES = {
     "midlayer.": "layers.0.",
@@ -103,7 +104,7 @@ def import_checkpoint(
         ValueError: an unreadable checkpoint, an unknown dialect, or one that does not fit the target.
     """
     if not isinstance(target, PreTrainedConfig):
-        target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(target)
+        target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(**place_of(target))
     return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target, drafter_class)
 
 

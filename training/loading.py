@@ -1,15 +1,21 @@
-"""Loading a model by its name: what goes wrong says which option named what, and which file is damaged."""
+"""Loading a model by its name: a folder, a Hub id, or for targets a GGUF file.
+
+What goes wrong says which option named what, and which file is damaged.
+"""
 
 import contextlib
 import difflib
+import importlib.util
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ppow.paths_ppow import only_a_path
 
@@ -35,6 +41,36 @@ def named(option: str, name: str | Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         place = "" if Path(name).exists() else " is no folder here, and as a Hub id"
         raise ValueError(f"--{option} {name}{place}: {error}") from error
+    except (struct.error, EOFError, KeyError, IndexError, TypeError) as error:  # how the reader of GGUF files gives up
+        if not is_gguf(name):
+            raise
+        raise ValueError(f"--{option} {name} could not be read as a GGUF file ({error}); get it again.") from error
+
+
+def place_of(name: str | Path) -> dict[str, str]:
+    """The arguments by which ``from_pretrained`` finds a target, its configuration or its tokenizer.
+
+    Args:
+        name: a folder, a Hub id, a GGUF file here, or one of the Hub as ORG/NAME/FILE.gguf. transformers turns a GGUF
+            file's weights into plain ones as it loads them.
+    """
+    if not is_gguf(name):
+        return {"pretrained_model_name_or_path": str(name)}
+    folder, _, file = Path(name).as_posix().rpartition("/")
+    return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return str(name).endswith(".gguf")
+
+
+def load_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """A target's tokenizer; one that pads with the end of a text where it knows no token to pad with (GGUF files)."""
+    tokenizer = AutoTokenizer.from_pretrained(**place_of(name), **options)
+    if tokenizer.pad_token is None and is_gguf(name):
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def positions(config: PreTrainedConfig) -> int | None:
@@ -52,6 +88,17 @@ def check_model(option: str, name: str | Path) -> None:
             that is not in its cache here while the Hub cannot be asked.
     """
     path, said = Path(name), f"--{option} {name}"
+    if is_gguf(name):
+        if option != "target":
+            raise ValueError(
+                f"{said} is a GGUF file; only targets are read from one, a drafter's weights are safetensors."
+            )
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f"{said}: reading a GGUF file needs the package gguf; run `pip install gguf`.")
+        folder = place_of(name)["pretrained_model_name_or_path"]
+        if not path.is_file() and (only_a_path(folder) or Path(folder).is_dir()):
+            raise ValueError(f"{said}: there is no such file.")
+        return
     if path.is_file():
         raise ValueError(f"{said} is a file; give the folder of the model.")
     if path.is_dir():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.probe_ppow import check_target
@@ -16,7 +16,7 @@ from . import plan
 from .config import ReinforceConfig, SupervisedConfig, TrainingConfig
 from .data import BadRows, Example, draft_vocabulary, encode, load_rows
 from .files import claim_folder
-from .loading import check_model, named, positions
+from .loading import check_model, load_tokenizer, named, place_of, positions
 from .loop import on_main
 from .target import FrozenTarget
 
@@ -45,7 +45,7 @@ def run(
         if config.drafter is not None:
             check_model("drafter", config.drafter)
         with named("target", config.target):
-            tokenizer = AutoTokenizer.from_pretrained(config.target)
+            tokenizer = load_tokenizer(config.target)
         train(config, accelerator, tokenizer)
 
 
@@ -79,7 +79,7 @@ def load_examples(
     bad = BadRows(config.skip_bad_rows)
     rows = load_rows(source, config.split, config.limit, bad)
     with named("target", config.target):
-        room = positions(AutoConfig.from_pretrained(config.target))
+        room = positions(AutoConfig.from_pretrained(**place_of(config.target)))
     examples = encode(rows, tokenizer, config.max_length, config.drop_long, bad, room)
     bad.report(source)
     run = "1" * answer
@@ -107,7 +107,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def configs(config: SupervisedConfig | ReinforceConfig) -> tuple[PreTrainedConfig, PPOWConfig]:
     """Of the target and of the drafter that a stage would train, without their weights."""
     with named("target", config.target):
-        target = AutoConfig.from_pretrained(config.target)
+        target = AutoConfig.from_pretrained(**place_of(config.target))
     if config.drafter is None:
         return target, fresh_config(config, target)
     with named("drafter", config.drafter):
