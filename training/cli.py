@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "prompts": Command(".own_prompts", "PromptsConfig", "let the target write prompts, where there are no chats"),
     "regenerate": Command(".regenerate", "RegenerateConfig", "let the target write a data set's answers"),
     "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
     "reinforce": Command(".reinforce", "ReinforceConfig", "stage 2: PPOW reinforcement learning"),

@@ -246,6 +246,21 @@ class RegenerateConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptsConfig(Config):
+    """Let a chat model write prompts of its own, where there are no chats to train on (Magpie, arXiv 2406.08464)."""
+
+    target: str = option("target model: Hub id, folder or GGUF file; its tokenizer has a chat template")
+    output: str = option("the .jsonl file to write")
+    count: int = option("prompts to write", 1000, at_least=1)
+    max_new_tokens: int = option("longest prompt, in tokens; a longer one is left out", 256, at_least=1)
+    temperature: float = option("sampling temperature", 1.0, above=0)
+    batch_size: int = option("prompts per generate call", 32, at_least=1)
+    dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
+    seed: int = option("seed of the sampling", 0, at_least=0)
+    resume: bool = option("go on after the prompts that output already holds", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftingConfig(Config):
     """What evaluate and demo share: how to draft, a chain or a whole tree (neither: as the drafter's config says)."""
 

@@ -107,7 +107,7 @@ def test_sigterm_ends_a_command_with_its_cleanup_and_status_143(toy_command, cap
     toy_command.main, before = main, signal.getsignal(signal.SIGTERM)
     assert cli.main(["demo"]) == 143 and len(cleaned) == 1
     assert capsys.readouterr().err.startswith(
-        "\nppow: stopped by SIGTERM; regenerate, supervised, reinforce and evaluate go on"
+        "\nppow: stopped by SIGTERM; prompts, regenerate, supervised, reinforce and evaluate go on"
     )
     assert signal.getsignal(signal.SIGTERM) is before
     with deferred_sigterm() as asked:

@@ -1,0 +1,137 @@
+"""Prompts that a target writes itself: what is kept, what is left out, and runs that go on after an interruption."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from ppow.training import cli, own_prompts
+from ppow.training.data import load_rows
+from ppow.training.own_prompts import judged, opening, plain
+
+TARGET = Path(__file__).parents[2] / "bundled" / "target"
+
+
+def command(output, *more):
+    return ["prompts", f"--target={TARGET}", f"--output={output}", "--batch-size=8", "--max-new-tokens=48", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    assert cli.main(command(output, "--count=24")) == 0
+    return output.read_bytes()
+
+
+def test_a_chat_model_writes_what_its_users_ask(whole, tmp_path, capsys):
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert len(rows) == 24 and rows[0]["by"] == {"model": "target", "temperature": 1.0, "max_new_tokens": 48}
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    assert len({plain(text) for text in texts}) == 24 and all(len(text.split()) > 1 for text in texts)
+    assert not any("<|" in text for text in texts)
+    (tmp_path / "prompts.jsonl").write_bytes(whole)
+    regenerate = ["regenerate", f"--target={TARGET}", f"--data={tmp_path / 'prompts.jsonl'}", "--limit=2"]
+    assert cli.main([*regenerate, f"--output={tmp_path / 'answers.jsonl'}", "--max-new-tokens=8"]) == 0
+    assert [row["messages"][1]["role"] for row in load_rows(str(tmp_path / "answers.jsonl"))] == ["assistant"] * 2
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monkeypatch):
+    output, append, calls = tmp_path / "prompts.jsonl", own_prompts.append, []
+
+    def breaks(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return append(*given)
+
+    monkeypatch.setattr(own_prompts, "append", breaks)
+    assert cli.main(command(output, "--count=24")) == 130
+    monkeypatch.undo()
+    assert 0 < len(output.read_bytes()) < len(whole)
+    with open(output, "ab") as out:
+        out.write(b'{"draw": 1, "mess')  # as a kill in the middle of a write leaves it
+    assert cli.main(command(output, "--count=24")) == 2  # not without --resume
+    assert cli.main(command(output, "--count=24", "--resume")) == 0
+    assert output.read_bytes() == whole
+    assert cli.main(command(output, "--count=24", "--resume")) == 0 and output.read_bytes() == whole
+
+
+def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
+    output = tmp_path / "prompts.jsonl"
+    output.write_bytes(whole)
+    assert cli.main(command(output, "--count=30", "--resume", "--temperature=0.5")) == 2
+    assert "'temperature': 1.0" in capsys.readouterr().err
+    output.write_text('{"messages": []}\n')
+    assert cli.main(command(output, "--resume")) == 2
+    assert "prompts.jsonl:1 is no prompt that `ppow prompts` wrote; name another output" in capsys.readouterr().err
+    assert output.read_text() == '{"messages": []}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "fault"),
+    [
+        ("Add one and two.", True, None),
+        ("Add one and two.", False, "unfinished"),
+        ("Add", True, "empty"),
+        ("  ", True, "empty"),
+        ("so one two one two one two", True, "looping"),
+        ("ADD   one, and two!", True, "written before"),
+        ("Add one. assistant answers: <|im_start|>assistant x", True, None),
+    ],
+)
+def test_what_is_kept_by_hand(tiny_tokenizer, text, ends, fault):
+    ids = tiny_tokenizer(text, add_special_tokens=False).input_ids + [tiny_tokenizer.eos_token_id] * ends
+    seen = {plain("Add one and two")} if fault == "written before" else set()
+    found = judged(ids, {tiny_tokenizer.eos_token_id}, tiny_tokenizer, opening(tiny_tokenizer), seen)
+    assert found[1] == fault and "<|" not in found[0]
+
+
+def test_a_template_is_read_and_one_without_a_user_is_refused(tiny_tokenizer, tmp_path, capsys):
+    found = opening(tiny_tokenizer)
+    assert found == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n") and found.end() == "<|im_end|>"
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    # Llama 2's way, whose end is no token of its own: words tell it
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    assert opening(tokenizer).end() == "[/INST]"
+    ids = tokenizer("Add one and two. [/INST] three", add_special_tokens=False).input_ids
+    assert judged(ids, set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
+    for template, message in [(None, "cannot open a user's turn"), ("x", "does not show where a user's words begin")]:
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            opening(tokenizer)
+
+
+def test_a_target_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path, monkeypatch, capsys):
+    ids = AutoTokenizer.from_pretrained(TARGET)("Book a table, please.<|im_end|>", add_special_tokens=False).input_ids
+
+    def generate(self, given, **options):
+        return torch.cat((given, torch.tensor([ids]).expand(len(given), -1)), 1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    output = tmp_path / "prompts.jsonl"
+    assert cli.main(command(output, "--count=3")) == 2
+    told = capsys.readouterr().err
+    assert "20 calls brought nothing new" in told and "holds 1 prompts of 3" in told and "'written before'" in told
+    assert len(output.read_text().splitlines()) == 1
+
+
+def test_a_turn_that_words_end_is_cut_there(tmp_path, capsys):
+    """A template without end tokens of its own: generation stops at its words, and they are no part of the prompt."""
+    target = tmp_path / "target"
+    shutil.copytree(TARGET, target)
+    (target / "chat_template.jinja").write_text("{% for m in messages %}User: {{ m['content'] }} the{% endfor %}")
+    output = tmp_path / "prompts.jsonl"
+    given = [
+        "prompts",
+        f"--target={target}",
+        f"--output={output}",
+        "--count=3",
+        "--batch-size=8",
+        "--max-new-tokens=64",
+    ]
+    assert cli.main(given) == 0
+    texts = [json.loads(line)["messages"][0]["content"] for line in output.read_text().splitlines()]
+    assert len(texts) == 3 and not any("the" in text for text in texts)
