@@ -98,8 +98,10 @@ def load_pair(names: Names, device: str | None = None) -> Pair:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options, place = {"revision": names.target_revision}, names.target
-    if place.endswith(".gguf"):  # a file, of a folder or a repository
-        place, _, options["gguf_file"] = place.rpartition("/")
+    if place.lower().endswith(".gguf"):  # a file, of a folder or a repository
+        file = Path(place).absolute()
+        place, _, name = place.rpartition("/")
+        options["gguf_file"] = str(file) if file.is_file() else name
     target = _load("target", place or ".", AutoModelForCausalLM.from_pretrained, dtype=dtype, **options)
     tokenizer = _load("tokenizer", place or ".", AutoTokenizer.from_pretrained, **options)
     if tokenizer.chat_template is None:

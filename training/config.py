@@ -29,7 +29,7 @@ class TrainingConfig(Config):
     )
     steps: int = option("optimizer steps", 1000, at_least=1)
     batch_size: int = option("sequences per process and micro step", 1, at_least=1)
-    learning_rate: float = option("peak learning rate of AdamW", 1e-4, above=0)
+    learning_rate: float = option("peak learning rate", 1e-4, above=0)
     eval_data: str | None = option("held-out chats, same forms as data", None)
     seed: int = option("everything random follows from it", 0, at_least=0)
     resume: bool = option("go on from the latest complete checkpoint in output_dir", False)
@@ -147,7 +147,7 @@ class ReinforceConfig(TrainingConfig):
 
     drafter: str = option("drafter of stage 1: folder or Hub id", group="basics")
     steps: int = option("optimizer steps (ours)", 500, at_least=1)
-    learning_rate: float = option("peak learning rate of AdamW (ours)", 3e-4, above=0)
+    learning_rate: float = option("peak learning rate (ours)", 3e-4, above=0)
 
     objective: Literal["ppow", "cst", "lk"] = option(
         "PPOW (paper), or continued supervised training or LK, which learn from texts as well", "ppow", group="method"

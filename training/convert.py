@@ -40,7 +40,9 @@ def import_drafter(config: ImportConfig) -> None:
     """Write another trainer's drafter as a PPOW drafter, in its folder with code and ``custom_generate/``."""
     for option, name in (("source", config.source), ("target", config.target)):
         check_model(option, name)
-    imported = import_checkpoint(config.source, config.target, PPOWDrafter)
+    with named("target", config.target):
+        target_config = AutoConfig.from_pretrained(**place_of(config.target))
+    imported = import_checkpoint(config.source, target_config, PPOWDrafter)
     print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
     if config.dry_run:
         return

@@ -44,14 +44,14 @@ def main(config: DemoConfig) -> None:
     if config.target is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
-    from transformers import AutoModelForCausalLM, TextStreamer
+    from transformers import TextStreamer
 
     from ppow import PPOWDrafter
 
     from . import provenance
     from .evaluate import drafting_options, generation_configs, timed
     from .files import write_json
-    from .loading import load_tokenizer, named, place_of
+    from .loading import load_model, load_tokenizer, named
     from .prompts import first_turn, load_prompts
 
     if config.output and Path(config.output).is_dir():
@@ -63,7 +63,7 @@ def main(config: DemoConfig) -> None:
     prompts = load_prompts(config.prompts) if config.prompts else bundled_prompts()
     with named("target", target_name):
         tokenizer = load_tokenizer(target_name)
-        target = AutoModelForCausalLM.from_pretrained(**place_of(target_name), dtype=torch.float32)
+        target = load_model(target_name, dtype=torch.float32)
     with named("drafter", drafter_name):
         drafter = PPOWDrafter.from_pretrained(drafter_name, dtype=torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,7 +44,7 @@ from .config import DraftingConfig, EvaluateConfig
 from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import claim_folder, write_json
 from .fingerprints import fingerprint
-from .loading import load_tokenizer, named, place_of
+from .loading import load_model, load_tokenizer, named
 from .prompts import Prompt, prompt_sets, sampling_options, turn_ids
 from .samples import Sample, SampleLog
 
@@ -73,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with named("target", config.target):
         tokenizer = load_tokenizer(config.target)
-        target = AutoModelForCausalLM.from_pretrained(**place_of(config.target), dtype=dtype).to(device)
+        target = load_model(config.target, dtype=dtype).to(device)
     drafters, weights = [], {"target": fingerprint(config.target)}
     for option, name in (("drafter", config.drafter), ("baseline", config.baseline)):
         if name:

@@ -15,7 +15,13 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ppow.paths_ppow import only_a_path
 
@@ -41,10 +47,10 @@ def named(option: str, name: str | Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         place = "" if Path(name).exists() else " is no folder here, and as a Hub id"
         raise ValueError(f"--{option} {name}{place}: {error}") from error
-    except (struct.error, EOFError, KeyError, IndexError, TypeError) as error:  # how the reader of GGUF files gives up
+    except (struct.error, EOFError, LookupError, TypeError, NotImplementedError, ImportError) as error:
         if not is_gguf(name):
             raise
-        raise ValueError(f"--{option} {name} could not be read as a GGUF file ({error}); get it again.") from error
+        raise ValueError(f"--{option} {name} could not be read as a GGUF file ({error}).") from error
 
 
 def place_of(name: str | Path) -> dict[str, str]:
@@ -56,13 +62,16 @@ def place_of(name: str | Path) -> dict[str, str]:
     """
     if not is_gguf(name):
         return {"pretrained_model_name_or_path": str(name)}
+    path = Path(name).absolute()
+    if path.is_file():  # with its whole path: transformers looks for a bare name in the working directory first
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": str(path)}
     folder, _, file = Path(name).as_posix().rpartition("/")
     return {"pretrained_model_name_or_path": folder or ".", "gguf_file": file}
 
 
 def is_gguf(name: str | Path) -> bool:
     """Whether a name is that of a GGUF file."""
-    return str(name).endswith(".gguf")
+    return str(name).lower().endswith(".gguf")
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
@@ -71,6 +80,20 @@ def load_tokenizer(name: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and is_gguf(name):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
+    """A target; one of a GGUF file ends its answers at the end of a turn, too, which transformers leaves out."""
+    model = AutoModelForCausalLM.from_pretrained(**place_of(name), **options)
+    if Path(name).is_file():
+        import gguf
+
+        field = gguf.GGUFReader(name).get_field("tokenizer.ggml.eot_token_id")
+        if field is not None:
+            known = model.generation_config.eos_token_id
+            ends = {int(field.contents()), *(known if isinstance(known, list) else [known])} - {None}
+            model.generation_config.eos_token_id = sorted(ends)
+    return model
 
 
 def positions(config: PreTrainedConfig) -> int | None:
@@ -96,8 +119,12 @@ def check_model(option: str, name: str | Path) -> None:
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"{said}: reading a GGUF file needs the package gguf; run `pip install gguf`.")
         folder = place_of(name)["pretrained_model_name_or_path"]
-        if not path.is_file() and (only_a_path(folder) or Path(folder).is_dir()):
-            raise ValueError(f"{said}: there is no such file.")
+        if path.is_file():
+            return
+        if only_a_path(folder) or Path(folder).is_dir() or "/" not in folder:
+            raise ValueError(f"{said}: there is no such file. One of the Hub, at its top, is ORG/NAME/FILE.gguf.")
+        if Path(path.name).is_file():
+            raise ValueError(f"{said} is of the Hub, but transformers would read ./{path.name}; call it elsewhere.")
         return
     if path.is_file():
         raise ValueError(f"{said} is a file; give the folder of the model.")

@@ -5,7 +5,7 @@
 
 A chat model that is given the opening of a user's turn, and nothing else, completes it with what users ask it (Magpie,
 arXiv 2406.08464). Kept is what ends by itself, is not empty, does not loop, holds no part of the template, and was not
-written before (letter case, spaces and punctuation aside). How far temperature and length go is ours.
+written before (letter case, spaces and the marks of a sentence aside). The filters are ours.
 
 The output is a JSONL file of ``{"draw", "messages", "by"}``, ready for ``ppow regenerate``; ``draw`` numbers the calls
 of ``generate``. Lines are appended call by call, so an interrupted run goes on with ``--resume``.
@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PromptsConfig
 from .figures import ends_in_a_loop
 from .files import append, claim_file, whole
-from .loading import load_tokenizer, named, place_of
+from .loading import load_model, load_tokenizer, named, positions
 
+HEAD = b'{"draw": '  # how a line of the output starts
 _MARK = "PPOW-PROMPT"  # stands for a user's words while the template is read
-_PATIENCE = 20  # calls without a new prompt after which the target has said what it has to say
+_PATIENCE = 640  # samples without a new prompt after which the target has said what it has to say
 
 
 class Opening(NamedTuple):
@@ -76,65 +77,73 @@ def main(config: PromptsConfig) -> None:
 def write(config: PromptsConfig) -> None:
     """The command itself, once the output is this run's alone."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     output = Path(config.output)
     name = Path(config.target).resolve().name if Path(config.target).exists() else config.target
-    by = {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    by = {"model": name, **config.to_dict(without={"target", "output", "count", "resume"})}
     seen, draw = written_before(output, by, config.resume)
     with named("target", config.target):
         tokenizer = load_tokenizer(config.target)
-        opened = opening(tokenizer)
-        target = AutoModelForCausalLM.from_pretrained(**place_of(config.target), dtype=getattr(torch, config.dtype))
+    opened = opening(tokenizer)
+    with named("target", config.target):
+        target = load_model(config.target, dtype=getattr(torch, config.dtype))
     target.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     given = tokenizer(opened.text, add_special_tokens=False, return_tensors="pt").input_ids.to(target.device)
-    known = target.generation_config.eos_token_id
-    ends = set(known if isinstance(known, list) else [known] if known is not None else [])
-    first = tokenizer(opened.end(), add_special_tokens=False).input_ids[0]
-    of_its_own = first in tokenizer.get_added_vocab().values()  # a token; else words tell the end
-    ends |= {first} if of_its_own else set()
-    stops = {} if of_its_own else {"stop_strings": [opened.end()], "tokenizer": tokenizer}
+    ends, words = ends_of(target, tokenizer, opened)
+    room = (positions(target.config) or sys.maxsize) - given.shape[1]
+    if room < 1:
+        raise ValueError(f"A user's turn opens with {given.shape[1]} tokens, all that the target has positions for.")
+    target.generation_config = GenerationConfig(  # nothing of the target's own shapes what it says
+        do_sample=True,
+        temperature=config.temperature,
+        top_k=0,
+        max_new_tokens=min(config.max_new_tokens, room),
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=next(iter(ends), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        stop_strings=words,
+    )
     left_out: collections.Counter[str] = collections.Counter()
     in_vain = 0
     with tqdm(total=config.count, initial=min(len(seen), config.count), desc="prompts") as bar:
-        while len(seen) < config.count:
+        while len(seen) < config.count and in_vain < _PATIENCE:
             torch.manual_seed((config.seed * 1_000_003 + draw) & 0x7FFFFFFF)
-            made = target.generate(
-                given.expand(config.batch_size, -1),
-                attention_mask=torch.ones_like(given).expand(config.batch_size, -1),
-                max_new_tokens=config.max_new_tokens,
-                do_sample=True,
-                temperature=config.temperature,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=next(iter(ends), 0) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                **stops,
-            )
+            batch = given.expand(config.batch_size, -1)
+            made = target.generate(batch, attention_mask=torch.ones_like(batch), tokenizer=tokenizer)
             lines = []
             for ids in made[:, given.shape[1] :].tolist():
                 text, fault = judged(ids, ends, tokenizer, opened, seen)
-                if fault is None and len(seen) < config.count:
+                if fault is not None:
+                    left_out[fault] += 1
+                elif len(seen) < config.count:
                     seen.add(plain(text))
                     line = {"draw": draw, "messages": [{"role": "user", "content": text}], "by": by}
                     lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-                elif fault is not None:
-                    left_out[fault] += 1
             if lines:
                 with open(output, "ab", buffering=0) as out:
                     append(out, "".join(lines).encode("utf-8"))
-            in_vain = 0 if lines else in_vain + 1
-            if in_vain == _PATIENCE:
-                break
+            in_vain = 0 if lines else in_vain + config.batch_size
             draw += 1
             bar.update(len(lines))
     if left_out:
         print(f"ppow: {output}: left out: {dict(left_out.most_common())}", file=sys.stderr)
     if len(seen) < config.count:
         raise ValueError(
-            f"{_PATIENCE} calls brought nothing new: {output} holds {len(seen)} prompts of {config.count}. Raise "
-            "--temperature or --max-new-tokens, ask for fewer, or bring prompts of your own."
+            f"{in_vain} samples brought nothing new: {output} holds {len(seen)} prompts of {config.count}. Ask for "
+            "fewer, bring prompts of your own, or write other ones into another file, with a higher --temperature or "
+            "--max-new-tokens."
         )
+
+
+def ends_of(
+    target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opened: Opening
+) -> tuple[set[int], list[str] | None]:
+    """The tokens that end a user's turn; and the words, where the template ends it with no token of its own."""
+    known = target.generation_config.eos_token_id
+    ends = set(known if isinstance(known, list) else [known] if known is not None else [])
+    first = tokenizer(opened.end(), add_special_tokens=False).input_ids[0]
+    if first in tokenizer.get_added_vocab().values():
+        return ends | {first}, None
+    return ends, [opened.end()]
 
 
 def judged(
@@ -146,19 +155,20 @@ def judged(
     text = text.strip()
     if end is None and not ended:
         return text, "unfinished"
-    if len(text.split()) < 2:
+    if not text or (text.isascii() and len(text.split()) < 2):  # other scripts write words without spaces
         return text, "empty"
-    if ends_in_a_loop(ids[:end]):
+    said = tokenizer(text, add_special_tokens=False).input_ids
+    if ends_in_a_loop(said):
         return text, "looping"
-    parts = {line.strip() for line in (opened.text + opened.behind).splitlines()}
-    if any(len(part) > 3 and part in text for part in parts):
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    if not ended and marks & set(ids[:end]):
         return text, "template"
     return text, "written before" if plain(text) in seen else None
 
 
 def plain(text: str) -> str:
-    """A prompt without letter case, spaces and punctuation, by which two are told apart."""
-    return re.sub(r"\W+", " ", text.casefold()).strip()
+    """A prompt without letter case, spaces and a sentence's marks, by which two are told apart."""
+    return re.sub(r"[\s.,!?;:\"']+", " ", text.casefold()).strip()
 
 
 def written_before(output: Path, by: dict, resume: bool) -> tuple[set[str], int]:
@@ -174,12 +184,14 @@ def written_before(output: Path, by: dict, resume: bool) -> tuple[set[str], int]
     content = output.read_bytes()
     *lines, torn = content.split(b"\n")
     seen, draw = set(), 0
+    if torn[: len(HEAD)] != HEAD[: len(torn)]:
+        raise ValueError(f"{output} ends with what `ppow prompts` did not write; name another output.")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             (message,), draw, other = row["messages"], row["draw"], row["by"]
             seen.add(plain(message["content"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{output}:{number} is no prompt that `ppow prompts` wrote; name another output."
             ) from None
@@ -188,4 +200,4 @@ def written_before(output: Path, by: dict, resume: bool) -> tuple[set[str], int]
     if torn:
         with whole(output) as partial:
             partial.write_bytes(content[: len(content) - len(torn)])
-    return seen, draw + 1 if lines else 0
+    return seen, draw  # that call again, of which a kill may have lost a part

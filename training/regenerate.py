@@ -107,7 +107,7 @@ def write(config: RegenerateConfig) -> None:
 def _writer_of(config: RegenerateConfig) -> dict:
     model = config.model if config.endpoint else config.target
     assert model is not None
-    name = Path(model).resolve().name if Path(model).is_dir() else model  # no paths of this machine
+    name = Path(model).resolve().name if Path(model).exists() else model  # no paths of this machine
     return {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
 
 

@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.target_ppow import WindowMasks, decoder_layers, read_taps
 
-from .loading import place_of
+from .loading import load_model
 
 
 @dataclass
@@ -46,7 +46,7 @@ class FrozenTarget:
     @classmethod
     def load(cls, name: str, dtype: str, device: torch.device | str) -> "FrozenTarget":
         """Load a target from a Hub id or folder; taps are set once the drafter is known."""
-        return cls(AutoModelForCausalLM.from_pretrained(**place_of(name), dtype=getattr(torch, dtype)).to(device), [])
+        return cls(load_model(name, dtype=getattr(torch, dtype)).to(device), [])
 
     @classmethod
     def load_sharded(cls, name: str, dtype: str, accelerator: Accelerator) -> "FrozenTarget":
@@ -66,7 +66,7 @@ class FrozenTarget:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for turn in range(accelerator.num_processes):
             if turn == accelerator.process_index:
-                model = AutoModelForCausalLM.from_pretrained(**place_of(name), dtype=getattr(torch, dtype))
+                model = load_model(name, dtype=getattr(torch, dtype))
                 blocks = decoder_layers(model)
                 for block in blocks:
                     fully_shard(block, mesh=mesh)

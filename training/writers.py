@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .chats import OPENED, Chat
 from .config import RegenerateConfig
-from .loading import load_tokenizer, named, place_of, positions
+from .loading import load_model, load_tokenizer, named, positions
 from .prompts import sampling_options
 from .rows import normal_message
 from .sources import BadRow
@@ -46,15 +46,12 @@ class LocalWriter:
 
     def __init__(self, config: RegenerateConfig):
         import torch
-        from transformers import AutoModelForCausalLM
 
         assert config.target is not None
         self.config, self.size = config, config.batch_size
         with named("target", config.target):
             self.tokenizer = load_tokenizer(config.target, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(
-                **place_of(config.target), dtype=getattr(torch, config.dtype)
-            )
+            self.model = load_model(config.target, dtype=getattr(torch, config.dtype))
         self.tokenizer.get_chat_template()  # says what is missing
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         if self.tokenizer.pad_token is None:  # padding is masked, so any token will do

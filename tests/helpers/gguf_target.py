@@ -21,7 +21,7 @@ _NAMES = {
 }
 
 
-def write_gguf(path, model: LlamaForCausalLM, tokenizer) -> None:
+def write_gguf(path, model: LlamaForCausalLM, tokenizer, eos: int | None = None, eot: int | None = None) -> None:
     """Write model and tokenizer (byte-level BPE) into one file."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -43,7 +43,9 @@ def write_gguf(path, model: LlamaForCausalLM, tokenizer) -> None:
     writer.add_token_types([kinds[token not in special] for token, _ in vocabulary])
     merges = tokenizer.backend_tokenizer.to_str()
     writer.add_token_merges([" ".join(pair) for pair in json.loads(merges)["model"]["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id if eos is None else eos)
+    if eot is not None:
+        writer.add_eot_token_id(eot)
     writer.add_chat_template(tokenizer.chat_template)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():

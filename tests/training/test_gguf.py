@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,26 @@ def test_every_command_takes_it(home, tmp_path, capsys):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_the_file_that_is_named_is_read_not_one_of_its_name_here(home, tmp_path, monkeypatch, tiny_config):
+    (tmp_path / "a").mkdir()
+    shutil.copyfile(home / "target.gguf", tmp_path / "a" / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes(b"another")
+    monkeypatch.chdir(tmp_path)
+    expected = LlamaForCausalLM.from_pretrained(home / "target").state_dict()
+    for name in ("a/m.gguf", tmp_path / "a" / "m.gguf"):
+        loaded = loading.load_model(name).state_dict()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match="transformers would read ./m.gguf"):
+        loading.check_model("target", "org/name/m.gguf")
+
+
+def test_answers_end_with_a_turn_too(home, tmp_path, tiny_config, tiny_tokenizer):
+    """transformers reads the end of a text alone; chats end with the end of a turn."""
+    path = tmp_path / "target.gguf"
+    write_gguf(path, LlamaForCausalLM(tiny_config), tiny_tokenizer, eos=0, eot=tiny_tokenizer.eos_token_id)
+    assert loading.load_model(path).generation_config.eos_token_id == [0, tiny_tokenizer.eos_token_id]
+
+
 def test_what_cannot_be_read_is_told_at_once(home, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--target \S*nothing.gguf: there is no such file"):
         loading.check_model("target", tmp_path / "nothing.gguf")
@@ -81,6 +102,7 @@ def test_what_cannot_be_read_is_told_at_once(home, tmp_path, monkeypatch):
     (tmp_path / "torn.gguf").write_bytes((home / "target.gguf").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"--target \S*torn.gguf"), loading.named("target", tmp_path / "torn.gguf"):
         loading.load_tokenizer(tmp_path / "torn.gguf")
+    assert cli.main(["import", "x", f"--target={tmp_path / 'torn.gguf'}"]) == 2  # no traceback
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package gguf; run `pip install gguf`"):
         loading.check_model("target", home / "target.gguf")
@@ -89,8 +111,7 @@ def test_what_cannot_be_read_is_told_at_once(home, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("target.gguf", (".", "target.gguf")),
-        ("/models/a/b.gguf", ("/models/a", "b.gguf")),
+        ("/nowhere/a/b.gguf", ("/nowhere/a", "b.gguf")),
         ("org/name/file.Q4_K_M.gguf", ("org/name", "file.Q4_K_M.gguf")),
         ("org/name", ("org/name",)),
     ],

@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
 
 def test_a_chat_model_writes_what_its_users_ask(whole, tmp_path, capsys):
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert len(rows) == 24 and rows[0]["by"] == {"model": "target", "temperature": 1.0, "max_new_tokens": 48}
+    assert len(rows) == 24 and rows[0]["by"]["temperature"] == 1.0 and rows[0]["by"]["seed"] == 0
     texts = [message["content"] for row in rows for message in row["messages"]]
     assert len({plain(text) for text in texts}) == 24 and all(len(text.split()) > 1 for text in texts)
     assert not any("<|" in text for text in texts)
@@ -57,6 +57,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monk
     assert cli.main(command(output, "--count=24", "--resume")) == 0
     assert output.read_bytes() == whole
     assert cli.main(command(output, "--count=24", "--resume")) == 0 and output.read_bytes() == whole
+    lines = whole.splitlines(keepends=True)  # a kill between the lines of one call, or fewer asked for at first
+    output.write_bytes(b"".join(lines[:3]) + lines[3][:40])
+    assert cli.main(command(output, "--count=24", "--resume")) == 0 and output.read_bytes() == whole
 
 
 def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
@@ -64,6 +67,12 @@ def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
     output.write_bytes(whole)
     assert cli.main(command(output, "--count=30", "--resume", "--temperature=0.5")) == 2
     assert "'temperature': 1.0" in capsys.readouterr().err
+    assert cli.main(command(output, "--count=30", "--resume", "--seed=1")) == 2
+    assert output.read_bytes() == whole
+    output.write_text('{"a": 1, "notes": "mine"}')  # nobody's torn line
+    assert cli.main(command(output, "--resume")) == 2
+    assert "ends with what `ppow prompts` did not write" in capsys.readouterr().err
+    assert output.read_text() == '{"a": 1, "notes": "mine"}'
     output.write_text('{"messages": []}\n')
     assert cli.main(command(output, "--resume")) == 2
     assert "prompts.jsonl:1 is no prompt that `ppow prompts` wrote; name another output" in capsys.readouterr().err
@@ -79,7 +88,8 @@ def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
         ("  ", True, "empty"),
         ("so one two one two one two", True, "looping"),
         ("ADD   one, and two!", True, "written before"),
-        ("Add one. assistant answers: <|im_start|>assistant x", True, None),
+        ("Add one. <|im_start|>assistant\nYes.", True, "template"),
+        ("请介绍一下北京的历史和文化。", True, None),
     ],
 )
 def test_what_is_kept_by_hand(tiny_tokenizer, text, ends, fault):
@@ -98,10 +108,35 @@ def test_a_template_is_read_and_one_without_a_user_is_refused(tiny_tokenizer, tm
     assert opening(tokenizer).end() == "[/INST]"
     ids = tokenizer("Add one and two. [/INST] three", add_special_tokens=False).input_ids
     assert judged(ids, set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
+    padded = [*ids, *[tokenizer.pad_token_id] * 6]  # beside a slower one
+    assert judged(padded, set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
+    assert plain("What is 3+4?") != plain("What is 3*4?") and plain("Explain C") != plain("explain C++.")
     for template, message in [(None, "cannot open a user's turn"), ("x", "does not show where a user's words begin")]:
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=message):
             opening(tokenizer)
+
+
+def test_nothing_of_the_targets_own_options_shapes_what_it_says(whole, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(TARGET, target)
+    file = target / "generation_config.json"
+    own = {"return_dict_in_generate": True, "num_beams": 2, "max_time": 1e-9, "stop_strings": ["a"], "min_p": 0.9}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    output = tmp_path / "prompts.jsonl"
+    assert cli.main([*command(output, "--count=24"), f"--target={target}"]) == 0
+    assert output.read_bytes() == whole
+
+
+def test_prompts_end_with_the_positions_of_the_target(tmp_path, capsys):
+    for positions, status in ((20, 0), (2, 2)):
+        target = tmp_path / f"target-{positions}"
+        shutil.copytree(TARGET, target)
+        config = json.loads((target / "config.json").read_text()) | {"max_position_embeddings": positions}
+        (target / "config.json").write_text(json.dumps(config))
+        output = tmp_path / f"prompts-{positions}.jsonl"
+        assert cli.main([*command(output, "--count=2"), f"--target={target}"]) == status
+    assert "all that the target has positions for" in capsys.readouterr().err
 
 
 def test_a_target_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path, monkeypatch, capsys):
@@ -114,7 +149,7 @@ def test_a_target_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path, 
     output = tmp_path / "prompts.jsonl"
     assert cli.main(command(output, "--count=3")) == 2
     told = capsys.readouterr().err
-    assert "20 calls brought nothing new" in told and "holds 1 prompts of 3" in told and "'written before'" in told
+    assert "640 samples brought nothing new" in told and "holds 1 prompts of 3" in told and "'written before'" in told
     assert len(output.read_text().splitlines()) == 1
 
 
