@@ -494,7 +494,7 @@ def test_bad_input_is_answered_with_a_message_and_the_server_goes_on(client, ser
 def test_twenty_visitors_at_once_each_get_their_own(server):
     """All are queued and answered, each with its own prompt and settings, and with the text that it gets alone."""
     asked = [
-        {"prompt": f"Visitor {n} has {n} apples and eats {n % 5}.", "max_new_tokens": 4 + n // 2, "seed": n}
+        {"prompt": f"Visitor {n} has {n} apples and eats {n % 5}.", "max_new_tokens": 8 + n // 4, "seed": n}
         | (TREE if n % 2 else {"window_size": 2 + n % 9})
         for n in range(20)
     ]

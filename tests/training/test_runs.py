@@ -439,7 +439,7 @@ def test_every_entrance_answers_a_wrong_path(tmp_path, far_hub, capsys, monkeypa
     for command in (
         ["evaluate", *pair, "--prompts=p.jsonl", "--output-dir=o"],
         ["demo", *pair],
-        ["space", *pair],
+        ["space", *pair, "--port=0"],
         ["import", "./nosuch", "--target=./nosuch"],
         ["export", "./nosuch", "--format=vllm"],
         ["push", "./nosuch", "--repo=a/b"],
