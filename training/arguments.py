@@ -6,6 +6,7 @@ Fields are declared with :func:`option`. Supported types: ``str``, ``int``, ``fl
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import textwrap
@@ -172,7 +173,12 @@ class Config:
         required = " ".join(
             name.upper() if name == cls._positional else f"--{_dashes(name)} {name.upper()}" for name in cls._required()
         )
-        lines = [f"usage: {cls.program()} {required} [options]".replace("  ", " "), "", cls.__doc__ or "", ""]
+        lines = [
+            f"usage: {cls.program()} {required} [options]".replace("  ", " "),
+            "",
+            inspect.cleandoc(cls.__doc__ or ""),
+            "",
+        ]
         groups: dict[str | None, list[str]] = {}
         group = None
         for field in dataclasses.fields(cls):
@@ -264,10 +270,13 @@ class Config:
     def _read_file(cls, path: Path) -> dict:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--config {path} cannot be read: {error.strerror}.") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"--config {path} is not valid JSON: {error}.") from None
         if not isinstance(values, dict):
             raise ValueError(f"--config {path} must hold a JSON object of options, got {type(values).__name__}.")
+        values = {key.replace("-", "_"): value for key, value in values.items()}
         for key in values:
             if key not in cls._keys():
                 raise ValueError(f"{path}: {cls._unknown(key, f'key {key!r}')}")

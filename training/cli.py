@@ -38,6 +38,9 @@ COMMANDS = {
 }
 
 
+RESUMING = ("prompts", "regenerate", "supervised", "reinforce", "evaluate")
+
+
 def usage() -> str:
     """The page that ``ppow --help`` prints."""
     lines = ["usage: ppow COMMAND [--key value ...]", "", "commands:"]
@@ -68,7 +71,9 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status, as :func:`guarded` gives it."""
-    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    resumes = bool(given) and given[0] in RESUMING
+    return guarded(lambda: run(given), f"`ppow {given[0]}` goes on with --resume" if resumes else AGAIN)
 
 
 def guarded(action: Callable[[], object], again: str = AGAIN) -> int:

@@ -360,7 +360,7 @@ class ImportConfig(Config):
     _positional = "source"
 
     source: str = option("the drafter: Hub id or folder")
-    target: str = option("the target that it was trained for: Hub id or folder")
+    target: str = option("the target that it was trained for: Hub id, folder or GGUF file")
     out: str | None = option("folder to write; none: the drafter's name with -ppow, here", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)
 
@@ -373,7 +373,7 @@ class ExportConfig(Config):
 
     drafter: str = option("PPOW drafter: Hub id or folder")
     format: Literal["speculators", "vllm", "sglang", "specforge", "eagle"] = option("who is to read it")
-    target: str | None = option("its target: Hub id or folder; none: as the drafter records it", None)
+    target: str | None = option("its target: Hub id, folder or GGUF file; none: as the drafter records it", None)
     out: str | None = option("folder to write; none: the drafter's name with the format, here", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)
 

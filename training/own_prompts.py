@@ -126,7 +126,9 @@ def write(config: PromptsConfig) -> None:
             bar.update(len(lines))
     if left_out:
         print(f"ppow: {output}: left out: {dict(left_out.most_common())}", file=sys.stderr)
-    if len(seen) < config.count:
+    if len(seen) >= config.count:
+        print(f"{len(seen)} prompts are in {output}, of which `ppow regenerate --data {output}` makes answers.")
+    else:
         raise ValueError(
             f"{in_vain} samples brought nothing new: {output} holds {len(seen)} prompts of {config.count}. Ask for "
             "fewer, bring prompts of your own, or write other ones into another file, with a higher --temperature or "

@@ -117,7 +117,9 @@ def show(
     found = plan(config, target_config, drafter_config, device)
     memory, seconds = dict(found["memory_gib"]), found["seconds"]
     total, available = memory.pop("total"), memory.pop("available")
-    print(f"One optimizer step of `ppow {config.command()}` on {device.name}, per process. Memory, at most:")
+    texts = f"texts of {config.max_length} tokens that are answers throughout; others take less"
+    print(f"One optimizer step of `ppow {config.command()}` on {device.name}, per process, for {texts}.")
+    print("Memory, at most:")
     for name, value in memory.items():
         print(f"  {value:9.2f} GiB  {name}")
     print(f"  {total:9.2f} GiB  together, of {available:.0f} GiB")
@@ -127,8 +129,8 @@ def show(
     parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
     print(f"  {least:9.3g} s at least at the device's rates ({parts})")
     low, high = (f"{config.steps * least * factor / 60:.3g}" for factor in MEASURED)
-    times = f"{MEASURED[0]} to {MEASURED[1]} times"
-    print(f"{config.steps} steps: {low} to {high} min, {times} that, as was measured with an 8B target.")
+    times = f"{MEASURED[0]} to {MEASURED[1]} times its least, as steps with an 8B target did when they were measured"
+    print(f"{config.steps} steps: {low} to {high} min, if each takes {times}.")
     if total > available:
         print(
             "This does not fit. Lower batch_size (raise accumulation instead), max_length or max_forest_nodes, use "

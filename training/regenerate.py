@@ -102,6 +102,7 @@ def write(config: RegenerateConfig) -> None:
     in_row_order(output)
     if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
         say(f"{output}: chats that ended otherwise than by themselves: {others}")
+    print(f"{len(chats)} chats are in {output}, of which `ppow supervised --data {output}` trains a drafter.")
 
 
 def _writer_of(config: RegenerateConfig) -> dict:

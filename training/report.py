@@ -34,7 +34,9 @@ def begun(trainer: Any, target: nn.Module, held_out: Sized) -> str:
         rows(config.data, trainer.examples),
         *([rows(config.eval_data, held_out, "held out")] if config.eval_data else []),
         f"steps {trainer.first_step + 1} to {config.steps} of {trainer.micro_steps * config.batch_size} texts, into "
-        f"{trainer.folder}",
+        f"{trainer.folder}"
+        if trainer.first_step < config.steps
+        else f"all {config.steps} steps are done, in {trainer.folder}",
     ]
     return "\n".join(lines)
 

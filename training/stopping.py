@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-AGAIN = "prompts, regenerate, supervised, reinforce and evaluate go on with --resume"
+AGAIN = "nothing half-written was left behind"
 STATUS = 128 + signal.SIGTERM
 
 

@@ -316,10 +316,11 @@ def test_a_run_of_the_other_stage_is_not_resumed(home, whole_runs):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_resuming_a_finished_run_changes_nothing(home, whole_runs, stage):
+def test_resuming_a_finished_run_changes_nothing(home, whole_runs, stage, capsys):
     folder = whole_runs[stage]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     STAGES[stage][0].main(options(home, stage, folder, resume=True))
+    assert f"all 6 steps are done, in {folder}" in capsys.readouterr().out
     changed = [path.name for path, content in before.items() if path.read_bytes() != content]
     assert changed == ["provenance.json"]  # it records that the command was given again
 
