@@ -359,17 +359,24 @@ def place_obstacle(target: PreTrainedModel, drafter: PreTrainedModel) -> str | N
 
 def call_obstacle(target: PreTrainedModel, prompt: Prompt) -> str | None:
     """What about the target or the call the fast path cannot serve; None if nothing."""
+    valid = prompt.valid
+    if prompt.start > 0:
+        return "the call continues a cache"
+    if valid is not None and bool((valid[:, 1:] < valid[:, :-1]).any()):
+        return "the padding is not on the left"
+    return target_obstacle(target)
+
+
+def target_obstacle(target: PreTrainedModel) -> str | None:
+    """What about a target the fast path cannot serve, by its configuration; None if nothing."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    valid = prompt.valid
     obstacles = {
         "the target's attention cannot be exchanged": not getattr(target, "_supports_attention_backend", False),
         "the target caps its attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
         "the target routes to experts": bool(getattr(config, "num_experts", getattr(config, "num_local_experts", 0))),
         "the target's positions change with the length": bool(kinds & {"dynamic", "longrope"}),
-        "the call continues a cache": prompt.start > 0,
-        "the padding is not on the left": valid is not None and bool((valid[:, 1:] < valid[:, :-1]).any()),
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
@@ -381,21 +388,30 @@ def attention_obstacle(target: PreTrainedModel) -> str | None:
 
 def shortage(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> str | None:
     """Why keys and values of ``batch`` rows of ``capacity`` slots do not fit into the GPU's memory; None if they do."""
-    config = target.config.get_text_config(decoder=True)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     own = drafter.config
-    entry = 2 * config.num_hidden_layers * heads * head * target.dtype.itemsize
+    entry = slot_bytes(target)
     entry += 2 * own.num_hidden_layers * own.num_key_value_heads * own.head_dim * drafter.dtype.itemsize
-    needed = batch * capacity * entry
-    free, _ = torch.cuda.mem_get_info(target.device)
-    free += torch.cuda.memory_reserved(target.device) - torch.cuda.memory_allocated(target.device)
+    needed, free = batch * capacity * entry, free_bytes(target.device)
     if needed <= free:
         return None
     return (
         f"{batch} x {capacity} cache slots need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free (lower "
         "max_new_tokens or the batch)"
     )
+
+
+def slot_bytes(target: PreTrainedModel) -> int:
+    """Bytes that a target's keys and values of one token take."""
+    config = target.config.get_text_config(decoder=True)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head * target.dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that nothing uses, what this process holds in reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _weights(*models: PreTrainedModel) -> tuple[int, ...]:

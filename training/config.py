@@ -97,6 +97,7 @@ class SupervisedConfig(TrainingConfig):
     norm_before_fc: bool = option("normalise the taps before they are fused (EAGLE-3.1)", False)
     norm_output: bool = option("a draft step goes on from its normalised features (EAGLE-3.1)", False)
     qk_norm: bool = option("normalise queries and keys (Qwen3)", False)
+    share_embeddings: bool = option("read the target's embedding instead of keeping a copy of it (equal widths)", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,7 +105,7 @@ class SupervisedConfig(TrainingConfig):
             return
         shape = ["draft_vocab_size", "num_layers", "taps", "hidden_size", "intermediate_size", "num_attention_heads"]
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
-        shape += ["num_key_value_heads", "norm_before_fc", "norm_output", "qk_norm"]
+        shape += ["num_key_value_heads", "norm_before_fc", "norm_output", "qk_norm", "share_embeddings"]
         given = [name for name in shape if getattr(self, name) != fresh[name]]
         if given:
             raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
@@ -226,7 +227,9 @@ class RegenerateConfig(Config):
     skip_bad_rows: bool = option(f"{SKIP_BAD_ROWS}; an endpoint's refusal of the first requests is one, too", False)
     max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
     temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
-    batch_size: int = option("prompts per generate call", 8, at_least=1)
+    batch_size: int | None = option(
+        "answers of the target under way at once; none: 16, on a GPU 1024, and never more than fit", None, at_least=1
+    )
     dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
     seed: int = option("seed of the sampling", 0, at_least=0)
     resume: bool = option("go on after the rows that output already holds", False)

@@ -130,7 +130,8 @@ def prepare_drafter(
         )
     if drafter.config.hidden_size == drafter.config.target_hidden_size:
         with torch.no_grad():
-            drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
+            if drafter.get_input_embeddings() is not None:
+                drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
             drafter.lm_head.weight.copy_(target.get_output_embeddings().weight[drafter.draft_columns()])
     return freeze_embedding(drafter)
 
@@ -146,6 +147,7 @@ def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> P
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         **{name: True for name in ("norm_before_fc", "norm_output", "qk_norm") if getattr(config, name)},
+        **({"share_target_embeddings": True} if config.share_embeddings else {}),
     }
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if {"hidden_size", "num_attention_heads"} & set(chosen):

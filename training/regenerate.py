@@ -12,13 +12,12 @@ with ``--resume``, from the same data and with the same writer; rows that got no
 """
 
 import collections
-import functools
 import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,25 +79,43 @@ def write(config: RegenerateConfig) -> None:
     none = [(chats[i], Written(turns(chats[i]["messages"])[0], "error", why)) for i, why in unfit.items()]
     _append(output, none, by)
     todo = [index for index in todo if index not in unfit]
-    todo.sort(key=lambda index: len(str(turns(chats[index]["messages"])[0])))  # alike lengths waste little padding
+    todo.sort(key=lambda index: len(str(turns(chats[index]["messages"])[0])))  # alike lengths waste little memory
+    waiting = collections.deque(Conversation(chats[index]) for index in todo)
+    talking: dict[int, Conversation] = {}
     known_good = bool(done)
     finishes: collections.Counter[str] = collections.Counter()
+    made: list[tuple[Row, Written]] = []  # and not yet appended
     with tqdm(total=len(chats), initial=len(chats) - len(todo), desc="regenerate") as bar:
-        for first in range(0, len(todo), writer.size):
-            part = [chats[index] for index in todo[first : first + writer.size]]
-            seeded = functools.partial(writer.answer, seed=(config.seed * 1_000_003 + part[0].number) & 0x7FFFFFFF)
-            made = list(zip(part, write_chats(part, seeded)))
-            known_good = known_good or any(written.answered() for _, written in made)
-            if not known_good and not config.skip_bad_rows:  # as likely the fault of the options as of the rows
-                row, written = made[0]
-                where = config.endpoint or config.target
-                raise ValueError(f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows.")
+        try:
+            appended = time.monotonic()
+            while waiting or talking:
+                while waiting and len(talking) < writer.size:
+                    chat = waiting.popleft()
+                    talking[chat.row.number] = chat
+                    _ask(writer, chat, config)
+                for number, answer in sorted(writer.collect().items()):
+                    talking[number].take(answer)
+                    if not talking[number].is_over():
+                        _ask(writer, talking[number], config)
+                        continue
+                    chat = talking.pop(number)
+                    row, written = chat.row, chat.written
+                    finishes[written.finish] += 1
+                    known_good = known_good or written.answered()
+                    if not known_good and not config.skip_bad_rows:  # as likely the options' fault as the rows'
+                        where = config.endpoint or config.target
+                        raise ValueError(
+                            f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows."
+                        )
+                    made.append((row, written))
+                    if written.error is not None:
+                        tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
+                    bar.update()
+                if time.monotonic() - appended > 1.0:
+                    _append(output, made, by)
+                    made, appended = [], time.monotonic()
+        finally:
             _append(output, made, by)  # after the answers: a run without any leaves no file
-            finishes.update(written.finish for _, written in made)
-            for row, written in made:
-                if written.error is not None:
-                    tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
-            bar.update(len(part))
     in_row_order(output)
     if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
         say(f"{output}: chats that ended otherwise than by themselves: {others}")
@@ -173,20 +190,32 @@ def _is_written(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def write_chats(rows: list[Row], answer: Callable[[list[Asked]], list[Answer]]) -> list[Written]:
-    """Answer every turn of some chats, turn by turn; a chat ends with an answer that did not end by itself."""
-    given = [turns(row["messages"]) for row in rows]
-    written = [Written([]) for _ in rows]
-    for turn in range(max(map(len, given))):
-        active = [c for c in range(len(rows)) if turn < len(given[c]) and written[c].finish == "stop"]
-        if not active:
-            break
-        for c in active:
-            written[c].messages.extend(given[c][turn])
-        answers = answer([Asked(written[c].messages, options_of(rows[c])) for c in active])
-        for c, (message, finish, error) in zip(active, answers):
-            written[c] = Written(written[c].messages + ([message] if message else []), finish, error)
-    return written
+class Conversation:
+    """A chat whose turns are answered one after the other; it ends with an answer that did not end by itself."""
+
+    def __init__(self, row: Row):
+        self.row, self.given = row, collections.deque(turns(row["messages"]))
+        self.written = Written([])
+        self.answers = 0
+
+    def prompt(self) -> Asked:
+        """The next turn to be answered, with all before it."""
+        self.written.messages.extend(self.given.popleft())
+        return Asked(self.written.messages, options_of(self.row))
+
+    def take(self, answer: Answer) -> None:
+        """Its answer."""
+        messages = self.written.messages + ([answer.message] if answer.message else [])
+        self.written, self.answers = Written(messages, answer.finish, answer.error), self.answers + 1
+
+    def is_over(self) -> bool:
+        """Whether there is nothing more to answer."""
+        return not self.given or self.written.finish != "stop"
+
+
+def _ask(writer: LocalWriter | EndpointWriter, chat: Conversation, config: RegenerateConfig) -> None:
+    seed = (config.seed * 1_000_003 + chat.row.number * 1_009 + chat.answers) & 0x7FFFFFFF
+    writer.ask(chat.row.number, chat.prompt(), seed)
 
 
 # -- the output so far -------------------------------------------------------------------------------------------------

@@ -1,22 +1,29 @@
 """Who writes the answers of ``ppow regenerate``: a target loaded here, or a server that speaks OpenAI's protocol."""
 
+import collections
 import http.client
 import json
 import os
+import queue
 import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .chats import OPENED, Chat
 from .config import RegenerateConfig
 from .loading import load_model, load_tokenizer, named, positions
 from .prompts import sampling_options
 from .rows import normal_message
-from .sources import BadRow
+from .sources import BadRow, say
 
+if TYPE_CHECKING:  # needs torch
+    from .slots import Slots
+
+ROWS = {"cuda": 1024, "cpu": 16}  # answers under way, by device, where no --batch-size says
+BATCH = 8  # the same, in batches of ``generate``
+CACHE_SHARE = 0.6  # of the free memory of a GPU that keys and values may take
 TOLD = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning")  # of a server's message
 ENDED = {None, "stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # an answer that ended by itself, by server
 
@@ -41,14 +48,29 @@ class Answer(NamedTuple):
     error: str | None = None
 
 
+class Given(NamedTuple):
+    """A prompt that was handed over; without ids, ``text`` says why it cannot be answered."""
+
+    key: int
+    text: str
+    ids: list[int]
+    room: int
+    seed: int
+
+
 class LocalWriter:
-    """The target, on this machine: ``size`` prompts per call of ``generate``."""
+    """The target, on this machine: ``size`` prompts under way, in :class:`ppow.training.slots.Slots` where it can be.
+
+    Where not, they are answered in batches of ``generate``, which wait for their longest answer.
+    """
 
     def __init__(self, config: RegenerateConfig):
         import torch
 
+        from .slots import obstacle
+
         assert config.target is not None
-        self.config, self.size = config, config.batch_size
+        self.config = config
         with named("target", config.target):
             self.tokenizer = load_tokenizer(config.target, padding_side="left")
             self.model = load_model(config.target, dtype=getattr(torch, config.dtype))
@@ -59,43 +81,91 @@ class LocalWriter:
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.positions = positions(self.model.config)
+        self.waiting: collections.deque[Given] = collections.deque()
+        self.answering: dict[int, Given] = {}
+        self.slots: Slots | None = None
+        self.obstacle = obstacle(self.model)
+        self.size = config.batch_size or (ROWS[self.model.device.type] if self.obstacle is None else BATCH)
+        if self.obstacle is not None:
+            say(f"{config.target} answers in batches that wait for their longest answer: {self.obstacle}.")
 
-    def read(self, prompt: Asked) -> tuple[str, int]:
-        """(text, tokens that its answer may have). Raises BadRow: no prompt that the target can answer."""
+    def read(self, prompt: Asked) -> tuple[str, list[int], int]:
+        """(text, its tokens, how many its answer may have). Raises BadRow: no prompt that the target can answer."""
         text = Chat(prompt.messages, prompt.options, self.tokenizer).render(prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if self.positions is None:
-            return text, self.config.max_new_tokens
-        length = len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if length >= self.positions:
-            raise BadRow(f"a prompt of {length} tokens does not fit the target's {self.positions} positions.")
-        return text, min(self.config.max_new_tokens, self.positions - length)
+            return text, ids, self.config.max_new_tokens
+        if len(ids) >= self.positions:
+            raise BadRow(f"a prompt of {len(ids)} tokens does not fit the target's {self.positions} positions.")
+        return text, ids, min(self.config.max_new_tokens, self.positions - len(ids))
 
-    def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
-        """An answer to each prompt; of those that this target cannot be asked an error."""
-        import torch
+    def ask(self, key: int, prompt: Asked, seed: int) -> None:
+        """Take a prompt, whose answer :meth:`collect` will bring under ``key``; ``seed`` draws it."""
+        try:
+            self.waiting.append(Given(key, *self.read(prompt), seed))
+        except BadRow as error:
+            self.waiting.append(Given(key, str(error), [], 0, seed))
 
+    def collect(self) -> dict[int, Answer]:
+        """Wait for answers: -> those that are ready, at least one while any prompt is under way."""
         from ppow.attention_ppow import without_cudnn_attention
 
-        torch.manual_seed(seed)
-        answers: dict[int, Answer] = {}
-        groups: dict[int, list[tuple[int, str]]] = {}  # those near the end of the positions have less room
-        for index, prompt in enumerate(prompts):
-            try:
-                text, room = self.read(prompt)
-                groups.setdefault(room, []).append((index, text))
-            except BadRow as error:
-                answers[index] = Answer(None, "error", str(error))
-        for room, group in groups.items():
-            with without_cudnn_attention():  # every token meets another number of keys
-                for (index, text), ids in zip(group, self._generate([text for _, text in group], room)):
-                    answers[index] = self._read_answer(text, ids)
-        return [answers[index] for index in range(len(prompts))]
+        refused = [given for given in self.waiting if not given.ids]
+        if refused:
+            self.waiting = collections.deque(given for given in self.waiting if given.ids)
+            return {given.key: Answer(None, "error", given.text) for given in refused}
+        with without_cudnn_attention():  # every token meets another number of keys
+            return self._in_batches() if self.obstacle is not None else self._in_slots()
 
-    def _generate(self, texts: list[str], room: int) -> list[list[int]]:
-        inputs = self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-        given = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        out = self.model.generate(**given, max_new_tokens=room, **sampling_options(self.config.temperature))
-        return out[:, given["input_ids"].shape[1] :].tolist()
+    def _in_slots(self) -> dict[int, Answer]:
+        from .slots import Request
+
+        slots = self.slots
+        if slots is None or (not self.answering and self._length(self.waiting[0]) > slots.capacity):
+            self.slots = slots = self._new_slots()
+        taken: list[Given] = []
+        while self.waiting and len(taken) < slots.free and self._length(self.waiting[0]) <= slots.capacity:
+            taken.append(self.waiting.popleft())
+        slots.fill([Request(given.key, given.ids, given.room, given.seed) for given in taken])
+        self.answering |= {given.key: given for given in taken}
+        done = slots.collect()
+        return {key: self._read_answer(self.answering.pop(key).text, ids) for key, ids in done}
+
+    @staticmethod
+    def _length(given: "Given") -> int:
+        return len(given.ids) + given.room
+
+    def _new_slots(self) -> "Slots":
+        """Rows that hold the next prompt, and all that wait where that is not much more, as many as memory allows."""
+        from ppow.graphs_ppow import free_bytes, slot_bytes
+
+        from .slots import CHECK, Slots
+
+        self.slots = None  # frees the old buffers first
+        needed = self._length(self.waiting[0])
+        capacity = max(length for given in self.waiting if (length := self._length(given)) <= max(2 * needed, 1024))
+        rows = self.size
+        if self.model.device.type == "cuda":
+            each = slot_bytes(self.model) * (capacity + CHECK)
+            rows = max(1, min(rows, int(CACHE_SHARE * free_bytes(self.model.device)) // each))
+        return Slots(self.model, rows, capacity, self.config.temperature, self.ends)
+
+    def _in_batches(self) -> dict[int, Answer]:
+        """The answers to all prompts that wait and have the room of the first."""
+        import torch
+
+        first = self.waiting[0]
+        batch = [given for given in self.waiting if given.room == first.room][: self.size]
+        self.waiting = collections.deque(given for given in self.waiting if given not in batch)
+        torch.manual_seed(first.seed)
+        inputs = self.tokenizer(
+            [given.text for given in batch], add_special_tokens=False, padding=True, return_tensors="pt"
+        )
+        given_ids = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        options = sampling_options(self.config.temperature)
+        out = self.model.generate(**given_ids, max_new_tokens=first.room, **options)
+        made = out[:, given_ids["input_ids"].shape[1] :].tolist()
+        return {given.key: self._read_answer(given.text, ids) for given, ids in zip(batch, made)}
 
     def _read_answer(self, prompt: str, ids: list[int]) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
@@ -115,24 +185,32 @@ class EndpointWriter:
         self.headers = {"Content-Type": "application/json"}
         if token := os.environ.get("OPENAI_API_KEY"):
             self.headers["Authorization"] = f"Bearer {token}"
+        self.answers: queue.SimpleQueue[tuple[int, Answer | BaseException]] = queue.SimpleQueue()
 
     def read(self, prompt: Asked) -> None:
         """Nothing is known of a prompt before the server has answered it."""
 
-    def answer(self, prompts: list[Asked], seed: int) -> list[Answer]:
-        """An answer to each prompt, in their order, all asked at once; of refused ones an error."""
+    def ask(self, key: int, prompt: Asked, seed: int) -> None:
+        """As in :class:`LocalWriter`; the server is asked at once."""
 
-        def ask(future: Future[Answer], prompt: Asked, number: int) -> None:
+        def wait() -> None:
             try:
-                future.set_result(self._one(prompt, number))
+                self.answers.put((key, self._one(prompt, seed)))
             except BaseException as error:
-                future.set_exception(error)
+                self.answers.put((key, error))
 
-        futures: list[Future[Answer]] = [Future() for _ in prompts]
-        for index, (future, prompt) in enumerate(zip(futures, prompts)):
-            # a daemon, unlike a pool's threads: a server that never answers holds up no end of the process
-            threading.Thread(target=ask, args=(future, prompt, seed + index), daemon=True).start()
-        return [future.result() for future in futures]
+        # a daemon, unlike a pool's threads: a server that never answers holds up no end of the process
+        threading.Thread(target=wait, daemon=True).start()
+
+    def collect(self) -> dict[int, Answer]:
+        """As in :class:`LocalWriter`. Raises what concerns every request, as :func:`post` does."""
+        answers: dict[int, Answer] = {}
+        while not answers or not self.answers.empty():
+            key, answer = self.answers.get()
+            if isinstance(answer, BaseException):
+                raise answer
+            answers[key] = answer
+        return answers
 
     def _one(self, prompt: Asked, seed: int) -> Answer:
         options = dict(prompt.options)

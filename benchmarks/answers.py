@@ -1,0 +1,88 @@
+"""How fast a target writes the answers of ``ppow regenerate``: rows that are filled anew, against plain batches.
+
+    python -m benchmarks.answers --target T --data prompts.jsonl --limit 8000 --output benchmarks/results/answers.json
+
+Both answer the same prompts, greedily, the shortest prompts first as ``ppow regenerate`` does. Seconds are those of
+asking and answering, with graphs to be recorded, without loading the model; tokens are those that the answers hold.
+"""
+
+import argparse
+import time
+
+import torch
+
+from ppow.training.config import RegenerateConfig
+from ppow.training.data import BadRows, load_rows
+from ppow.training.regenerate import turns
+from ppow.training.rows import options_of
+from ppow.training.writers import Asked, LocalWriter
+
+from .machine import synchronize
+from .report import add_output, facts, save
+
+WAYS = {"batches": "plain batches of generate()", "slots": "rows that are filled anew"}
+
+
+def main(argv=None) -> dict:
+    """Run the command: -> its report."""
+    arguments = parse(argv)
+    rows = [row for row in load_rows(arguments.data, "train", arguments.limit, BadRows(True)) if row.get("messages")]
+    prompts = [Asked(turns(row["messages"])[0], options_of(row)) for row in rows]
+    prompts.sort(key=lambda prompt: len(str(prompt.messages)))
+    report = facts("answers", arguments, argv) | {"prompts": len(prompts), "ways": {}}
+    texts = {}
+    for way in arguments.ways.split(","):
+        options = {"dtype": arguments.dtype, "max_new_tokens": arguments.new, "batch_size": arguments.batch_size}
+        writer = LocalWriter(RegenerateConfig(target=arguments.target, data="-", output="-", **options))
+        if way == "batches":
+            writer.obstacle = WAYS[way]
+        elif writer.obstacle is not None:
+            raise ValueError(f"--target {arguments.target}: {writer.obstacle}")
+        texts[way], seconds = answer_all(writer, prompts)
+        tokens = sum(len(ids) + 1 for ids in writer.tokenizer(texts[way], add_special_tokens=False)["input_ids"])
+        report["ways"][way] = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+        print(f"{WAYS[way]}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s", flush=True)
+        del writer
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if len(texts) == len(WAYS):
+        speeds = {way: report["ways"][way]["tokens_per_second"] for way in WAYS}
+        report["speedup"] = speeds["slots"] / speeds["batches"]
+        report["same_answers"] = sum(map(str.__eq__, *texts.values())) / len(prompts)
+        print(f"{report['speedup']:.2f}x; {report['same_answers']:.1%} of the answers are the same")
+    return save(report, arguments.output)
+
+
+def answer_all(writer: LocalWriter, prompts: list[Asked]) -> tuple[list[str], float]:
+    """The answers to prompts, with at most ``writer.size`` under way, and the seconds it took."""
+    texts = [""] * len(prompts)
+    waiting = list(range(len(prompts)))[::-1]
+    under_way = 0
+    synchronize(writer.model.device)
+    start = time.perf_counter()
+    while waiting or under_way:
+        while waiting and under_way < writer.size:
+            number = waiting.pop()
+            writer.ask(number, prompts[number], seed=0)
+            under_way += 1
+        for number, answer in writer.collect().items():
+            under_way -= 1
+            texts[number] = answer.message["content"] if answer.message else ""
+    return texts, time.perf_counter() - start
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="answers.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--data", required=True, help="prompts, as `ppow regenerate` takes them")
+    parser.add_argument("--limit", type=int, help="take this many rows")
+    parser.add_argument("--new", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument("--batch-size", type=int, help="answers under way at once; none: the command's own")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--ways", default=",".join(WAYS), help="comma separated; which to run")
+    add_output(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
