@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -47,8 +48,11 @@ class Written(NamedTuple):
         return any(_is_written(message) for message in self.messages)
 
 
-def main(config: RegenerateConfig) -> None:
+def main(config: RegenerateConfig) -> float:
     """Write the answers to ``config.output``, which is this run's alone meanwhile.
+
+    Returns:
+        The seconds that writing took, without loading the target.
 
     Raises:
         ValueError: no chats, a bad row that is not skipped, a prompt or an option that the target or server refuses,
@@ -56,10 +60,10 @@ def main(config: RegenerateConfig) -> None:
         OSError: what cannot be read or written.
     """
     with claim_file(config.output):
-        write(config)
+        return write(config)
 
 
-def write(config: RegenerateConfig) -> None:
+def write(config: RegenerateConfig) -> float:
     """The command itself, once the output is this run's alone."""
     bad = BadRows(config.skip_bad_rows)
     rows = load_rows(config.data, config.split, config.limit, bad)
@@ -73,21 +77,24 @@ def write(config: RegenerateConfig) -> None:
     output = Path(config.output)
     by = _writer_of(config)
     done = finished_rows(output, chats, by, config.resume)
-    todo = [index for index in chats if index not in done]
+    known_good = bool(done)
     writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
-    unfit = unanswerable(writer, [chats[index] for index in todo], bad)
+    unfit = unanswerable(writer, [row for row in chats.values() if row.number not in done], bad)
     bad.report(config.data)
     none = [(chats[i], Written(turns(chats[i]["messages"])[0], "error", why)) for i, why in unfit.items()]
     _append(output, none, by)
-    todo = [index for index in todo if index not in unfit]
-    todo.sort(key=lambda index: len(str(turns(chats[index]["messages"])[0])))  # alike lengths waste little padding
-    known_good = bool(done)
+    done |= unfit.keys()
+    unfit |= unanswerable(writer, [chats[index] for index in done - unfit.keys()], BadRows(skip=True))
+    parts = parts_of([index for index in chats if index not in unfit], chats, writer.size)
+    if sum(not done.isdisjoint(part) and not done.issuperset(part) for part in parts) > 1:  # --limit or data grew
+        parts = parts_of([index for index in chats if index not in done], chats, writer.size)
     finishes: collections.Counter[str] = collections.Counter()
-    with tqdm(total=len(chats), initial=len(chats) - len(todo), desc="regenerate") as bar:
-        for first in range(0, len(todo), writer.size):
-            part = [chats[index] for index in todo[first : first + writer.size]]
+    began = time.perf_counter()
+    with tqdm(total=len(chats), initial=len(done), desc="regenerate") as bar:
+        for part in ([chats[index] for index in part] for part in parts if not done.issuperset(part)):
             seeded = functools.partial(writer.answer, seed=(config.seed * 1_000_003 + part[0].number) & 0x7FFFFFFF)
-            made = list(zip(part, write_chats(part, seeded)))
+            # the whole part, though a kill may have kept some of it: in other company a row is rounded otherwise
+            made = [(row, new) for row, new in zip(part, write_chats(part, seeded)) if row.number not in done]
             known_good = known_good or any(written.answered() for _, written in made)
             if not known_good and not config.skip_bad_rows:  # as likely the fault of the options as of the rows
                 row, written = made[0]
@@ -98,11 +105,19 @@ def write(config: RegenerateConfig) -> None:
             for row, written in made:
                 if written.error is not None:
                     tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
-            bar.update(len(part))
+            bar.update(len(made))
+    seconds = time.perf_counter() - began
     in_row_order(output)
     if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
         say(f"{output}: chats that ended otherwise than by themselves: {others}")
     print(f"{len(chats)} chats are in {output}, of which `ppow supervised --data {output}` trains a drafter.")
+    return seconds
+
+
+def parts_of(indexes: list[int], chats: dict[int, Row], size: int) -> list[list[int]]:
+    """What is asked for at once: chats whose first prompts are alike in length, which wastes little padding."""
+    order = sorted(indexes, key=lambda index: len(str(turns(chats[index]["messages"])[0])))
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def _writer_of(config: RegenerateConfig) -> dict:

@@ -301,7 +301,7 @@ def test_switches_that_may_be_left_open(argv, graphs):
 
 
 def test_every_default_of_stage_2_says_whose_choice_it_is():
-    shared = {field.name for field in dataclasses.fields(configs.TrainingConfig)} - {"steps", "learning_rate"}
+    shared = {field.name for field in dataclasses.fields(configs.StageConfig)} - {"steps", "learning_rate"}
     for field in dataclasses.fields(ReinforceConfig):
         if field.name not in shared | {"drafter", "objective"}:
             assert "(paper)" in field.metadata["help"] or "(ours)" in field.metadata["help"], field.name

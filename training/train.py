@@ -1,0 +1,607 @@
+"""The whole road with one command: ``ppow train --target TARGET --output-dir RUN``.
+
+    RUN/train.json              the options, what was decided of them, what is done, and the time it took
+    RUN/prompts.jsonl           ppow prompts, or the rows of --data in a random order
+    RUN/heldout.jsonl           prompts that nothing is trained on: the last ones that were written, or chosen rows
+    RUN/answers.jsonl           ppow regenerate; of the held-out prompts heldout-answers.jsonl
+    RUN/stage1, RUN/stage2      ppow supervised, ppow reinforce
+    RUN/figures                 ppow evaluate, on the held-out prompts
+    RUN/drafter                 the repository, as ppow push makes it
+
+Each part is the single command's own ``main`` in this process. What it is to do is decided once, written to train.json
+before it is begun, and read from there afterwards; so a run that was killed, wherever that was, ends with the bytes of
+one that was not. With ``--budget`` counts of prompts and steps are decided by timing a few of them, in a folder that is
+gone afterwards.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import io
+import json
+import os
+import random
+import re
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from . import evaluate, own_prompts, plan, push, recipes, regenerate, reinforce, supervised
+from .config import EvaluateConfig, PushConfig, TrainConfig
+from .data import BadRows, Row, load_rows
+from .files import LOCK, claim_folder, remove, scratch, whole, write_json
+from .fingerprints import fingerprint
+from .hub import check_repository_name
+from .loading import load_tokenizer, named, place_of
+from .metrics import read_metrics
+from .preparation import load_examples
+from .prompts import from_row
+from .recipes import EVALUATIONS, KINDS, Choices, complete, held_out_of
+from .repository import assemble
+from .sources import say
+from .stopping import Stopped, again, asked
+from .supervised import EVAL_WINDOW
+
+FILE = "train.json"
+_FREE = {"output_dir", "resume", "plan", "push_to_hub", "skip_bad_rows"}  # options that change nothing of a drafter
+
+
+class Part(NamedTuple):
+    """A part of the road.
+
+    Attributes:
+        title: what it makes, in words.
+        share: of the time that a budget gives.
+        results: files that are there when it is done.
+    """
+
+    title: str
+    share: float
+    results: tuple[str, ...]
+
+
+# The shares (ours): stage 1 decides what a drafter is worth (README, "Which objective wins?"), so it has nearly half; its
+# texts have a quarter, and the prompts for them, which are shorter, a quarter of that; stage 2 gains a few percent; the
+# figures need some sixty prompts to tell the two apart.
+PARTS = {
+    "prompts": Part("prompts", 0.06, ("prompts.jsonl", "heldout.jsonl")),
+    "answers": Part("answers", 0.24, ("answers.jsonl",)),
+    "heldout": Part("answers to the held-out prompts", 0.02, ("heldout-answers.jsonl",)),
+    "supervised": Part("stage 1, supervised", 0.45, ("stage1/config.json",)),
+    "reinforce": Part("stage 2, PPOW", 0.15, ("stage2/config.json",)),
+    "evaluate": Part("figures", 0.08, ("figures/metrics.json",)),
+    "repository": Part("the drafter's repository", 0.0, ("drafter/README.md",)),
+}
+# Under these a part is not cut, whatever the budget says
+FEWEST = {"supervised": 50, "reinforce": 20, "evaluate": 4}
+_TIMED = 8  # steps of a stage that are timed; the first two warm up
+_TIMED_PROMPTS = 2  # of an evaluation
+
+
+def main(config: TrainConfig) -> None:
+    """Go the road, or on with it; with ``--plan`` only show what it takes.
+
+    Raises:
+        ValueError: options, names or data that cannot be right, a folder that holds something else or another run.
+        OSError: what cannot be read or written.
+        Stopped: after SIGTERM, with everything kept.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "`ppow train` runs in one process. On several GPUs run its parts one by one: `ppow train --plan here ...` "
+            "names them, and `accelerate launch -m ppow.training.cli supervised ...` runs a stage."
+        )
+    if config.push_to_hub:
+        check_repository_name(config.push_to_hub, "--push-to-hub")
+    with named("target", config.target):
+        target = AutoConfig.from_pretrained(**place_of(config.target))
+    if config.plan is not None:
+        show(config, target)
+        return
+    with claim_folder(config.output_dir):
+        Road(config, target).go()
+
+
+class Road:
+    """One run: its folder, and what its train.json says."""
+
+    def __init__(self, config: TrainConfig, target: PreTrainedConfig):
+        self.config, self.folder = config, Path(config.output_dir)
+        self.record = self._read() or self._new(target)
+        self._know_target()
+
+    # -- train.json ----------------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, Any] | None:
+        """What an earlier start has left, if it is of this run."""
+        path = self.folder / FILE
+        if not path.exists():
+            other = sorted(entry.name for entry in self.folder.iterdir() if entry.name[0] != ".")
+            if other:
+                raise ValueError(
+                    f"--output-dir {self.folder} holds something else ({', '.join(other[:3])}); give an empty or a "
+                    "new folder."
+                )
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            before, _, _, spent = (record[key] for key in ("options", "decided", "done", "seconds"))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} was not written by `ppow train`; give another --output-dir.") from None
+        if not self.config.resume:
+            raise ValueError(
+                f"--output-dir {self.folder} already holds a run. Pass --resume to go on with it, or give another "
+                "folder."
+            )
+        if changed := list(_changes(before, self._options())):
+            raise ValueError(
+                f"{self.folder} holds a run with other options, and its drafter would be of neither: "
+                f"{'; '.join(changed)}. Restore them, or give another --output-dir."
+            )
+        if (running := record.pop("running", None)) is not None:  # killed: until its last sign of life
+            files = (file for file in self.folder.rglob("*") if file.is_file() and not file.name.endswith(LOCK))
+            last = min(time.time(), max(file.stat().st_mtime for file in files))
+            spent[running["part"]] = spent.get(running["part"], 0.0) + max(0.0, last - running["since"])
+        return record
+
+    def _new(self, target: PreTrainedConfig) -> dict[str, Any]:
+        """Decide what can be decided, once what can be known now to be wrong is not."""
+        if self.config.data is None:
+            with named("target", self.config.target):
+                own_prompts.opening(load_tokenizer(self.config.target))
+        cuda = torch.cuda.is_available()
+        choices = Choices(self.config, target, plan.this_device(), cuda)
+        decided = choices.all()
+        for stage in ("supervised", "reinforce"):
+            explicit = "batch_size" in getattr(self.config, stage)
+            total = choices.step(stage, {"steps": 10**9, **decided[stage]}, decided["supervised"])["memory_gib"][
+                "total"
+            ]
+            if not explicit and total * plan.GIB > choices.most():
+                raise ValueError(
+                    f"A step of `ppow {stage}` with one text of {decided[stage]['max_length']} tokens takes up to "
+                    f"{total:.1f} GiB, and {choices.most() / plan.GIB:.1f} GiB of {choices.device.name} may be taken. "
+                    f"Give {stage} a smaller max_length, or a batch_size to try it anyway"
+                    + (f"; or {choices.recipe.hint}." if choices.recipe.hint else ".")
+                )
+        return {"options": self._options(), "decided": decided, "done": [], "seconds": {}, "target": None}
+
+    def _options(self) -> dict:
+        return self.config.to_dict(without=_FREE)
+
+    def _know_target(self) -> None:
+        """Note which weights the target's name stands for, as soon as they are here; refuse others."""
+        found, known = fingerprint(self.config.target), self.record["target"]
+        if known and found and known != found:
+            raise ValueError(
+                f"--target {self.config.target} holds other weights ({found[:12]}) than {self.folder} was begun with "
+                f"({known[:12]}). Restore them, or give another --output-dir."
+            )
+        if found != known and found:
+            self.record["target"] = found
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self.folder / FILE, self.record)
+
+    def decide(self, name: str, **values: Any) -> None:
+        """Keep a decision, on disk before anything follows from it."""
+        self.record["decided"].setdefault(name, {}).update(values)
+        complete(self.record["decided"][name])
+        self._write()
+
+    def decided(self, name: str) -> dict[str, Any]:
+        """What was decided for a command."""
+        return self.record["decided"].get(name, {})
+
+    @contextlib.contextmanager
+    def spending(self, part: str) -> Iterator[None]:
+        """Count the time inside for a part, however it ends."""
+        since, seconds = time.time(), self.record["seconds"]
+        self.record["running"] = {"part": part, "since": since}
+        self._write()
+        try:
+            yield
+        finally:
+            seconds[part] = seconds.get(part, 0.0) + time.time() - since
+            del self.record["running"]
+            if (self.folder / FILE).exists():  # not in a folder that was taken away
+                self._write()
+
+    # -- the road ------------------------------------------------------------------------------------------------------
+
+    def go(self) -> None:
+        """All parts that are not done yet, one after the other."""
+        self._write()
+        for number, (name, part) in enumerate(PARTS.items(), 1):
+            done = name in self.record["done"] and all((self.folder / result).exists() for result in part.results)
+            if done:
+                continue
+            with self.spending(name):
+                print(f"\npart {number} of {len(PARTS)}: {part.title}; {self._clock(name)}", flush=True)
+                getattr(self, f"_{name}")()
+                self.record["done"] = [*(other for other in self.record["done"] if other != name), name]
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._know_target()
+            if asked():
+                raise Stopped(f"stopped by SIGTERM after part {number} of {len(PARTS)}, which is done. {again()}.")
+        if self.config.push_to_hub:
+            push.main(self._push(self.config.push_to_hub))
+        print(f"\n{self.results()}", flush=True)
+
+    def _clock(self, name: str) -> str:
+        spent = f"{_duration(sum(self.record['seconds'].values()))} so far"
+        left = self.left(name)
+        return spent if left is None else f"{spent}, about {_duration(left)} for it"
+
+    def left(self, *names: str) -> float | None:
+        """Seconds that the budget gives to some parts that come next: their share of what is left. None: no budget."""
+        budget = self.config.seconds()
+        if budget is None:
+            return None
+        seconds, running = self.record["seconds"], self.record.get("running")
+        spent = sum(seconds.values()) + (time.time() - running["since"] if running else 0.0)
+        first = list(PARTS).index(names[0])
+        share = sum(PARTS[name].share for name in names) / sum(part.share for part in list(PARTS.values())[first:])
+        return max(0.0, budget - spent) * share
+
+    def _at(self, *path: str) -> str:
+        return str(self.folder.joinpath(*path))
+
+    def command(self, name: str, **places: Any) -> Any:
+        """The configuration of a single command, as decided."""
+        shared = {"target": self.config.target, "seed": self.config.seed, "resume": True}
+        if "endpoint" in self.decided(name):
+            del shared["target"]
+        if name in ("regenerate", "supervised", "reinforce"):
+            shared["skip_bad_rows"] = self.config.skip_bad_rows
+        if name in ("supervised", "reinforce") and self.decided("heldout").get("usable"):
+            shared["eval_data"] = self._at("heldout-answers.jsonl")
+        return KINDS[name].from_dict({**shared, **self.decided(name), **places})
+
+    def _prompts(self) -> None:
+        if self.config.data is not None:
+            self._split()
+            return
+        if "count" not in self.decided("prompts"):
+            self._count_prompts()
+        count = self.decided("prompts")["count"]
+        held = held_out_of(count)
+        self._fit_steps(count)
+        self._run(own_prompts.main, self.command("prompts", output=self._at("prompts.jsonl"), count=count + held))
+        with open(self.folder / "prompts.jsonl", encoding="utf-8", newline="\n") as file:
+            _write_lines(self.folder / "heldout.jsonl", list(file)[count : count + held])
+        self.decide("regenerate", limit=count)
+
+    def _split(self) -> None:
+        """Put the rows of ``--data`` in a random order, and some that no other row repeats aside."""
+        bad = BadRows(self.config.skip_bad_rows)
+        assert self.config.data is not None
+        rows = load_rows(self.config.data, self.config.split, None, bad)
+        asking = [row for row in rows if regenerate.turns(row.get("messages", []))]
+        if len(asking) < len(rows):
+            bad.left_out["they have no user turn to answer"] += len(rows) - len(asking)
+        random.Random(self.config.seed).shuffle(asking)
+        aside: list[Row] = []
+        rest: list[Row] = []
+        known: dict[str, bool] = {}  # prompts, and whether they were put aside
+        wanted = held_out_of(len(asking))
+        for row in asking:
+            words = own_prompts.plain(
+                " ".join(str(message["content"]) for message in row["messages"] if message["role"] != "assistant")
+            )
+            if len(aside) < wanted and words not in known and _is_prompt(row, row.place):
+                known[words] = True
+                aside.append(row)
+            elif not known.setdefault(words, False):
+                rest.append(row)
+            else:
+                bad.left_out["they repeat a held-out prompt"] += 1
+        bad.report(self.config.data)
+        if not aside or not rest:
+            raise ValueError(
+                f"{self.config.data} has {len(asking)} rows with a user turn to answer, of which {len(aside)} can be "
+                f"held out to measure on and {len(rest)} are left to train on; at least one of each is needed."
+            )
+        _write_lines(self.folder / "heldout.jsonl", [json.dumps(row, ensure_ascii=False) + "\n" for row in aside])
+        _write_lines(self.folder / "prompts.jsonl", [json.dumps(row, ensure_ascii=False) + "\n" for row in rest])
+        print(f"{len(rest)} rows to train on, {len(aside)} held out")
+        count = self.config.prompts or len(rest)
+        if self.config.prompts is None and self.config.seconds() is not None:
+            count = self._within(self._pace_of_answers(self.folder / "prompts.jsonl"), "answers", "heldout")
+        self._fit_steps(count := min(count, len(rest)))
+        self.decide("regenerate", limit=count)
+
+    def _fit_steps(self, rows: int) -> None:
+        """Take no more texts a step than half of what there is, which may lose some; what was asked for is refused."""
+        for name in ("supervised", "reinforce"):
+            size, times = (self.decided(name)[key] for key in ("batch_size", "accumulation"))
+            given = getattr(self.config, name).keys() & {"batch_size", "accumulation"}
+            if given and size * times > rows:
+                raise ValueError(
+                    f"One step of `ppow {name}` takes {size * times} texts ({', '.join(sorted(given))} given), and "
+                    f"there are {rows} to train on; lower it, or take more prompts."
+                )
+            while not given and size * times > max(1, rows // 2):
+                size, times = (size, times // 2) if times > 1 else (size // 2, 1)
+            self.decide(name, batch_size=size, accumulation=times)
+
+    def _answers(self) -> None:
+        given = {"data": self._at("prompts.jsonl"), "output": self._at("answers.jsonl")}
+        self._run(regenerate.main, self.command("regenerate", **given))
+
+    def _heldout(self) -> None:
+        given = {"data": self._at("heldout.jsonl"), "output": self._at("heldout-answers.jsonl"), "limit": None}
+        self._run(regenerate.main, self.command("regenerate", **given))
+
+    def _supervised(self) -> None:
+        if not self.decided("heldout"):
+            self.decide("heldout", usable=self._measurable())
+        self._stage("supervised", supervised.main)
+
+    def _reinforce(self) -> None:
+        self._stage("reinforce", reinforce.main)
+
+    def _stage(self, name: str, train: Callable[[Any], None]) -> None:
+        given = {"data": self._at("answers.jsonl")}
+        if name == "reinforce":
+            given["drafter"] = self._at("stage1")
+        if "steps" not in self.decided(name):
+            self._count_steps(name, train, given)
+        place = "stage1" if name == "supervised" else "stage2"
+        self._run(train, self.command(name, **given, output_dir=self._at(place)))
+
+    def _evaluate(self) -> None:
+        given = {"drafter": self._at("stage2"), "baseline": self._at("stage1"), "prompts": [self._at("heldout.jsonl")]}
+        if "limit" not in self.decided("evaluate"):
+            self._count_evaluated(given)
+        self._run(evaluate.main, self.command("evaluate", **given, output_dir=self._at("figures")))
+
+    def _repository(self) -> None:
+        name = re.sub(r"[^\w.-]+", "-", Path(self.config.target).name.removesuffix(".gguf")).strip("-.") or "drafter"
+        with scratch(self.folder / ".unfinished-drafter") as partial:
+            partial.mkdir()
+            assemble(self._push(self.config.push_to_hub or f"ORG/{name}-PPOW"), partial)
+            remove(self.folder / "drafter")
+            os.replace(partial, self.folder / "drafter")
+
+    def _push(self, repo: str) -> PushConfig:
+        return PushConfig(drafter=self._at("stage2"), repo=repo, metrics=self._at("figures"))
+
+    def _run(self, command: Callable[[Any], Any], config: Any) -> None:
+        made = ", ".join(f"{key} {getattr(config, key)}" for key in self.decided(config.command()) if key != "preset")
+        print(f"`{config.program()}` with {made}", flush=True)
+        command(config)
+
+    def _measurable(self) -> bool:
+        """Whether a held-out answer is long enough for a window; else the stages go without them."""
+        place = self._at("heldout-answers.jsonl")
+        config = self.command("supervised", data=place, output_dir="-", steps=10**9)
+        with named("target", self.config.target):
+            tokenizer = load_tokenizer(self.config.target)
+        try:
+            load_examples(config, place, tokenizer, EVAL_WINDOW)
+        except ValueError as error:
+            say(f"the stages are not measured along the way: {error}")
+            return False
+        return True
+
+    # -- what a budget decides -----------------------------------------------------------------------------------------
+
+    def _count_prompts(self) -> None:
+        """So many prompts as can be written and answered in the time of both."""
+        with self._timing() as place:
+            size = self.command("prompts", output="-").batch_size
+            seconds = own_prompts.main(self.command("prompts", output=str(place / "prompts.jsonl"), count=size))
+            draws = [row["draw"] for row in read_metrics(place / "prompts.jsonl")]
+            pace = seconds / (draws[-1] + 1) / draws.count(draws[0])  # of whole calls, the last is cut off
+            pace += self._pace_of_answers(place / "prompts.jsonl")
+        total = self._within(pace, "prompts", "answers", "heldout")
+        self.decide("prompts", count=max(self._fewest_rows(), total - held_out_of(total)))
+
+    def _pace_of_answers(self, prompts: Path) -> float:
+        """Seconds per answer, of a first call or two of the target."""
+        config = self.command("regenerate", data=str(prompts), output="-")
+        limit = config.concurrency if config.endpoint else config.batch_size
+        with self._timing("answers") as place:
+            output = place / "answers.jsonl"
+            seconds = regenerate.main(dataclasses.replace(config, output=str(output), limit=limit))
+            return seconds / len(read_metrics(output))
+
+    def _fewest_rows(self) -> int:
+        """Of one step of either stage, which may lose some to short answers."""
+        stages = [self.decided(name) for name in ("supervised", "reinforce")]
+        return 2 * max(stage["batch_size"] * stage["accumulation"] for stage in stages)
+
+    def _within(self, pace: float, *names: str) -> int:
+        available = self.left(*names)
+        assert available is not None
+        return self._told("prompts", int(available / pace), self._fewest_rows(), pace, available)
+
+    def _count_steps(self, name: str, train: Callable[[Any], None], given: dict) -> None:
+        """So many steps as the stage's share has time for, by a few of them."""
+        texts = self.decided(name)["batch_size"] * self.decided(name)["accumulation"]
+        short: dict[str, Any] = {
+            "steps": _TIMED,
+            "limit": 4 * _TIMED * texts,
+            "log_every": 1,
+            "warmup_steps": 0,
+            "eval_every": _TIMED,
+        }
+        short["trackers"] = []
+        with self._timing() as place:
+            began = time.perf_counter()
+            train(self.command(name, **given, **short, output_dir=str(place / name)))
+            lasted = time.perf_counter() - began
+            seconds = [line["seconds"] for line in read_metrics(place / name / "metrics.jsonl")]
+        step = statistics.median(seconds[2:-1])
+        around = lasted - sum(seconds)  # loading before the first step, saving after the last one
+        measuring = max(0.0, seconds[-1] - step)  # the held-out answers, in the last step
+        available = self.left(name)
+        assert available is not None
+        count = int((available - around - EVALUATIONS * measuring) / step)
+        self.decide(name, steps=self._told("steps", count, self._fewest(name), step, available))
+
+    def _fewest(self, name: str) -> int:
+        return max(FEWEST[name], self.decided(name).get("warmup_steps", 0) + 1)
+
+    def _count_evaluated(self, given: dict) -> None:
+        """So many held-out prompts as there is time for."""
+        with self._timing() as place:
+            config = self.command("evaluate", **given, output_dir=str(place / "figures"), limit=_TIMED_PROMPTS)
+            began = time.perf_counter()
+            seconds = evaluate.main(dataclasses.replace(config, warmup=1))
+            around = time.perf_counter() - began - seconds
+        pace = seconds / (_TIMED_PROMPTS + 1)
+        available = self.left("evaluate")
+        assert available is not None
+        count = int((available - around) / pace) - config.warmup
+        self.decide("evaluate", limit=self._told("prompts", count, FEWEST["evaluate"], pace, available))
+
+    def _told(self, what: str, count: int, fewest: int, pace: float, available: float) -> int:
+        """The count, or the fewest; either way it is said."""
+        less = f"; fewer than {fewest} would be worth nothing, so the budget is overrun" if count < fewest else ""
+        count = max(count, fewest)
+        print(f"{count} {what}, at {pace:.3g} s each in {_duration(available)}{less}", flush=True)
+        return count
+
+    @contextlib.contextmanager
+    def _timing(self, name: str = "timing") -> Iterator[Path]:
+        """A folder for a trial, gone afterwards; what is told there is not what becomes of the run."""
+        print("timing a few first", flush=True)
+        with scratch(self.folder / f".{name}") as place, contextlib.redirect_stdout(io.StringIO()):
+            place.mkdir()
+            yield place
+            gc.collect()
+
+    # -- at the end ----------------------------------------------------------------------------------------------------
+
+    def results(self) -> str:
+        """What came out: acceptance length and speedup of both stages, and the next command."""
+        metrics = json.loads((self.folder / "figures" / "metrics.json").read_text(encoding="utf-8"))
+        lines = []
+        for title, second in metrics["results"].items():
+            first = metrics["baseline"][title]
+            lines.append(
+                f"{title}: acceptance length {first['acceptance_length']:.2f} after stage 1, "
+                f"{second['acceptance_length']:.2f} after stage 2; speedup {first['speedup']:.2f}x, "
+                f"{second['speedup']:.2f}x"
+            )
+        lines.append(
+            f"in {_duration(sum(self.record['seconds'].values()))}; the repository is in {self._at('drafter')}"
+        )
+        given = ["ppow", "push", self._at("stage2"), "--repo", "ORG/NAME", "--metrics", self._at("figures")]
+        return "\n".join([*lines, *([] if self.config.push_to_hub else [f"Next: {shlex.join(given)}"])])
+
+
+def _changes(before: dict, now: dict, prefix: str = "") -> Iterator[str]:
+    """Every option that differs, with both values."""
+    for key in {**before, **now}:
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _changes(one, other, f"{key}.")
+        elif one != other:
+            yield f"{prefix}{key} was {one!r}, is {other!r}"
+
+
+def _is_prompt(row: dict, place: str) -> bool:
+    try:
+        from_row(row, place, 0)
+    except ValueError:
+        return False
+    return True
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    with whole(path) as partial:
+        partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def _duration(seconds: float) -> str:
+    """``2 h 05 min``, ``12 min``, ``40 s``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def show(config: TrainConfig, target: PreTrainedConfig) -> None:
+    """Print what every part takes on ``config.plan``: memory, a bound on the time, whether it fits."""
+    here = config.plan == "here"
+    device = plan.this_device() if here else plan.DEVICES[str(config.plan)]
+    choices = Choices(config, target, device, not here or torch.cuda.is_available())
+    decided, recipe = choices.all(), choices.recipe
+    for name, steps in (("supervised", recipe.steps), ("reinforce", recipe.reinforce_steps)):
+        decided[name].setdefault("steps", steps)
+    count = decided["prompts"].get("count", recipe.prompts)
+    limit = decided["evaluate"].get("limit", recipes.EVALUATED)
+    rows = list(_planned(choices, decided, count, limit))
+    available, budget = device.memory / plan.GIB, config.seconds()
+    print(f"`ppow train` with {config.target} on {device.name}, {available:.0f} GiB, in {choices.dtype}:")
+    print(f"{'part':<32}{'memory':>12}{'at least':>12}{'given' if budget else '':>12}  what")
+    for name, memory, seconds, what in rows:
+        fits = "" if memory <= available else "  DOES NOT FIT"
+        given = _duration(budget * PARTS[name].share) if budget else ""
+        print(f"{PARTS[name].title:<32}{memory:>8.1f} GiB{_duration(seconds):>12}{given:>12}  {what}{fits}")
+    least = sum(seconds for _, _, seconds, _ in rows)
+    low, high = (_duration(least * factor) for factor in plan.MEASURED)
+    print(
+        f"{'together':<32}{max(memory for _, memory, _, _ in rows):>8.1f} GiB{_duration(least):>12}\n"
+        f"Memory is what a part takes at most, the time what it takes at least: no device is faster than its products "
+        f"and its memory. Steps of both stages with an 8B target took {plan.MEASURED[0]} to {plan.MEASURED[1]} times "
+        f"that when they were measured; all of it together then takes {low} to {high}."
+    )
+    if budget:
+        print("With a budget the counts are decided on the way, by timing a few; these are what would be done without.")
+    if any(memory > available for _, memory, _, _ in rows):
+        print(
+            f"This does not fit. Give the stage a smaller max_length or --dtype bfloat16{'; or ' * bool(recipe.hint)}"
+            f"{recipe.hint}."
+        )
+
+
+def _planned(choices: Choices, decided: dict, count: int, limit: int) -> Iterator[tuple[str, float, float, str]]:
+    """(part, GiB at most, seconds at least, what) of every part that takes time."""
+    held = held_out_of(count)
+    config = choices.config
+    if config.data is None:
+        options = {"batch_size": 32, **decided["prompts"]}
+        memory, seconds = choices.writing(options, 32)
+        calls = -(-(count + held) // options["batch_size"])
+        what = f"{count + held} of up to {options['max_new_tokens']} tokens, {options['batch_size']} at once"
+        yield "prompts", memory / plan.GIB, calls * seconds, what
+    for name, rows in (("answers", count), ("heldout", held)):
+        options = {"batch_size": 8, **decided["regenerate"]}
+        if "endpoint" in options:
+            yield name, 0.0, 0.0, f"{rows} by {options['endpoint']}"
+            continue
+        options["batch_size"] = min(rows, options["batch_size"])
+        memory, seconds = choices.writing(options, 64)
+        what = f"{rows} of up to {options['max_new_tokens']} tokens, {options['batch_size']} at once"
+        yield name, memory / plan.GIB, -(-rows // options["batch_size"]) * seconds, what
+    for name in ("supervised", "reinforce"):
+        options = decided[name]
+        found = choices.step(name, options, decided["supervised"])
+        texts = options["batch_size"] * options["accumulation"]
+        what = f"{options['steps']} steps of {texts} texts of up to {options['max_length']} tokens"
+        what += f", {options['batch_size']} at once" if options["accumulation"] > 1 else ""
+        yield name, found["memory_gib"]["total"], options["steps"] * max(found["seconds"].values()), what
+    evaluated = EvaluateConfig.from_dict(dict.fromkeys(("target", "drafter", "output_dir"), "-") | decided["evaluate"])
+    memory, seconds = choices.writing(
+        {"batch_size": 1, "dtype": evaluated.dtype, "max_new_tokens": evaluated.max_new_tokens}, 64
+    )
+    prompts = min(limit, held)
+    # of each prompt the plain target's answer, and at temperature 0 one without drafts; drafting takes less than either
+    answers = prompts * (len(evaluated.temperatures) + evaluated.reference * (0.0 in evaluated.temperatures))
+    yield "evaluate", memory / plan.GIB, answers * seconds, f"{prompts} held-out prompts, both stages"
