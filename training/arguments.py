@@ -168,6 +168,21 @@ class Config:
         """Plain values, ready for JSON; of all options ``from_dict`` gives the same configuration back."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
 
+    def argv(self) -> list[str]:
+        """The command line that gives this configuration: its program, and the options that are not the default."""
+        words = self.program().split()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == _default(field):
+                continue
+            name = _dashes(field.name)
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                text = json.dumps(value) if isinstance(value, dict) else _show(value)
+                words.append(f"--{name}={text}")
+        return words
+
     @classmethod
     def help(cls) -> str:
         """The page that ``--help`` prints."""

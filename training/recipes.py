@@ -67,6 +67,7 @@ _HIGHEST = 6e-3
 # Stage 2's is half of it (ours): measured 3e-3 after 6e-3 (bundled pair) and 1e-3 after 2e-3 (0.13B)
 _REINFORCE = 0.5
 _PROMPT = 256  # tokens of a prompt that the target writes: the default of `ppow prompts`
+TEMPLATE = 64  # tokens that a chat template puts around it, with a system message
 _WARMUP = 50  # of the bundled pair's stage 1; never more than a twentieth of the steps
 EVALUATED = 60  # prompts of the final figures, as in the README's
 # share of a device's memory that a plan may take: its figures are bounds of tensors, without the allocator's waste
@@ -107,7 +108,9 @@ class Choices:
         self.dtype = config.dtype or ("bfloat16" if cuda else "float32")
         self.shape = plan.Shape(target, PPOWConfig.from_target(target))
         self.recipe = recipe = recipe_of(self.shape.target_parameters)
-        length = min(recipe.length, positions(target) or recipe.length)
+        self.given = recipe.length if config.data else _PROMPT + TEMPLATE  # tokens of a prompt, at most
+        answer = config.regenerate.get("max_new_tokens", recipe.answer)
+        length = min(recipe.length, self.given + answer, positions(target) or recipe.length)
         rate = rate_for(text.hidden_size)
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
         first = {"optimizer": _optimizer(), "norm_before_fc": True, "norm_output": True, "learning_rate": rate}
@@ -128,7 +131,7 @@ class Choices:
         }
         for name in ("prompts", "regenerate"):
             if self.cuda and "endpoint" not in found[name]:
-                most = found[name]["max_new_tokens"] + (recipe.length if name == "regenerate" else 0)
+                most = found[name]["max_new_tokens"] + (self.given if name == "regenerate" else TEMPLATE)
                 found[name].setdefault("batch_size", self._at_once(most))
         for name in ("supervised", "reinforce"):
             found[name].setdefault("batch_size", self._micro_batch(name, found[name]))
@@ -185,10 +188,10 @@ class Choices:
         return 2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * number
 
     def _at_once(self, tokens: int) -> int:
-        """How many texts of so many tokens a call of ``generate`` writes: half of what there is room for."""
+        """How many texts of so many tokens a call of ``generate`` writes: what takes two thirds of the room."""
         number = 2 if self.dtype == "bfloat16" else 4
         row = tokens * self._kept(number) + self.shape.vocabulary * (number + 8)
-        room = (self.most() - self.shape.target_parameters * number) / 2 / row
+        room = (self.most() - self.shape.target_parameters * number) * 2 / 3 / row
         return _power(min(_AT_ONCE, room))
 
     def _micro_batch(self, name: str, options: dict) -> int:

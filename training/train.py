@@ -66,9 +66,9 @@ class Part(NamedTuple):
     results: tuple[str, ...]
 
 
-# The shares (ours): stage 1 decides what a drafter is worth (README, "Which objective wins?"), so it has nearly half; its
-# texts have a quarter, and the prompts for them, which are shorter, a quarter of that; stage 2 gains a few percent; the
-# figures need some sixty prompts to tell the two apart.
+# The shares (ours): stage 1 decides what a drafter is worth (README, "Which objective wins?"), so it has nearly half.
+# The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few percent.
+# The figures need some sixty prompts to tell the two apart.
 PARTS = {
     "prompts": Part("prompts", 0.06, ("prompts.jsonl", "heldout.jsonl")),
     "answers": Part("answers", 0.24, ("answers.jsonl",)),
@@ -113,7 +113,9 @@ class Road:
 
     def __init__(self, config: TrainConfig, target: PreTrainedConfig):
         self.config, self.folder = config, Path(config.output_dir)
-        self.record = self._read() or self._new(target)
+        before = self._read()
+        self.choices = Choices(config, target, plan.this_device(), torch.cuda.is_available())
+        self.record = before or self._new()
         self._know_target()
 
     # -- train.json ----------------------------------------------------------------------------------------------------
@@ -134,6 +136,9 @@ class Road:
             before, _, _, spent = (record[key] for key in ("options", "decided", "done", "seconds"))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} was not written by `ppow train`; give another --output-dir.") from None
+        made = any(entry.name[0] != "." for entry in self.folder.iterdir() if entry != path)
+        if not made and not (self.config.resume and before == self._options()):
+            return None  # broken off before there was anything to go on with
         if not self.config.resume:
             raise ValueError(
                 f"--output-dir {self.folder} already holds a run. Pass --resume to go on with it, or give another "
@@ -150,14 +155,12 @@ class Road:
             spent[running["part"]] = spent.get(running["part"], 0.0) + max(0.0, last - running["since"])
         return record
 
-    def _new(self, target: PreTrainedConfig) -> dict[str, Any]:
+    def _new(self) -> dict[str, Any]:
         """Decide what can be decided, once what can be known now to be wrong is not."""
         if self.config.data is None:
             with named("target", self.config.target):
                 own_prompts.opening(load_tokenizer(self.config.target))
-        cuda = torch.cuda.is_available()
-        choices = Choices(self.config, target, plan.this_device(), cuda)
-        decided = choices.all()
+        choices, decided = self.choices, self.choices.all()
         for stage in ("supervised", "reinforce"):
             explicit = "batch_size" in getattr(self.config, stage)
             total = choices.step(stage, {"steps": 10**9, **decided[stage]}, decided["supervised"])["memory_gib"][
@@ -238,9 +241,18 @@ class Road:
         print(f"\n{self.results()}", flush=True)
 
     def _clock(self, name: str) -> str:
-        spent = f"{_duration(sum(self.record['seconds'].values()))} so far"
+        """The time so far, and what a part will take: its share of a budget, or what the plan says."""
+        told = f"{_duration(sum(self.record['seconds'].values()))} so far"
         left = self.left(name)
-        return spent if left is None else f"{spent}, about {_duration(left)} for it"
+        if left is not None:
+            return f"{told}, about {_duration(left)} for it" if PARTS[name].share else told
+        count = self.decided("regenerate").get("limit") or self.decided("prompts").get("count", 0)
+        if not count or not PARTS[name].share:
+            return told
+        planned = _planned(self.choices, self.record["decided"], count, self.decided("evaluate")["limit"])
+        least, low, high = next((row.seconds for row in planned if row.part == name), (0.0, 0.0, 0.0))
+        expected = f"likely {_between(low, high)}" if self.choices.cuda else f"at least {_duration(least)}"
+        return f"{told}, {expected} for it" if least else told
 
     def left(self, *names: str) -> float | None:
         """Seconds that the budget gives to some parts that come next: their share of what is left. None: no budget."""
@@ -250,8 +262,8 @@ class Road:
         seconds, running = self.record["seconds"], self.record.get("running")
         spent = sum(seconds.values()) + (time.time() - running["since"] if running else 0.0)
         first = list(PARTS).index(names[0])
-        share = sum(PARTS[name].share for name in names) / sum(part.share for part in list(PARTS.values())[first:])
-        return max(0.0, budget - spent) * share
+        rest = sum(part.share for part in list(PARTS.values())[first:])
+        return max(0.0, budget - spent) * sum(PARTS[name].share for name in names) / rest if rest else 0.0
 
     def _at(self, *path: str) -> str:
         return str(self.folder.joinpath(*path))
@@ -311,13 +323,14 @@ class Road:
                 f"{self.config.data} has {len(asking)} rows with a user turn to answer, of which {len(aside)} can be "
                 f"held out to measure on and {len(rest)} are left to train on; at least one of each is needed."
             )
-        _write_lines(self.folder / "heldout.jsonl", [json.dumps(row, ensure_ascii=False) + "\n" for row in aside])
-        _write_lines(self.folder / "prompts.jsonl", [json.dumps(row, ensure_ascii=False) + "\n" for row in rest])
+        count = min(self.config.prompts or len(rest), len(rest))
+        self._fit_steps(count)
+        for name, chosen in (("heldout", aside), ("prompts", rest)):
+            _write_lines(self.folder / f"{name}.jsonl", [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen])
         print(f"{len(rest)} rows to train on, {len(aside)} held out")
-        count = self.config.prompts or len(rest)
-        if self.config.prompts is None and self.config.seconds() is not None:
-            count = self._within(self._pace_of_answers(self.folder / "prompts.jsonl"), "answers", "heldout")
-        self._fit_steps(count := min(count, len(rest)))
+        if self.config.prompts is None and self.config.budget is not None:
+            count = min(count, self._within(self._pace_of_answers(self.folder / "prompts.jsonl"), "answers", "heldout"))
+            self._fit_steps(count)
         self.decide("regenerate", limit=count)
 
     def _fit_steps(self, rows: int) -> None:
@@ -377,8 +390,7 @@ class Road:
         return PushConfig(drafter=self._at("stage2"), repo=repo, metrics=self._at("figures"))
 
     def _run(self, command: Callable[[Any], Any], config: Any) -> None:
-        made = ", ".join(f"{key} {getattr(config, key)}" for key in self.decided(config.command()) if key != "preset")
-        print(f"`{config.program()}` with {made}", flush=True)
+        print(shlex.join(config.argv()), flush=True)
         command(config)
 
     def _measurable(self) -> bool:
@@ -460,7 +472,7 @@ class Road:
             began = time.perf_counter()
             seconds = evaluate.main(dataclasses.replace(config, warmup=1))
             around = time.perf_counter() - began - seconds
-        pace = seconds / (_TIMED_PROMPTS + 1)
+        pace = seconds / (min(_TIMED_PROMPTS, len(read_metrics(self.folder / "heldout.jsonl"))) + 1)
         available = self.left("evaluate")
         assert available is not None
         count = int((available - around) / pace) - config.warmup
@@ -468,9 +480,11 @@ class Road:
 
     def _told(self, what: str, count: int, fewest: int, pace: float, available: float) -> int:
         """The count, or the fewest; either way it is said."""
-        less = f"; fewer than {fewest} would be worth nothing, so the budget is overrun" if count < fewest else ""
+        within = f"in {_duration(available)}"
+        if count < fewest:
+            within = f"though {_duration(available)} are left for them: fewer are worth nothing"
         count = max(count, fewest)
-        print(f"{count} {what}, at {pace:.3g} s each in {_duration(available)}{less}", flush=True)
+        print(f"{count} {what}, at {pace:.3g} s each, {within}", flush=True)
         return count
 
     @contextlib.contextmanager
@@ -549,59 +563,92 @@ def show(config: TrainConfig, target: PreTrainedConfig) -> None:
     rows = list(_planned(choices, decided, count, limit))
     available, budget = device.memory / plan.GIB, config.seconds()
     print(f"`ppow train` with {config.target} on {device.name}, {available:.0f} GiB, in {choices.dtype}:")
-    print(f"{'part':<32}{'memory':>12}{'at least':>12}{'given' if budget else '':>12}  what")
-    for name, memory, seconds, what in rows:
-        fits = "" if memory <= available else "  DOES NOT FIT"
-        given = _duration(budget * PARTS[name].share) if budget else ""
-        print(f"{PARTS[name].title:<32}{memory:>8.1f} GiB{_duration(seconds):>12}{given:>12}  {what}{fits}")
-    least = sum(seconds for _, _, seconds, _ in rows)
-    low, high = (_duration(least * factor) for factor in plan.MEASURED)
+    form = "{:<32}{:>10}{:>12}{:>26}{:>10}  {}"
+    print(form.format("part", "memory", "at least", "likely" * choices.cuda, "given" * bool(budget), "what").rstrip())
+    least, low, high = (sum(column) for column in zip(*(row.seconds for row in rows)))
+    for row in rows:
+        given = _duration(budget * PARTS[row.part].share) if budget else ""
+        likely = _between(*row.seconds[1:]) if choices.cuda else ""
+        what = row.what + "  DOES NOT FIT" * (row.memory > available)
+        print(
+            form.format(PARTS[row.part].title, f"{row.memory:.1f} GiB", _duration(row.seconds[0]), likely, given, what)
+        )
+    most, likely = max(row.memory for row in rows), _between(low, high) if choices.cuda else ""
     print(
-        f"{'together':<32}{max(memory for _, memory, _, _ in rows):>8.1f} GiB{_duration(least):>12}\n"
-        f"Memory is what a part takes at most, the time what it takes at least: no device is faster than its products "
-        f"and its memory. Steps of both stages with an 8B target took {plan.MEASURED[0]} to {plan.MEASURED[1]} times "
-        f"that when they were measured; all of it together then takes {low} to {high}."
+        form.format(
+            "together", f"{most:.1f} GiB", _duration(least), likely, budget and config.budget or "", ""
+        ).rstrip()
     )
+    print("Memory is what a part takes at most, the time what it takes at least by the device's products and memory.")
+    if choices.cuda:
+        print(
+            f"Likely: steps of both stages with an 8B target took {plan.MEASURED[0]} to {plan.MEASURED[1]} times their "
+            f"least, and a token of stock generate() {plan.EAGER * 1e3:.3g} ms a layer, when they were measured."
+        )
     if budget:
         print("With a budget the counts are decided on the way, by timing a few; these are what would be done without.")
-    if any(memory > available for _, memory, _, _ in rows):
-        print(
-            f"This does not fit. Give the stage a smaller max_length or --dtype bfloat16{'; or ' * bool(recipe.hint)}"
-            f"{recipe.hint}."
-        )
+    if most > available:
+        hint = f"; or {recipe.hint}" if recipe.hint else ""
+        print(f"This does not fit. Give the stage a smaller max_length, or --dtype bfloat16{hint}.")
 
 
-def _planned(choices: Choices, decided: dict, count: int, limit: int) -> Iterator[tuple[str, float, float, str]]:
-    """(part, GiB at most, seconds at least, what) of every part that takes time."""
+class Planned(NamedTuple):
+    """What a part takes.
+
+    Attributes:
+        part: of ``PARTS``.
+        memory: GiB at most.
+        seconds: at least; likely, from and to.
+        what: it does, in words.
+    """
+
+    part: str
+    memory: float
+    seconds: tuple[float, float, float]
+    what: str
+
+
+def _planned(choices: Choices, decided: dict, count: int, limit: int) -> Iterator[Planned]:
+    """Every part that takes time."""
     held = held_out_of(count)
-    config = choices.config
-    if config.data is None:
+
+    def written(part: str, options: dict, rows: int, given: int, what: str) -> Planned:
+        options = {**options, "batch_size": min(options["batch_size"], rows)}
+        calls = -(-rows // options["batch_size"])
+        memory, seconds = choices.writing(options, given)
+        eager = max(seconds, options["max_new_tokens"] * choices.shape.layers * plan.EAGER)
+        return Planned(part, memory / plan.GIB, (calls * seconds, calls * eager, calls * eager), what)
+
+    if choices.config.data is None:
         options = {"batch_size": 32, **decided["prompts"]}
-        memory, seconds = choices.writing(options, 32)
-        calls = -(-(count + held) // options["batch_size"])
         what = f"{count + held} of up to {options['max_new_tokens']} tokens, {options['batch_size']} at once"
-        yield "prompts", memory / plan.GIB, calls * seconds, what
+        yield written("prompts", options, count + held, recipes.TEMPLATE, what)
     for name, rows in (("answers", count), ("heldout", held)):
         options = {"batch_size": 8, **decided["regenerate"]}
         if "endpoint" in options:
-            yield name, 0.0, 0.0, f"{rows} by {options['endpoint']}"
+            yield Planned(name, 0.0, (0.0, 0.0, 0.0), f"{rows} by {options['endpoint']}")
             continue
-        options["batch_size"] = min(rows, options["batch_size"])
-        memory, seconds = choices.writing(options, 64)
-        what = f"{rows} of up to {options['max_new_tokens']} tokens, {options['batch_size']} at once"
-        yield name, memory / plan.GIB, -(-rows // options["batch_size"]) * seconds, what
+        what = f"{rows} of up to {options['max_new_tokens']} tokens, {min(rows, options['batch_size'])} at once"
+        yield written(name, options, rows, choices.given, what)
     for name in ("supervised", "reinforce"):
         options = decided[name]
         found = choices.step(name, options, decided["supervised"])
+        least = options["steps"] * max(found["seconds"].values())
         texts = options["batch_size"] * options["accumulation"]
         what = f"{options['steps']} steps of {texts} texts of up to {options['max_length']} tokens"
         what += f", {options['batch_size']} at once" if options["accumulation"] > 1 else ""
-        yield name, found["memory_gib"]["total"], options["steps"] * max(found["seconds"].values()), what
-    evaluated = EvaluateConfig.from_dict(dict.fromkeys(("target", "drafter", "output_dir"), "-") | decided["evaluate"])
-    memory, seconds = choices.writing(
-        {"batch_size": 1, "dtype": evaluated.dtype, "max_new_tokens": evaluated.max_new_tokens}, 64
-    )
+        low, high = plan.MEASURED
+        yield Planned(name, found["memory_gib"]["total"], (least, low * least, high * least), what)
+    config = EvaluateConfig.from_dict(dict.fromkeys(("target", "drafter", "output_dir"), "-") | decided["evaluate"])
     prompts = min(limit, held)
     # of each prompt the plain target's answer, and at temperature 0 one without drafts; drafting takes less than either
-    answers = prompts * (len(evaluated.temperatures) + evaluated.reference * (0.0 in evaluated.temperatures))
-    yield "evaluate", memory / plan.GIB, answers * seconds, f"{prompts} held-out prompts, both stages"
+    answers = prompts * (len(config.temperatures) + config.reference * (0.0 in config.temperatures))
+    options = {"batch_size": 1, "dtype": config.dtype, "max_new_tokens": config.max_new_tokens}
+    planned = written("evaluate", options, 1, choices.given, f"{prompts} held-out prompts, both stages")
+    least, low, high = planned.seconds
+    yield planned._replace(seconds=(answers * least, answers * low, 2 * answers * high))
+
+
+def _between(low: float, high: float) -> str:
+    """``2 h 05 min to 3 h 10 min``, or one of them where both read the same."""
+    return " to ".join(dict.fromkeys((_duration(low), _duration(high))))
