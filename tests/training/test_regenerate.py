@@ -94,6 +94,36 @@ BY = {"model": "m", "temperature": 0.0, "max_new_tokens": 512}
 OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True, "by": BY}) + "\n"
 
 
+def test_a_kill_between_the_lines_of_one_call_changes_no_answer(pair, tmp_path):
+    """What was sampled beside others is sampled beside them again; more rows are a run of their own."""
+    data, whole = tmp_path / "chats.jsonl", tmp_path / "whole.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Add {i} and {'two ' * i}."}) + "\n" for i in range(10)))
+    config = RegenerateConfig(
+        target=str(pair / "target"), data=str(data), output=str(whole), max_new_tokens=8, temperature=1.0, batch_size=4
+    )
+    regenerate.main(config)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    torn, config = tmp_path / "torn.jsonl", dataclasses.replace(config, resume=True)
+    for kept in ([2, 0], [0, 1, 2, 3, 5], [7, 6, 5, 4, 9]):
+        torn.write_bytes(b"".join(lines[i] for i in kept) + lines[8][:30])
+        regenerate.main(dataclasses.replace(config, output=str(torn)))
+        assert torn.read_bytes() == whole.read_bytes()
+    asked = []
+    few = dataclasses.replace(config, output=str(torn), limit=5)
+    torn.unlink()
+    regenerate.main(few)
+
+    class Counting(writers.LocalWriter):
+        def answer(self, prompts, seed):
+            asked.append(len(prompts))
+            return super().answer(prompts, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regenerate, "LocalWriter", Counting)
+        regenerate.main(dataclasses.replace(few, limit=10))
+    assert sum(asked) <= 8 and len(read(torn)) == 10
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [

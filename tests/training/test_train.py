@@ -434,6 +434,22 @@ def test_the_plan_loads_nothing_and_says_what_fits(home, tmp_path, capsys):
     assert cli.main(command(home, tmp_path / "run", "--plan=here")) == 0 and not (tmp_path / "run").exists()
 
 
+def test_the_page_says_what_the_code_does():
+    page = (ROOT / "docs" / "train.md").read_text()
+    for row in recipes.RECIPES:
+        size = f"{row.below:g}B" if row.below < math.inf else "above"
+        counts = f"{row.prompts:,} | {row.answer}, {row.length:,} | {row.texts} | {row.draft_vocabulary:,} | "
+        line = next(line for line in page.splitlines() if line.startswith(f"| {size}"))
+        assert line.endswith(f"| {counts}{row.steps:,}, {row.reinforce_steps} |")
+    assert " | ".join(f"{100 * part.share:.0f}%" for part in PARTS.values() if part.share) in page
+    made = choices(**LLAMA_8B, head_dim=128)
+    decided = made.all()
+    for row in train._planned(made, decided, decided["prompts"]["count"], decided["evaluate"]["limit"]):
+        if row.part != "heldout":
+            times = train._duration(row.seconds[0]), train._between(*row.seconds[1:])
+            assert f" | {row.memory:.1f} GiB | {times[0]} | {times[1]} |" in page
+
+
 def test_what_a_token_takes_is_what_was_measured():
     found = []
     for name in ("decoding-llama-3.1-8b.json", "decoding-llama-3.1-8b-h100.json"):
