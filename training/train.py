@@ -44,6 +44,7 @@ from .preparation import load_examples
 from .prompts import from_row
 from .recipes import EVALUATIONS, KINDS, Choices, complete, held_out_of
 from .repository import assemble
+from .rows import TEMPLATE_COLUMNS
 from .sources import say
 from .stopping import Stopped, again, asked
 from .supervised import EVAL_WINDOW
@@ -114,7 +115,8 @@ class Road:
     def __init__(self, config: TrainConfig, target: PreTrainedConfig):
         self.config, self.folder = config, Path(config.output_dir)
         before = self._read()
-        self.choices = Choices(config, target, plan.this_device(), torch.cuda.is_available())
+        with named("target", config.target):
+            self.choices = Choices(config, target, plan.this_device(), torch.cuda.is_available())
         self.record = before or self._new()
         self._know_target()
 
@@ -298,7 +300,7 @@ class Road:
         bad = BadRows(self.config.skip_bad_rows)
         assert self.config.data is not None
         rows = load_rows(self.config.data, self.config.split, None, bad)
-        asking = [row for row in rows if regenerate.turns(row.get("messages", []))]
+        asking = [_prompt_of(row) for row in rows if regenerate.turns(row.get("messages", []))]
         if len(asking) < len(rows):
             bad.left_out["they have no user turn to answer"] += len(rows) - len(asking)
         random.Random(self.config.seed).shuffle(asking)
@@ -310,7 +312,7 @@ class Road:
             words = own_prompts.plain(
                 " ".join(str(message["content"]) for message in row["messages"] if message["role"] != "assistant")
             )
-            if len(aside) < wanted and words not in known and _is_prompt(row, row.place):
+            if len(aside) < wanted and words not in known and _can_be_put(row):
                 known[words] = True
                 aside.append(row)
             elif not known.setdefault(words, False):
@@ -414,7 +416,8 @@ class Road:
             size = self.command("prompts", output="-").batch_size
             seconds = own_prompts.main(self.command("prompts", output=str(place / "prompts.jsonl"), count=size))
             draws = [row["draw"] for row in read_metrics(place / "prompts.jsonl")]
-            pace = seconds / (draws[-1] + 1) / draws.count(draws[0])  # of whole calls, the last is cut off
+            whole = [draw for draw in draws if draw < draws[-1]] or draws  # of calls that were not cut off at the end
+            pace = seconds / (draws[-1] + 1) / (len(whole) / max(1, draws[-1]))
             pace += self._pace_of_answers(place / "prompts.jsonl")
         total = self._within(pace, "prompts", "answers", "heldout")
         self.decide("prompts", count=max(self._fewest_rows(), total - held_out_of(total)))
@@ -493,7 +496,10 @@ class Road:
         print("timing a few first", flush=True)
         with scratch(self.folder / f".{name}") as place, contextlib.redirect_stdout(io.StringIO()):
             place.mkdir()
-            yield place
+            try:
+                yield place
+            except Stopped as stopped:
+                raise Stopped(f"stopped by SIGTERM while a few were timed. {again()}.") from stopped
             gc.collect()
 
     # -- at the end ----------------------------------------------------------------------------------------------------
@@ -526,9 +532,15 @@ def _changes(before: dict, now: dict, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} was {one!r}, is {other!r}"
 
 
-def _is_prompt(row: dict, place: str) -> bool:
+def _prompt_of(row: Row) -> Row:
+    """A row without what is nothing to a prompt, and perhaps nothing that JSON can hold."""
+    return Row({key: row[key] for key in ("messages", *TEMPLATE_COLUMNS) if key in row}, row.place, row.number)
+
+
+def _can_be_put(row: Row) -> bool:
+    """Whether an evaluation can put a row's turns to the target."""
     try:
-        from_row(row, place, 0)
+        from_row(row, row.place, 0)
     except ValueError:
         return False
     return True
@@ -554,7 +566,8 @@ def show(config: TrainConfig, target: PreTrainedConfig) -> None:
     """Print what every part takes on ``config.plan``: memory, a bound on the time, whether it fits."""
     here = config.plan == "here"
     device = plan.this_device() if here else plan.DEVICES[str(config.plan)]
-    choices = Choices(config, target, device, not here or torch.cuda.is_available())
+    with named("target", config.target):
+        choices = Choices(config, target, device, not here or torch.cuda.is_available())
     decided, recipe = choices.all(), choices.recipe
     for name, steps in (("supervised", recipe.steps), ("reinforce", recipe.reinforce_steps)):
         decided[name].setdefault("steps", steps)

@@ -1,5 +1,6 @@
 """The whole road with one command: what it makes, decides, refuses, and that a kill anywhere changes nothing."""
 
+import datetime
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gguf_target import write_gguf
 from ppow import PPOWDrafter
-from ppow.training import cli, plan, recipes, supervised, train
+from ppow.training import cli, plan, push, recipes, supervised, train
 from ppow.training.config import TrainConfig
 from ppow.training.own_prompts import plain
 from ppow.training.recipes import Choices, held_out_of, rate_for, recipe_of
@@ -112,27 +113,37 @@ def test_a_finished_run_is_left_as_it_is(home, whole, capsys):
     assert "part " not in told and before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
 
 
+def test_the_drafter_is_pushed_at_the_end(home, whole, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(push, "main", pushed.append)
+    assert cli.main(command(home, whole, "--resume", "--push-to-hub=org/name")) == 0
+    (config,) = pushed
+    assert (config.repo, config.drafter, config.metrics) == ("org/name", str(whole / "stage2"), str(whole / "figures"))
+    assert "Next: " not in capsys.readouterr().out
+
+
 def test_the_last_words_name_a_command_that_works(home, whole, capsys):
     push = ["push", str(whole / "stage2"), "--repo=org/name", f"--metrics={whole / 'figures'}", "--dry-run"]
     assert cli.main(push) == 0 and "README.md" in capsys.readouterr().out
 
 
-def test_without_data_the_target_writes_prompts_and_some_are_held_out(home, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("more", "count"), [([], 12), (["--budget=1s", "--prompts=none"], 8)])
+def test_without_data_the_target_writes_prompts_and_some_are_held_out(tmp_path, monkeypatch, capsys, more, count):
+    """As many as asked for, or for a budget that is too short two steps' worth."""
     monkeypatch.setattr(recipes, "_PROMPT", 40)
-    target = ROOT / "bundled" / "target"
-    sections = {**SECTIONS, "regenerate": {"max_new_tokens": 16}, "supervised": {**SECTIONS["supervised"], "steps": 2}}
-    sections["reinforce"] = {**SECTIONS["reinforce"], "steps": 1}
-    (tmp_path / "settings.json").write_text(json.dumps(sections | {"prompts": 12}))
-    given = [
-        "train",
-        f"--target={target}",
-        f"--config={tmp_path / 'settings.json'}",
-        f"--output-dir={tmp_path / 'run'}",
-    ]
-    assert cli.main(given) == 0, capsys.readouterr().err
-    written, aside, answers = (rows_of(tmp_path / "run" / f"{n}.jsonl") for n in ("prompts", "heldout", "answers"))
-    assert len(written) == 13 and aside == written[12:]
-    assert [row["messages"][0] for row in answers] == [row["messages"][0] for row in written[:12]]
+    monkeypatch.setattr(Road, "_supervised", lambda self: signal.raise_signal(signal.SIGTERM))
+    batch = {"batch_size": 4, "accumulation": 1}
+    settings = {"prompts": 12, "regenerate": {"max_new_tokens": 8}, "supervised": batch, "reinforce": batch}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    out = tmp_path / "run"
+    given = [f"--target={ROOT / 'bundled' / 'target'}", f"--config={tmp_path / 'settings.json'}", f"--output-dir={out}"]
+    assert cli.main(["train", *given, *more]) == 143, capsys.readouterr().err
+    written, aside, answers = (rows_of(out / f"{name}.jsonl") for name in ("prompts", "heldout", "answers"))
+    assert len(written) == count + 1 and aside == written[count:]
+    assert [row["messages"][0] for row in answers] == [row["messages"][0] for row in written[:count]]
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".jsonl") == ["train.json"]
+    told = capsys.readouterr().out
+    assert ("8 prompts, at " in told and "fewer are worth nothing" in told) == (count == 8)
 
 
 def test_a_prompt_that_is_held_out_is_not_trained_on_in_another_row(home, tmp_path, monkeypatch, capsys):
@@ -150,6 +161,18 @@ def test_a_prompt_that_is_held_out_is_not_trained_on_in_another_row(home, tmp_pa
         assert len(aside) == 1 and asked.count("Ask.") == 1 and len(rest) == 4  # what a tool answers cannot be held out
         assert aside[0]["messages"][0]["content"] not in asked
         assert "2 rows left out: they repeat a held-out prompt" in capsys.readouterr().err
+
+
+def test_rows_may_hold_what_json_does_not(home, tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    when = [datetime.datetime(2026, 1, 1)] * 3
+    table = pyarrow.table({"prompt": ["Add one.", "Add two.", "Add three."], "when": when})
+    pyarrow.parquet.write_table(table, tmp_path / "chats.parquet")
+    monkeypatch.setattr(Road, "_answers", lambda self: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(command(home, tmp_path / "run", f"--data={tmp_path / 'chats.parquet'}")) == 143
+    assert len(rows_of(tmp_path / "run" / "prompts.jsonl")) == 2
 
 
 CALL = {"type": "function", "function": {"name": "ask", "arguments": {}}}
