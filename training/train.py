@@ -24,6 +24,7 @@ import random
 import re
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -331,8 +332,8 @@ class Road:
             _write_lines(self.folder / f"{name}.jsonl", [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen])
         print(f"{len(rest)} rows to train on, {len(aside)} held out")
         if self.config.prompts is None and self.config.budget is not None:
-            count = min(count, self._within(self._pace_of_answers(self.folder / "prompts.jsonl"), "answers", "heldout"))
-            self._fit_steps(count)
+            pace = self._pace_of_answers(self.folder / "prompts.jsonl")
+            self._fit_steps(count := self._within(pace, count, "answers", "heldout"))
         self.decide("regenerate", limit=count)
 
     def _fit_steps(self, rows: int) -> None:
@@ -419,7 +420,7 @@ class Road:
             whole = [draw for draw in draws if draw < draws[-1]] or draws  # of calls that were not cut off at the end
             pace = seconds / (draws[-1] + 1) / (len(whole) / max(1, draws[-1]))
             pace += self._pace_of_answers(place / "prompts.jsonl")
-        total = self._within(pace, "prompts", "answers", "heldout")
+        total = self._within(pace, sys.maxsize, "prompts", "answers", "heldout")
         self.decide("prompts", count=max(self._fewest_rows(), total - held_out_of(total)))
 
     def _pace_of_answers(self, prompts: Path) -> float:
@@ -436,34 +437,35 @@ class Road:
         stages = [self.decided(name) for name in ("supervised", "reinforce")]
         return 2 * max(stage["batch_size"] * stage["accumulation"] for stage in stages)
 
-    def _within(self, pace: float, *names: str) -> int:
+    def _within(self, pace: float, most: int, *names: str) -> int:
+        """How many prompts, of ``most``, some parts have time for."""
         available = self.left(*names)
         assert available is not None
-        return self._told("prompts", int(available / pace), self._fewest_rows(), pace, available)
+        fewest = min(most, self._fewest_rows())
+        return self._told("prompts", min(most, int(available / pace)), fewest, pace, available)
 
     def _count_steps(self, name: str, train: Callable[[Any], None], given: dict) -> None:
         """So many steps as the stage's share has time for, by a few of them."""
         texts = self.decided(name)["batch_size"] * self.decided(name)["accumulation"]
-        short: dict[str, Any] = {
-            "steps": _TIMED,
-            "limit": 4 * _TIMED * texts,
-            "log_every": 1,
-            "warmup_steps": 0,
-            "eval_every": _TIMED,
-        }
-        short["trackers"] = []
+        short: dict[str, Any] = {"steps": _TIMED, "limit": 4 * _TIMED * texts, "log_every": 1, "eval_every": _TIMED}
+        short |= {"warmup_steps": 0, "trackers": []}
         with self._timing() as place:
+            run = place / name
             began = time.perf_counter()
-            train(self.command(name, **given, **short, output_dir=str(place / name)))
+            config = self.command(name, **given, **short, output_dir=str(run))
+            train(config)
             lasted = time.perf_counter() - began
-            seconds = [line["seconds"] for line in read_metrics(place / name / "metrics.jsonl")]
+            seconds = [line["seconds"] for line in read_metrics(run / "metrics.jsonl")]
+            # a checkpoint: from the last step's line to when the folder of the checkpoints has it
+            logged, kept = ((run / entry).stat().st_mtime for entry in ("metrics.jsonl", "checkpoints"))
         step = statistics.median(seconds[2:-1])
         around = lasted - sum(seconds)  # loading before the first step, saving after the last one
         measuring = max(0.0, seconds[-1] - step)  # the held-out answers, in the last step
         available = self.left(name)
         assert available is not None
-        count = int((available - around - EVALUATIONS * measuring) / step)
-        self.decide(name, steps=self._told("steps", count, self._fewest(name), step, available))
+        pace = step + max(0.0, kept - logged) / config.save_every
+        count = int((available - around - EVALUATIONS * measuring) / pace)
+        self.decide(name, steps=self._told("steps", count, self._fewest(name), pace, available))
 
     def _fewest(self, name: str) -> int:
         return max(FEWEST[name], self.decided(name).get("warmup_steps", 0) + 1)
