@@ -61,10 +61,10 @@ RECIPES = (
 )
 # Stage 1's peak learning rate falls with the target's width w, on the line (in logarithms) through two points: measured
 # 2e-3 at 576 and published 1e-4 at 4,096 (EAGLE-3 trainers at 8B, AdamW; our Muon takes AdamW's rate, see optimizers).
-# At 256 the line gives 6.9e-3; the bundled pair did best with 6e-3 (measured), the most that is taken.
+# At 256 the line gives 6.9e-3; the bundled pair did best with 6e-3 (measured, AdamW), the most that is taken.
 _RATES = ((576, 2e-3), (4096, 1e-4))
 _HIGHEST = 6e-3
-# Stage 2's is half of it (ours): measured 3e-3 after 6e-3 (bundled pair) and 1e-3 after 2e-3 (0.13B)
+# Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, bundled pair); 1e-3 after 2e-3 served (0.13B)
 _REINFORCE = 0.5
 _PROMPT = 256  # tokens of a prompt that the target writes: the default of `ppow prompts`
 TEMPLATE = 64  # tokens that a chat template puts around it, with a system message
@@ -90,6 +90,34 @@ def rate_for(width: int) -> float:
 def held_out_of(rows: int) -> int:
     """How many of all rows are set aside: a twentieth, at least 1 and at most 200."""
     return min(200, max(1, rows // 20))
+
+
+class Part(NamedTuple):
+    """A part of the road.
+
+    Attributes:
+        title: what it makes, in words.
+        share: of the time that a budget gives.
+        results: files that are there when it is done.
+    """
+
+    title: str
+    share: float
+    results: tuple[str, ...]
+
+
+# The shares (ours): stage 1 decides what a drafter is worth (README, "Which objective wins?"), so it has nearly half.
+# The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few percent.
+# The figures need some sixty prompts to tell the two apart.
+PARTS = {
+    "prompts": Part("prompts", 0.06, ("prompts.jsonl", "heldout.jsonl")),
+    "answers": Part("answers", 0.24, ("answers.jsonl",)),
+    "heldout": Part("answers to the held-out prompts", 0.02, ("heldout-answers.jsonl",)),
+    "supervised": Part("stage 1, supervised", 0.45, ("stage1/config.json",)),
+    "reinforce": Part("stage 2, PPOW", 0.15, ("stage2/config.json",)),
+    "evaluate": Part("figures", 0.08, ("figures/metrics.json",)),
+    "repository": Part("the drafter's repository", 0.0, ("drafter/README.md",)),
+}
 
 
 class Choices:

@@ -28,22 +28,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from . import evaluate, own_prompts, plan, push, recipes, regenerate, reinforce, supervised
-from .config import EvaluateConfig, PushConfig, TrainConfig
+from . import evaluate, own_prompts, plan, push, regenerate, reinforce, supervised
+from .config import PushConfig, TrainConfig
 from .data import BadRows, Row, load_rows
 from .files import LOCK, claim_folder, remove, scratch, whole, write_json
 from .fingerprints import fingerprint
 from .hub import check_repository_name
 from .loading import load_tokenizer, named, place_of
 from .metrics import read_metrics
+from .outlook import between, duration, planned, show
 from .preparation import load_examples
 from .prompts import from_row
-from .recipes import EVALUATIONS, KINDS, Choices, complete, held_out_of
+from .recipes import EVALUATIONS, KINDS, PARTS, Choices, complete, held_out_of
 from .repository import assemble
 from .rows import TEMPLATE_COLUMNS
 from .sources import say
@@ -52,34 +53,6 @@ from .supervised import EVAL_WINDOW
 
 FILE = "train.json"
 _FREE = {"output_dir", "resume", "plan", "push_to_hub", "skip_bad_rows"}  # options that change nothing of a drafter
-
-
-class Part(NamedTuple):
-    """A part of the road.
-
-    Attributes:
-        title: what it makes, in words.
-        share: of the time that a budget gives.
-        results: files that are there when it is done.
-    """
-
-    title: str
-    share: float
-    results: tuple[str, ...]
-
-
-# The shares (ours): stage 1 decides what a drafter is worth (README, "Which objective wins?"), so it has nearly half.
-# The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few percent.
-# The figures need some sixty prompts to tell the two apart.
-PARTS = {
-    "prompts": Part("prompts", 0.06, ("prompts.jsonl", "heldout.jsonl")),
-    "answers": Part("answers", 0.24, ("answers.jsonl",)),
-    "heldout": Part("answers to the held-out prompts", 0.02, ("heldout-answers.jsonl",)),
-    "supervised": Part("stage 1, supervised", 0.45, ("stage1/config.json",)),
-    "reinforce": Part("stage 2, PPOW", 0.15, ("stage2/config.json",)),
-    "evaluate": Part("figures", 0.08, ("figures/metrics.json",)),
-    "repository": Part("the drafter's repository", 0.0, ("drafter/README.md",)),
-}
 # Under these a part is not cut, whatever the budget says
 FEWEST = {"supervised": 50, "reinforce": 20, "evaluate": 4}
 _TIMED = 8  # steps of a stage that are timed; the first two warm up
@@ -96,8 +69,8 @@ def main(config: TrainConfig) -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
-            "`ppow train` runs in one process. On several GPUs run its parts one by one: `ppow train --plan here ...` "
-            "names them, and `accelerate launch -m ppow.training.cli supervised ...` runs a stage."
+            "`ppow train` runs in one process. On several GPUs run its parts one by one, as docs/train.md names them, "
+            "the stages with `accelerate launch -m ppow.training.cli supervised ...`."
         )
     if config.push_to_hub:
         check_repository_name(config.push_to_hub, "--push-to-hub")
@@ -245,16 +218,16 @@ class Road:
 
     def _clock(self, name: str) -> str:
         """The time so far, and what a part will take: its share of a budget, or what the plan says."""
-        told = f"{_duration(sum(self.record['seconds'].values()))} so far"
+        told = f"{duration(sum(self.record['seconds'].values()))} so far"
         left = self.left(name)
         if left is not None:
-            return f"{told}, about {_duration(left)} for it" if PARTS[name].share else told
+            return f"{told}, about {duration(left)} for it" if PARTS[name].share else told
         count = self.decided("regenerate").get("limit") or self.decided("prompts").get("count", 0)
         if not count or not PARTS[name].share:
             return told
-        planned = _planned(self.choices, self.record["decided"], count, self.decided("evaluate")["limit"])
-        least, low, high = next((row.seconds for row in planned if row.part == name), (0.0, 0.0, 0.0))
-        expected = f"likely {_between(low, high)}" if self.choices.cuda else f"at least {_duration(least)}"
+        rows = planned(self.choices, self.record["decided"], count, self.decided("evaluate")["limit"])
+        least, low, high = next((row.seconds for row in rows if row.part == name), (0.0, 0.0, 0.0))
+        expected = f"likely {between(low, high)}" if self.choices.cuda else f"at least {duration(least)}"
         return f"{told}, {expected} for it" if least else told
 
     def left(self, *names: str) -> float | None:
@@ -485,9 +458,9 @@ class Road:
 
     def _told(self, what: str, count: int, fewest: int, pace: float, available: float) -> int:
         """The count, or the fewest; either way it is said."""
-        within = f"in {_duration(available)}"
+        within = f"in {duration(available)}"
         if count < fewest:
-            within = f"though {_duration(available)} are left for them: fewer are worth nothing"
+            within = f"though {duration(available)} are left for them: fewer are worth nothing"
         count = max(count, fewest)
         print(f"{count} {what}, at {pace:.3g} s each, {within}", flush=True)
         return count
@@ -517,9 +490,7 @@ class Road:
                 f"{second['acceptance_length']:.2f} after stage 2; speedup {first['speedup']:.2f}x, "
                 f"{second['speedup']:.2f}x"
             )
-        lines.append(
-            f"in {_duration(sum(self.record['seconds'].values()))}; the repository is in {self._at('drafter')}"
-        )
+        lines.append(f"in {duration(sum(self.record['seconds'].values()))}; the repository is in {self._at('drafter')}")
         given = ["ppow", "push", self._at("stage2"), "--repo", "ORG/NAME", "--metrics", self._at("figures")]
         return "\n".join([*lines, *([] if self.config.push_to_hub else [f"Next: {shlex.join(given)}"])])
 
@@ -551,119 +522,3 @@ def _can_be_put(row: Row) -> bool:
 def _write_lines(path: Path, lines: list[str]) -> None:
     with whole(path) as partial:
         partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-
-
-def _duration(seconds: float) -> str:
-    """``2 h 05 min``, ``12 min``, ``40 s``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-# -- the plan ----------------------------------------------------------------------------------------------------------
-
-
-def show(config: TrainConfig, target: PreTrainedConfig) -> None:
-    """Print what every part takes on ``config.plan``: memory, a bound on the time, whether it fits."""
-    here = config.plan == "here"
-    device = plan.this_device() if here else plan.DEVICES[str(config.plan)]
-    with named("target", config.target):
-        choices = Choices(config, target, device, not here or torch.cuda.is_available())
-    decided, recipe = choices.all(), choices.recipe
-    for name, steps in (("supervised", recipe.steps), ("reinforce", recipe.reinforce_steps)):
-        decided[name].setdefault("steps", steps)
-    count = decided["prompts"].get("count", recipe.prompts)
-    limit = decided["evaluate"].get("limit", recipes.EVALUATED)
-    rows = list(_planned(choices, decided, count, limit))
-    available, budget = device.memory / plan.GIB, config.seconds()
-    print(f"`ppow train` with {config.target} on {device.name}, {available:.0f} GiB, in {choices.dtype}:")
-    form = "{:<32}{:>10}{:>12}{:>26}{:>10}  {}"
-    print(form.format("part", "memory", "at least", "likely" * choices.cuda, "given" * bool(budget), "what").rstrip())
-    least, low, high = (sum(column) for column in zip(*(row.seconds for row in rows)))
-    for row in rows:
-        given = _duration(budget * PARTS[row.part].share) if budget else ""
-        likely = _between(*row.seconds[1:]) if choices.cuda else ""
-        what = row.what + "  DOES NOT FIT" * (row.memory > available)
-        print(
-            form.format(PARTS[row.part].title, f"{row.memory:.1f} GiB", _duration(row.seconds[0]), likely, given, what)
-        )
-    most, likely = max(row.memory for row in rows), _between(low, high) if choices.cuda else ""
-    print(
-        form.format(
-            "together", f"{most:.1f} GiB", _duration(least), likely, budget and config.budget or "", ""
-        ).rstrip()
-    )
-    print("Memory is what a part takes at most, the time what it takes at least by the device's products and memory.")
-    if choices.cuda:
-        print(
-            f"Likely: steps of both stages with an 8B target took {plan.MEASURED[0]} to {plan.MEASURED[1]} times their "
-            f"least, and a token of stock generate() {plan.EAGER * 1e3:.3g} ms a layer, when they were measured."
-        )
-    if budget:
-        print("With a budget the counts are decided on the way, by timing a few; these are what would be done without.")
-    if most > available:
-        hint = f"; or {recipe.hint}" if recipe.hint else ""
-        print(f"This does not fit. Give the stage a smaller max_length, or --dtype bfloat16{hint}.")
-
-
-class Planned(NamedTuple):
-    """What a part takes.
-
-    Attributes:
-        part: of ``PARTS``.
-        memory: GiB at most.
-        seconds: at least; likely, from and to.
-        what: it does, in words.
-    """
-
-    part: str
-    memory: float
-    seconds: tuple[float, float, float]
-    what: str
-
-
-def _planned(choices: Choices, decided: dict, count: int, limit: int) -> Iterator[Planned]:
-    """Every part that takes time."""
-    held = held_out_of(count)
-
-    def written(part: str, options: dict, rows: int, given: int, what: str) -> Planned:
-        options = {**options, "batch_size": min(options["batch_size"], rows)}
-        calls = -(-rows // options["batch_size"])
-        memory, seconds = choices.writing(options, given)
-        eager = max(seconds, options["max_new_tokens"] * choices.shape.layers * plan.EAGER)
-        return Planned(part, memory / plan.GIB, (calls * seconds, calls * eager, calls * eager), what)
-
-    if choices.config.data is None:
-        options = {"batch_size": 32, **decided["prompts"]}
-        what = f"{count + held} of up to {options['max_new_tokens']} tokens, {options['batch_size']} at once"
-        yield written("prompts", options, count + held, recipes.TEMPLATE, what)
-    for name, rows in (("answers", count), ("heldout", held)):
-        options = {"batch_size": 8, **decided["regenerate"]}
-        if "endpoint" in options:
-            yield Planned(name, 0.0, (0.0, 0.0, 0.0), f"{rows} by {options['endpoint']}")
-            continue
-        what = f"{rows} of up to {options['max_new_tokens']} tokens, {min(rows, options['batch_size'])} at once"
-        yield written(name, options, rows, choices.given, what)
-    for name in ("supervised", "reinforce"):
-        options = decided[name]
-        found = choices.step(name, options, decided["supervised"])
-        least = options["steps"] * max(found["seconds"].values())
-        texts = options["batch_size"] * options["accumulation"]
-        what = f"{options['steps']} steps of {texts} texts of up to {options['max_length']} tokens"
-        what += f", {options['batch_size']} at once" if options["accumulation"] > 1 else ""
-        low, high = plan.MEASURED
-        yield Planned(name, found["memory_gib"]["total"], (least, low * least, high * least), what)
-    config = EvaluateConfig.from_dict(dict.fromkeys(("target", "drafter", "output_dir"), "-") | decided["evaluate"])
-    prompts = min(limit, held)
-    # of each prompt the plain target's answer, and at temperature 0 one without drafts; drafting takes less than either
-    answers = prompts * (len(config.temperatures) + config.reference * (0.0 in config.temperatures))
-    options = {"batch_size": 1, "dtype": config.dtype, "max_new_tokens": config.max_new_tokens}
-    planned = written("evaluate", options, 1, choices.given, f"{prompts} held-out prompts, both stages")
-    least, low, high = planned.seconds
-    yield planned._replace(seconds=(answers * least, answers * low, 2 * answers * high))
-
-
-def _between(low: float, high: float) -> str:
-    """``2 h 05 min to 3 h 10 min``, or one of them where both read the same."""
-    return " to ".join(dict.fromkeys((_duration(low), _duration(high))))

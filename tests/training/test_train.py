@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gguf_target import write_gguf
 from ppow import PPOWDrafter
-from ppow.training import cli, plan, push, recipes, supervised, train
+from ppow.training import cli, outlook, plan, push, recipes, supervised, train
 from ppow.training.config import TrainConfig
 from ppow.training.own_prompts import plain
-from ppow.training.recipes import Choices, held_out_of, rate_for, recipe_of
-from ppow.training.train import PARTS, Road
+from ppow.training.recipes import PARTS, Choices, held_out_of, rate_for, recipe_of
+from ppow.training.train import Road
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {
@@ -467,9 +467,9 @@ def test_the_page_says_what_the_code_does():
     assert " | ".join(f"{100 * part.share:.0f}%" for part in PARTS.values() if part.share) in page
     made = choices(**LLAMA_8B, head_dim=128)
     decided = made.all()
-    for row in train._planned(made, decided, decided["prompts"]["count"], decided["evaluate"]["limit"]):
+    for row in outlook.planned(made, decided, decided["prompts"]["count"], decided["evaluate"]["limit"]):
         if row.part != "heldout":
-            times = train._duration(row.seconds[0]), train._between(*row.seconds[1:])
+            times = outlook.duration(row.seconds[0]), outlook.between(*row.seconds[1:])
             assert f" | {row.memory:.1f} GiB | {times[0]} | {times[1]} |" in page
 
 
