@@ -1,7 +1,8 @@
 """How a configuration dataclass becomes a command line: parsing, checking and help, derived from its fields.
 
 Fields are declared with :func:`option`. Supported types: ``str``, ``int``, ``float``, ``bool``, ``Literal`` of strings,
-``list`` of the scalars, and any of them ``| None``. Nothing here imports torch, so that ``ppow --help`` stays fast.
+``list`` of the scalars, any of them ``| None``, and ``dict``, an object of JSON. Nothing here imports torch, so that
+``ppow --help`` stays fast.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ _RELATED = {
     "temperature": "temperatures",
     "lr_scheduler_type": "average_from",
 }
-_SCALARS = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+_SCALARS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object of JSON"}
 
 
 def option(
@@ -69,8 +70,8 @@ def option(
     bounds = {">=": at_least, ">": above, "<=": at_most, "<": below}
     given = {sign: bound for sign, bound in bounds.items() if bound is not None}
     metadata = {"help": help, "bounds": given, "group": group}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -167,6 +168,21 @@ class Config:
         """Plain values, ready for JSON; of all options ``from_dict`` gives the same configuration back."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in without}
 
+    def argv(self) -> list[str]:
+        """The command line that gives this configuration: its program, and the options that are not the default."""
+        words = self.program().split()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == _default(field):
+                continue
+            name = _dashes(field.name)
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                text = json.dumps(value) if isinstance(value, dict) else _show(value)
+                words.append(f"--{name}={text}")
+        return words
+
     @classmethod
     def help(cls) -> str:
         """The page that ``--help`` prints."""
@@ -259,9 +275,11 @@ class Config:
             return None
         item = _list_item(hint)
         scalar = _plain(item or hint)
+        if scalar is dict:
+            scalar = json.loads
         try:
             parts = [part.strip() for part in text.split(",") if part.strip()] if item else [text]
-            parsed = [scalar(part) if scalar in (int, float) else part for part in parts]
+            parsed = [scalar(part) if scalar in (int, float, json.loads) else part for part in parts]
         except ValueError:
             raise ValueError(f"--{_dashes(key)} must be {cls._expected(key)}, got {text!r}.") from None
         return parsed if item else parsed[0]
@@ -313,6 +331,8 @@ def _default(field: dataclasses.Field) -> Any:
 def _show(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) or "empty"
+    if value == {}:
+        return "empty"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

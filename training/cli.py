@@ -25,6 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "train": Command(".train", "TrainConfig", "the whole road: prompts, answers, both stages, figures, card"),
     "prompts": Command(".own_prompts", "PromptsConfig", "let the target write prompts, where there are no chats"),
     "regenerate": Command(".regenerate", "RegenerateConfig", "let the target write a data set's answers"),
     "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
@@ -38,7 +39,7 @@ COMMANDS = {
 }
 
 
-RESUMING = ("prompts", "regenerate", "supervised", "reinforce", "evaluate")
+RESUMING = ("train", "prompts", "regenerate", "supervised", "reinforce", "evaluate")
 
 
 def usage() -> str:

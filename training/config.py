@@ -5,6 +5,7 @@ line reads this file before it starts anything heavy.
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 from .arguments import Config, option
@@ -19,7 +20,7 @@ SKIP_BAD_ROWS = "go on without rows that cannot be used, count them and name the
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig(Config):
+class StageConfig(Config):
     """What stages 1 and 2 share."""
 
     target: str = option("target model: Hub id, folder or GGUF file", group="basics")
@@ -72,7 +73,7 @@ class TrainingConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SupervisedConfig(TrainingConfig):
+class SupervisedConfig(StageConfig):
     """Stage 1: train an EAGLE-3 style drafter on the target's answers with the training-time test."""
 
     drafter: str | None = option("drafter to start from instead of a fresh one", None, group="basics")
@@ -138,7 +139,7 @@ PRESETS |= {name: {**_TEXTS, "objective": name} for name in ("cst", "lk")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReinforceConfig(TrainingConfig):
+class ReinforceConfig(StageConfig):
     """Stage 2: PPOW reinforcement learning of a supervised drafter (arXiv 2605.14978).
 
     Without options: the recipe that gained most in benchmarks/README.md. As published: --preset published.
@@ -261,6 +262,87 @@ class PromptsConfig(Config):
     dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
     seed: int = option("seed of the sampling", 0, at_least=0)
     resume: bool = option("go on after the prompts that output already holds", False)
+
+
+_SECTIONS = {  # of TrainConfig -> what `ppow train` sets there itself
+    "regenerate": {"data", "output", "target", "limit"},
+    "supervised": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"},
+    "reinforce": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"},
+    "evaluate": {"output_dir", "target", "drafter", "baseline", "prompts", "prompts_dir"},
+}
+_THE_ROADS = {"seed", "resume", "split", "skip_bad_rows"}  # in any of them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """The whole road with one command: prompts, answers, stage 1, stage 2, figures, the drafter's repository."""
+
+    target: str = option("target model: Hub id, folder or GGUF file", group="basics")
+    output_dir: str = option("folder for all of it: train.json, prompts, answers, stage1/, stage2/, figures/, drafter/")
+    data: str | None = option(f"your chats; none: the target writes prompts of its own. {_ROWS}", None)
+    budget: str | None = option(
+        "wall time for everything, such as 2h, 30m, 90s or 1h30m; none: as much as docs/train.md has for the target's "
+        "size",
+        None,
+    )
+    plan: Literal["here", "a100", "h100", "h200"] | None = option(
+        "print what each part takes on this or that device, and stop", None
+    )
+    prompts: int | None = option(
+        "prompts to train on, without those that are held out; none: by the budget, or by the target's size",
+        None,
+        at_least=1,
+    )
+    seed: int = option("everything random follows from it", 0, at_least=0)
+    resume: bool = option("go on with the run that output_dir holds", False)
+    push_to_hub: str | None = option("ORG/NAME: push the drafter there at the end", None)
+    split: str = option("split of a Hub dataset", "train")
+    skip_bad_rows: bool = option(SKIP_BAD_ROWS, False)
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        "of the target; none: bfloat16 on a GPU, float32 on a CPU", None
+    )
+
+    regenerate: dict = option(
+        "of `ppow regenerate`, which writes the answers", {}, group="options of single commands, by name"
+    )
+    supervised: dict = option("of `ppow supervised`, stage 1", {})
+    reinforce: dict = option("of `ppow reinforce`, stage 2", {})
+    evaluate: dict = option("of `ppow evaluate`", {})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.seconds()
+        for name in _SECTIONS:
+            self._check_section(name)
+
+    def seconds(self) -> float | None:
+        """The budget in seconds. Raises ValueError for what is no time."""
+        if self.budget is None:
+            return None
+        found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.budget.strip().lower())
+        hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+        total = 3600 * hours + 60 * minutes + seconds
+        if not total:
+            raise ValueError(f"budget must be a time such as 2h, 30m, 90s or 1h30m, got {self.budget!r}.")
+        return float(total)
+
+    def _check_section(self, name: str) -> None:
+        """Refuse now what a single command would refuse hours later."""
+        kinds = RegenerateConfig, SupervisedConfig, ReinforceConfig, EvaluateConfig
+        kind: type[Config] = next(kind for kind in kinds if kind.command() == name)
+        section = {key.replace("-", "_"): value for key, value in getattr(self, name).items()}
+        object.__setattr__(self, name, section)
+        if mine := sorted(section.keys() & (_SECTIONS[name] | _THE_ROADS)):
+            raise ValueError(f"{name}: `ppow train` sets {', '.join(mine)} itself; leave it out there.")
+        filled: dict = dict.fromkeys(kind._required(), "-")
+        if name == "regenerate" and "endpoint" not in section:
+            filled["target"] = "-"
+        if isinstance(warmup := section.get("warmup_steps"), int):
+            filled["steps"] = warmup + 1  # at least so many will be taken
+        try:
+            kind.from_dict(filled | section)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,11 @@ from .samples import Sample, SampleLog
 _FREE_TO_CHANGE = ("output_dir", "resume", "bootstrap")  # what the samples do not depend on
 
 
-def main(config: EvaluateConfig) -> None:
+def main(config: EvaluateConfig) -> float:
     """Measure into ``config.output_dir``, which is this run's alone meanwhile.
+
+    Returns:
+        The seconds that measuring took, without loading the models.
 
     Raises:
         ValueError: names that lead to no model or prompts, a folder that holds something else, a drafting option
@@ -60,10 +63,10 @@ def main(config: EvaluateConfig) -> None:
         OSError: what cannot be read or written.
     """
     with claim_folder(config.output_dir):
-        evaluate(config)
+        return evaluate(config)
 
 
-def evaluate(config: EvaluateConfig) -> None:
+def evaluate(config: EvaluateConfig) -> float:
     """The command itself, once the output folder is this run's alone."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -80,13 +83,14 @@ def evaluate(config: EvaluateConfig) -> None:
                 drafters.append(PPOWDrafter.from_pretrained(name, dtype=dtype).to(device))
             weights[option] = fingerprint(name, whole=True)
     record = provenance.record(config)
-    sets = {}
+    sets, began = {}, time.perf_counter()
     with contextlib.closing(SampleLog(folder, made_with(record, weights, prompts), config.resume)) as log:
         for name, chosen in prompts.items():
             for temperature in config.temperatures:
                 title = f"{name} T={temperature:g}"
                 sets[title] = measure(target, tokenizer, drafters, chosen, config, temperature, title, log)
 
+    seconds = time.perf_counter() - began
     results, baseline = {}, {}
     for title, measured in sets.items():
         figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
@@ -112,6 +116,7 @@ def evaluate(config: EvaluateConfig) -> None:
             f"{count} of these answers are NOT the target's own, and rounding does not explain it: this must not "
             f"happen; please report it with {folder / 'samples.jsonl'}.\n" + "\n".join(found[:20])
         )
+    return seconds
 
 
 def made_with(record: dict, weights: dict, prompts: dict[str, list[Prompt]]) -> dict:

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 from ppow import PPOWDrafter
 
 from . import checkpoints, provenance, report
-from .config import ReinforceConfig, SupervisedConfig, TrainingConfig
+from .config import ReinforceConfig, StageConfig, SupervisedConfig
 from .data import Batch, Example, batch_indices, fingerprint, make_batch
 from .files import move_in, scratch, telling
 from .metrics import MetricsLog
 from .optimizers import make_optimizer
-from .stopping import Stopped, deferred_sigterm
+from .stopping import Stopped, again, deferred_sigterm
 
 # May differ between a run and its continuation: they do not change what is computed.
 _FREE_TO_CHANGE = {
@@ -177,8 +177,7 @@ class Trainer:
                 self.bar.close()
                 self.accelerator.end_training()
                 told = (
-                    f"stopped by SIGTERM after step {step} of {config.steps}; it is saved in {self.folder}. The same "
-                    "command with --resume goes on from there."
+                    f"stopped by SIGTERM after step {step} of {config.steps}; it is saved in {self.folder}. {again()}."
                 )
                 raise Stopped(told if self.accelerator.is_main_process else "")
         self.bar.close()
@@ -378,7 +377,7 @@ def largest(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm([p.detach() for p in parameters], math.inf)).max()
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
+def learning_rate(config: StageConfig, step: int) -> float:
     """Linear warm-up to the peak, then a cosine to zero after the last step; no fall where weights are averaged."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps

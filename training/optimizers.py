@@ -6,7 +6,7 @@ import torch
 
 from ppow import PPOWDrafter
 
-from .config import SupervisedConfig, TrainingConfig
+from .config import StageConfig, SupervisedConfig
 
 BETAS = (0.9, 0.95)  # AdamW's averaging factors (ours)
 
@@ -60,7 +60,7 @@ class Optimizers:
             part.load_state_dict({"state": state, "param_groups": own})
 
 
-def make_optimizer(config: TrainingConfig, drafter: PPOWDrafter) -> torch.optim.Optimizer | Optimizers:
+def make_optimizer(config: StageConfig, drafter: PPOWDrafter) -> torch.optim.Optimizer | Optimizers:
     """Over the parameters with ``requires_grad``, without weight decay.
 
     Muon (Jordan et al., 2024; torch.optim.Muon) takes the matrices of the layers and of the taps' fusion, its steps as

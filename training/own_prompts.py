@@ -15,6 +15,7 @@ import collections
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +63,11 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> Opening:
     return Opening(before, behind)
 
 
-def main(config: PromptsConfig) -> None:
+def main(config: PromptsConfig) -> float:
     """Write the prompts to ``config.output``, which is this run's alone meanwhile.
+
+    Returns:
+        The seconds that writing took, without loading the target.
 
     Raises:
         ValueError: a name that leads to no target, one without a chat template, an output that cannot be continued, or
@@ -71,10 +75,10 @@ def main(config: PromptsConfig) -> None:
         OSError: what cannot be read or written.
     """
     with claim_file(config.output):
-        write(config)
+        return write(config)
 
 
-def write(config: PromptsConfig) -> None:
+def write(config: PromptsConfig) -> float:
     """The command itself, once the output is this run's alone."""
     import torch
 
@@ -103,7 +107,7 @@ def write(config: PromptsConfig) -> None:
         stop_strings=words,
     )
     left_out: collections.Counter[str] = collections.Counter()
-    in_vain = 0
+    in_vain, began = 0, time.perf_counter()
     with tqdm(total=config.count, initial=min(len(seen), config.count), desc="prompts") as bar:
         while len(seen) < config.count and in_vain < _PATIENCE:
             torch.manual_seed((config.seed * 1_000_003 + draw) & 0x7FFFFFFF)
@@ -124,16 +128,17 @@ def write(config: PromptsConfig) -> None:
             in_vain = 0 if lines else in_vain + config.batch_size
             draw += 1
             bar.update(len(lines))
+    seconds = time.perf_counter() - began
     if left_out:
         print(f"ppow: {output}: left out: {dict(left_out.most_common())}", file=sys.stderr)
-    if len(seen) >= config.count:
-        print(f"{len(seen)} prompts are in {output}, of which `ppow regenerate --data {output}` makes answers.")
-    else:
+    if len(seen) < config.count:
         raise ValueError(
             f"{in_vain} samples brought nothing new: {output} holds {len(seen)} prompts of {config.count}. Ask for "
             "fewer, bring prompts of your own, or write other ones into another file, with a higher --temperature or "
             "--max-new-tokens."
         )
+    print(f"{len(seen)} prompts are in {output}, of which `ppow regenerate --data {output}` makes answers.")
+    return seconds
 
 
 def ends_of(

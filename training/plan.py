@@ -50,6 +50,9 @@ DEVICES = {
 # Measured over bound, least and most: steps of both stages at the shape of Llama-3.1-8B on H100s, one text of 1,024
 # tokens (benchmarks/results/rollouts-llama-3.1-8b-h100*.json; a test computes them)
 MEASURED = (2.7, 9.5)
+# Seconds that stock generate() took per token and layer at the shape of Llama-3.1-8B on an H200 and an H100, which is
+# what starting its kernels takes (benchmarks/results/decoding-llama-3.1-8b*.json; a test computes it)
+EAGER = 1.04e-3
 
 
 def this_device() -> Device:

@@ -13,7 +13,7 @@ from ppow.probe_ppow import check_target
 from ppow.target_ppow import check_pair
 
 from . import plan
-from .config import ReinforceConfig, SupervisedConfig, TrainingConfig
+from .config import ReinforceConfig, StageConfig, SupervisedConfig
 from .data import BadRows, Example, draft_vocabulary, encode, load_rows
 from .files import claim_folder
 from .loading import check_model, load_tokenizer, named, place_of, positions
@@ -49,7 +49,7 @@ def run(
         train(config, accelerator, tokenizer)
 
 
-def load_target(config: TrainingConfig, accelerator: Accelerator) -> FrozenTarget:
+def load_target(config: StageConfig, accelerator: Accelerator) -> FrozenTarget:
     """The target of either stage, whole on every process or spread over them."""
     with named("target", config.target):
         if config.shard_target:
@@ -70,7 +70,7 @@ class Examples(list[Example]):
 
 
 def load_examples(
-    config: TrainingConfig, source: str, tokenizer: PreTrainedTokenizerBase, steps: int, answer: int = 1
+    config: StageConfig, source: str, tokenizer: PreTrainedTokenizerBase, steps: int, answer: int = 1
 ) -> Examples:
     """Encoded texts long enough for ``steps`` draft steps, with ``answer`` tokens in a row that a drafter can predict.
 

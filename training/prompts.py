@@ -159,13 +159,14 @@ def _from_file(source: str) -> list[Prompt]:
     files = local_files(source)
     if not files:
         raise ValueError(f"{source!r} is neither a benchmark ({', '.join(BENCHMARKS)}) nor a {KINDS} file.")
-    prompts = [_from_row(row, place, index) for index, (place, row) in enumerate(read_files(files))]
+    prompts = [from_row(row, place, index) for index, (place, row) in enumerate(read_files(files))]
     if not prompts:
         raise ValueError(f"{source} holds no prompts.")
     return prompts
 
 
-def _from_row(row: dict | BadRow, place: str, index: int) -> Prompt:
+def from_row(row: dict | BadRow, place: str, index: int) -> Prompt:
+    """A prompt of a file's row. Raises ValueError: it is of another form, or its turns depend on what a tool says."""
     if isinstance(row, BadRow):
         raise ValueError(f"{place}: {row}")
     other = {"text", *(CHATS if {"turns", "prompt"} & row.keys() else ())}

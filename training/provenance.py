@@ -76,6 +76,8 @@ def record(config: Config) -> dict:
         given = [*words, *given[2:]]
     elif Path(given[0]).stem == words[-1].rpartition(".")[2]:  # python -m ...COMMAND
         given = [*words, *given[1:]]
+    elif given[1:2] == ["train"]:  # a part of the road: the command that does it alone
+        given = config.argv()
     return {
         "command": config.command(),
         "argv": [scrub(argument) for argument in given],

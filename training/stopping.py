@@ -54,7 +54,21 @@ def ended_by_sigterm(again: str = AGAIN) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        _sigterm.asked = _sigterm.deferred = False  # what this process does next was not asked to stop
+        _sigterm.asked, _sigterm.deferred, _sigterm.again = (
+            False,
+            False,
+            AGAIN,
+        )  # what this process does next was not asked to stop
+
+
+def asked() -> bool:
+    """Whether SIGTERM came, to a command that still runs."""
+    return _sigterm.asked
+
+
+def again() -> str:
+    """How to go on after a stop, as the command that runs has it."""
+    return _sigterm.again
 
 
 @contextlib.contextmanager
@@ -62,6 +76,6 @@ def deferred_sigterm() -> Iterator[Callable[[], bool]]:
     """Inside, SIGTERM is noted only; what is given tells whether it came, and the caller stops where it can go on."""
     _sigterm.deferred = True
     try:
-        yield lambda: _sigterm.asked
+        yield asked
     finally:
         _sigterm.deferred = False

@@ -9,9 +9,16 @@ import pytest
 
 from ppow.training import config as configs
 from ppow.training.arguments import Config, option
-from ppow.training.config import DemoConfig, EvaluateConfig, RegenerateConfig, ReinforceConfig, SupervisedConfig
+from ppow.training.config import (
+    DemoConfig,
+    EvaluateConfig,
+    RegenerateConfig,
+    ReinforceConfig,
+    SupervisedConfig,
+    TrainConfig,
+)
 
-ALL = [SupervisedConfig, ReinforceConfig, RegenerateConfig, EvaluateConfig, DemoConfig]
+ALL = [SupervisedConfig, ReinforceConfig, RegenerateConfig, EvaluateConfig, DemoConfig, TrainConfig]
 STAGE1 = ["--target", "org/t", "--data", "d.jsonl", "--output-dir", "out"]
 STAGE2 = [*STAGE1, "--drafter", "dr"]
 PUBLISHED = [*STAGE2, "--preset", "published"]
@@ -29,6 +36,7 @@ class ToyConfig(Config):
     mode: Literal["greedy", "sampling"] = option("which way", "greedy")
     ids: list[int] | None = option("which ones", None, at_least=0)
     words: list[str] = option("more", ["a", "b"])
+    more: dict = option("even more", {})
 
 
 def toy(*argv):
@@ -37,6 +45,12 @@ def toy(*argv):
 
 def test_every_kind_of_value_is_read():
     argv = ["--count", "5", "--rate=0.25", "--wide", "--mode", "sampling", "--ids", "1,2", "--words", "c"]
+    argv += ["--more", '{"a": 1}']
+    assert toy(*argv).argv() == [
+        *("ppow", "toy", "--name=x", "--count=5", "--rate=0.25", "--wide", "--mode=sampling", "--ids=1,2", "--words=c"),
+        '--more={"a": 1}',
+    ]
+    assert ToyConfig.from_args(toy(*argv).argv()[2:]) == toy(*argv) and toy().argv() == ["ppow", "toy", "--name=x"]
     assert toy(*argv).to_dict() == {
         "name": "x",
         "count": 5,
@@ -45,6 +59,7 @@ def test_every_kind_of_value_is_read():
         "mode": "sampling",
         "ids": [1, 2],
         "words": ["c"],
+        "more": {"a": 1},
     }
 
 
@@ -301,7 +316,7 @@ def test_switches_that_may_be_left_open(argv, graphs):
 
 
 def test_every_default_of_stage_2_says_whose_choice_it_is():
-    shared = {field.name for field in dataclasses.fields(configs.TrainingConfig)} - {"steps", "learning_rate"}
+    shared = {field.name for field in dataclasses.fields(configs.StageConfig)} - {"steps", "learning_rate"}
     for field in dataclasses.fields(ReinforceConfig):
         if field.name not in shared | {"drafter", "objective"}:
             assert "(paper)" in field.metadata["help"] or "(ours)" in field.metadata["help"], field.name

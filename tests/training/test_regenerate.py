@@ -94,6 +94,22 @@ BY = {"model": "m", "temperature": 0.0, "max_new_tokens": 512}
 OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True, "by": BY}) + "\n"
 
 
+def test_a_kill_changes_no_answer(pair, tmp_path):
+    """What is sampled follows from the row and the seed, not from the rows beside it."""
+    data, whole = tmp_path / "chats.jsonl", tmp_path / "whole.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Add {i} and {'two ' * i}."}) + "\n" for i in range(10)))
+    config = RegenerateConfig(
+        target=str(pair / "target"), data=str(data), output=str(whole), max_new_tokens=8, temperature=1.0, batch_size=4
+    )
+    regenerate.main(config)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    torn, config = tmp_path / "torn.jsonl", dataclasses.replace(config, resume=True)
+    for kept in ([2, 0], [0, 1, 2, 3, 5], [7, 6, 5, 4, 9]):
+        torn.write_bytes(b"".join(lines[i] for i in kept) + lines[8][:30])
+        regenerate.main(dataclasses.replace(config, output=str(torn)))
+        assert torn.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [
