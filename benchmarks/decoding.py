@@ -23,8 +23,8 @@ from ppow import PPOWDrafter, generation_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
-from ppow.training.demo import bundled_prompts
 from ppow.training.prompts import first_turn, load_prompts
+from ppow.training.smollm2 import PROMPTS
 from ppow.transcript_ppow import Verdict
 from ppow.verifier_ppow import Verifier
 
@@ -109,7 +109,7 @@ def real_prompts(arguments, device: str) -> list[torch.Tensor]:
     """First turns (largest batch, P), every row the same, in the target's chat template."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     rows = max(map(int, arguments.batches.split(",")))
-    prompts = load_prompts(arguments.prompts) if arguments.prompts else bundled_prompts()
+    prompts = load_prompts(arguments.prompts or str(PROMPTS))
     return [torch.tensor([first_turn(tokenizer, prompt)] * rows, device=device) for prompt in prompts]
 
 

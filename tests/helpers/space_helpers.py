@@ -1,4 +1,4 @@
-"""A running page of the bundled pair, in a process of its own; ``pytest_plugins = ["space_helpers"]`` shares one."""
+"""A running page of the tests' pair, in a process of its own; ``pytest_plugins = ["space_helpers"]`` shares one."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hub.ports import reserved_port
+from small_pair import DRAFTER, TARGET
 
 
 class Server:
@@ -62,6 +63,7 @@ def wait_until_it_answers(process, url: str, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The page of the bundled pair, one for all tests of this process: its start costs more than most of them."""
-    with serve(tmp_path_factory.mktemp("space") / "log.txt") as server:
+    """The page of the tests' pair, one for all tests of this process: its start costs more than most of them."""
+    names = "--target", str(TARGET), "--drafter", str(DRAFTER)
+    with serve(tmp_path_factory.mktemp("space") / "log.txt", *names) as server:
         yield server

@@ -36,6 +36,7 @@ from ppow.training import evaluate, space, windows
 from ppow.training.cli import main as ppow
 from ppow.transcript_ppow import Acceptance
 from race import MAX_CHARACTERS, PLAIN, Run, Settings, StopFlag, prompt_ids, race
+from small_pair import DRAFTER, TARGET
 from text import pieces, visible
 from visitor import KEPT, Visitor
 
@@ -76,7 +77,7 @@ OUT_OF_RANGE = [
 
 @pytest.fixture(scope="module")
 def pair():
-    return pairs.load_pair(pairs.find_names({}, Path("none.json")))
+    return pairs.load_pair(pairs.Names(str(TARGET), str(DRAFTER)))
 
 
 def run(pair, prompt: str = QUESTIONS[0], **settings) -> tuple[Settings, list[Run]]:
@@ -171,14 +172,14 @@ def test_text_is_escaped_wherever_it_is_shown():
 # -- which pair --------------------------------------------------------------------------------------------------------
 
 
-def test_the_pair_is_named_by_environment_file_or_repository(tmp_path):
+def test_the_pair_is_named_by_environment_or_file(tmp_path):
     file = tmp_path / "pair.json"
     file.write_text(json.dumps({"target": "o/t", "target_revision": "1", "drafter": "o/d", "drafter_revision": "2"}))
     assert pairs.find_names({}, file) == pairs.Names("o/t", "o/d", None, "1", "2")
     named = {"PPOW_TARGET": "a", "PPOW_DRAFTER": "b", "PPOW_BASELINE": "c"}
     assert pairs.find_names(named, file) == pairs.Names("a", "b", "c")
-    bundled = pairs.find_names({}, tmp_path / "none.json")
-    assert Path(bundled.drafter) == ROOT / "bundled" / "drafter"
+    with pytest.raises(ValueError, match="No pair to load: put pair.json beside app.py"):
+        pairs.find_names({}, tmp_path / "none.json")
 
 
 def test_half_a_pair_is_refused(tmp_path):
@@ -551,8 +552,8 @@ print(json.dumps({"windows": len(found), "identical": runs[0].tokens == runs[1].
 def test_it_runs_from_its_own_folder_with_a_drafter_that_brings_its_code(tmp_path):
     """As on the Hub: the folder alone, a pair.json, and a drafter repository with its code, without our package."""
     shutil.copytree(ROOT / "space", tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
-    PPOWDrafter.from_pretrained(ROOT / "bundled" / "drafter").save_pretrained(tmp_path / "drafter")
-    names = {"target": str(ROOT / "bundled" / "target"), "drafter": str(tmp_path / "drafter"), "baseline": None}
+    PPOWDrafter.from_pretrained(DRAFTER).save_pretrained(tmp_path / "drafter")
+    names = {"target": str(TARGET), "drafter": str(tmp_path / "drafter"), "baseline": None}
     names |= {"target_revision": None, "drafter_revision": None}
     (tmp_path / "space" / "pair.json").write_text(json.dumps(names))
     done = subprocess.run(
@@ -594,7 +595,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypa
 def test_a_page_without_a_pair_says_so(monkeypatch, capsys):
     """A wrong Hub id: the page stands, and every race says what is wrong."""
     monkeypatch.setenv("PPOW_TARGET", "no-such-org/no-such-model")
-    monkeypatch.setenv("PPOW_DRAFTER", str(ROOT / "bundled" / "drafter"))
+    monkeypatch.setenv("PPOW_DRAFTER", str(DRAFTER))
     app = load_app()
     with reserved_port() as port:
         _, url, _ = app.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)

@@ -3,7 +3,6 @@ fault, and how the drafter was trained."""
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +19,7 @@ from page import Page
 from ppow.training.config import ReinforceConfig
 from ppow.transcript_ppow import Acceptance
 from race import Settings
+from small_pair import DRAFTER, TARGET
 
 QUESTION = "Tom has 12 apples. He buys 8 more apples. How many apples does he have?"
 GIVEN = {"target": "t", "drafter": "d", "data": "x", "output_dir": "o"}
@@ -35,7 +35,7 @@ class Never(StoppingCriteria):
 
 @pytest.fixture(scope="module")
 def pair():
-    return pairs.load_pair(pairs.find_names({}, Path("none.json")))
+    return pairs.load_pair(pairs.Names(str(TARGET), str(DRAFTER)))
 
 
 def run(pair, **settings):
@@ -106,7 +106,7 @@ def test_the_method_follows_the_record(command, options, says, never):
     assert says in shown and never not in shown and "2605.14978" in shown
 
 
-def test_the_bundled_drafters_method_is_the_closed_form(pair, tmp_path):
+def test_a_drafter_of_the_default_recipe_has_the_closed_form_for_its_method(pair, tmp_path):
     assert pair.trained["config"]["estimator"] == "exact"
     shown = Page(lambda: pair).method()
     assert "no rollouts" in shown and "LK, at weight 3" in shown
