@@ -75,9 +75,10 @@ def pane(run: Run | None, name: str, runs: list[Run], texts: list[str], depth: i
         shown.append(("acceptance length", f"{sum(gained) / len(gained):.2f}" if gained else "–", ""))
     return (
         f'<section class="pane {state}" aria-label="{title}" data-seconds="{total:.4f}">'
-        f"<h2>{title} <small>{state}</small></h2>{numbers(shown)}"
-        f'<div class="answer" dir="auto" tabindex="0" role="group" aria-label="answer">{spans}</div>'
-        f'<button type="button" class="small" data-copy {"" if spans else "disabled"}>Copy text</button></section>'
+        f'<div class="head"><h2>{title} <small>{state}</small></h2>'
+        f'<button type="button" class="small" data-copy {"" if spans else "disabled"}>Copy text</button></div>'
+        f'{numbers(shown)}<div class="answer" dir="auto" tabindex="0" role="group" aria-label="answer">{spans}</div>'
+        "</section>"
     )
 
 
@@ -137,7 +138,8 @@ def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
     )
     heads = "".join(headline(run, plain) for run in runs[1:])
     row = f'<p class="row">{buttons}<span class="hint" id="pace"></span></p>'
-    return f'<div class="verdict" role="status">{heads}<p>{" · ".join(facts)}</p>{row}</div>'
+    said = f"<div>{heads}</div><div><p>{' · '.join(facts)}</p>{row}</div>"
+    return f'<div class="verdict result" role="status">{said}</div>'
 
 
 def measuring(done: int, rounds: int) -> str:

@@ -33,11 +33,12 @@ class Server:
 
 
 @contextmanager
-def serve(log: Path, *options: str):
+def serve(log: Path, *options: str, threads: int | None = 1):
     """Start ``ppow space`` with ``options`` on a free port and wait until it answers."""
     with reserved_port() as port, log.open("w") as output:
         url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), "--threads", "1", *options]
+        command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), *options]
+        command += [] if threads is None else ["--threads", str(threads)]
         environment = {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
         # one arena of the allocator: memory that threads have given back is used again, whichever thread asks
         environment = os.environ | environment | {"MALLOC_ARENA_MAX": "1"}
