@@ -102,7 +102,7 @@ def headline(run: Run, plain: Run) -> str:
     """The speedup in large figures, its range over the rounds, and what it means."""
     ratio, low, high = speedup(run, plain)
     name = html.escape(run.name)
-    said = f"as fast with {name}"
+    said = f"the plain target's speed with {name}"
     if ratio < 1 and run.gained:
         gain = sum(run.gained) / len(run.gained)
         cost = run.seconds / len(run.gained) / (plain.seconds / len(plain.tokens))

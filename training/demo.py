@@ -49,8 +49,8 @@ def main(config: DemoConfig) -> None:
     if not (config.prompts or PROMPTS.exists()):
         raise ValueError(f"{PROMPTS} is missing: run the demo from a checkout of the repository, or name --prompts.")
     prompts = load_prompts(config.prompts or str(PROMPTS))
-    given = (config.target, config.drafter)
-    target_name, drafter_name = given if config.target and config.drafter else demo_pair()
+    given = (config.target, config.drafter) if config.target and config.drafter else None
+    target_name, drafter_name = given or demo_pair()
     with named("target", target_name):
         tokenizer = load_tokenizer(target_name)
         target = load_model(target_name, dtype=torch.float32)

@@ -119,7 +119,9 @@ def test_a_speedup_is_that_of_the_medians_with_its_range_over_the_rounds():
     ours = finished("PPOW", [20.0, 18.0, 24.2], seconds=0.5)
     assert races.speedup(ours, plain) == pytest.approx((20 / 11, 1.5, 2.2))
     shown = render.verdict([plain, ours], 0.0, True)
-    assert ">1.82×</strong> <span>1.50 to 2.20</span>" in shown and "slower here" not in shown and "scatter" not in shown
+    assert (
+        ">1.82×</strong> <span>1.50 to 2.20</span>" in shown and "slower here" not in shown and "scatter" not in shown
+    )
 
 
 def test_where_a_drafter_does_not_pay_the_page_says_so_and_why():
