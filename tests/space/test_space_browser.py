@@ -129,12 +129,16 @@ def test_a_race_shows_its_facts_and_replays(visit, shots):
     page = visit()
     shown = race(page, 64)
     expect(page.locator("#status")).to_contain_text("Identical output")
-    assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "speedup", "time"))
+    assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "time"))
+    said = page.locator(".headline").inner_text()
+    assert re.search(r"[\d.]+×\s+[\d.]+ to [\d.]+\s", said), said
     left, right = page.locator("#panes .answer").all_text_contents()
     assert left == right and left
     kinds = page.eval_on_selector_all("#panes .pane:last-child .t", "all => all.map(t => t.className)")
     assert {"t accepted"} < {kind.replace(" later", "") for kind in kinds}
+    expect(page.locator("#pace")).to_contain_text("replayed")  # by itself
     page.click("text=4 times slower")
+    expect(page.locator("#pace")).to_have_text("replayed 4 times slower than measured")
     page.wait_for_selector("#panes .t.later", state="attached")
     # the clocks run on behind the last token, to the end of the generation
     clock = "pane => pane.querySelector('.clock').textContent === Number(pane.dataset.seconds).toFixed(2) + ' s'"
@@ -285,7 +289,7 @@ def test_the_newest_press_wins(visit):
     page.wait_for_selector("#panes .pane .t")
     number(page, "temperature", 0)
     number(page, "max_new_tokens", 24)
-    page.get_by_role("button", name="Booking", exact=True).click()
+    page.get_by_role("button", name="Chat", exact=True).click()
     page.click("#race")
     page.fill("#prompt textarea", "How are you?")
     page.locator("#prompt textarea").press("Shift+Enter")
