@@ -7,6 +7,7 @@ The answer streams while it is made with the drafter. The figures come from sile
 warm from the same prompt; they take turns, and the order of a turn changes from one to the next.
 """
 
+import copy
 import dataclasses
 import statistics
 from pathlib import Path
@@ -109,8 +110,9 @@ def race(
 
     from .evaluate import drafting_options, timed
 
-    options = {"attention_mask": torch.ones_like(ids)}
-    timed(target, config.seed, ids, **options, generation_config=plain, max_new_tokens=WARM_TOKENS)
+    options, short = {"attention_mask": torch.ones_like(ids)}, copy.deepcopy(plain)
+    short.max_new_tokens = min(WARM_TOKENS, config.max_new_tokens)
+    timed(target, config.seed, ids, **options, generation_config=short)
     slow, fast = [], []
 
     def run_plain() -> "torch.Tensor":

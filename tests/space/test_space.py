@@ -32,7 +32,7 @@ from hub.ports import reserved_port
 from page import PARTS, Page, arrives
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DrafterState
-from ppow.training import evaluate, space, windows
+from ppow.training import evaluate, smollm2, space, windows
 from ppow.training.cli import main as ppow
 from ppow.transcript_ppow import Acceptance
 from race import MAX_CHARACTERS, PLAIN, Run, Settings, StopFlag, prompt_ids, race
@@ -582,6 +582,20 @@ def test_the_front_matter_and_the_pins_agree():
 def test_a_bad_call_of_the_command_is_said(capsys):
     assert ppow(["space", "--target", "somewhere"]) == 2
     assert "give both or neither" in capsys.readouterr().err
+
+
+def test_without_names_the_page_shows_the_demos_pair(monkeypatch):
+    shown = []
+    app = SimpleNamespace(launch=lambda **options: shown.append((pairs.find_names(), options["server_port"])))
+    monkeypatch.setattr(space, "importlib", SimpleNamespace(util=importlib.util, import_module=lambda name: app))
+    monkeypatch.setattr(smollm2, "demo_pair", lambda: (str(TARGET), str(DRAFTER)))
+    for name in ("PPOW_TARGET", "PPOW_DRAFTER"):
+        monkeypatch.setenv(name, "")
+    assert ppow(["space", "--port", "0"]) == 0
+    assert shown == [(pairs.Names(str(TARGET), str(DRAFTER)), 0)]
+    assert [pairs.title(name) for name in (str(TARGET), "ORG/NAME", "/c/models--ORG--NAME/snapshots/1a")] == [
+        "target", "ORG/NAME", "ORG/NAME"
+    ]  # fmt: skip
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys, monkeypatch):
