@@ -234,7 +234,7 @@ class Page:
     def prompt(self) -> gr.Textbox:
         """The prompt, and the examples below it."""
         prompt = gr.Textbox(
-            defaults()["prompt"], label="Prompt", lines=1, max_lines=8, max_length=MAX_CHARACTERS, elem_id="prompt"
+            defaults()["prompt"], label="Prompt", lines=2, max_lines=8, max_length=MAX_CHARACTERS, elem_id="prompt"
         )
         with gr.Row(elem_classes="examples"):
             for name, text in EXAMPLES.items():
