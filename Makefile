@@ -41,7 +41,7 @@ $(TEST): pyproject.toml
 	touch $(DEMO) $(SPACE) $(TEST)
 
 demo: $(DEMO)
-	$(BIN)/ppow demo --limit 5
+	$(BIN)/ppow demo --limit 4
 
 space: $(SPACE)
 	$(BIN)/ppow space
