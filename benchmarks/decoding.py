@@ -1,7 +1,7 @@
 """What a decoding cycle costs, and what that makes of an acceptance length.
 
     python -m benchmarks.decoding --shape llama-3.1-8b --output benchmarks/results/decoding-llama-3.1-8b.json
-    python -m benchmarks.decoding --target bundled/target --drafter bundled/drafter
+    python -m benchmarks.decoding --target tests/pair/target --drafter tests/pair/drafter
 
 With `--shape` target and drafter have the shapes of a known pair and random weights. Every forward, cache move and
 synchronisation is real; only which drafted tokens count as accepted is drawn from a seeded profile, so that an
