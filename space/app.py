@@ -25,6 +25,7 @@ THEME = gr.themes.Default(primary_hue="blue", secondary_hue="blue").set(
     **{f"button_primary_background_fill{end}": BLUE for end in ("", "_dark", "_hover", "_hover_dark")},
     **{f"button_primary_text_color{end}": "white" for end in ("", "_dark")},
     color_accent=BLUE,
+    body_text_color_dark="#d3d8de",  # white glares on black
 )
 
 

@@ -7,6 +7,7 @@ or Reset has overtaken (``ppow.shown`` in ``head.html``). So no late answer over
 
 import json
 import time
+from pathlib import Path
 
 import gradio as gr
 
@@ -14,17 +15,25 @@ import figures
 import method
 import render
 from inside import look_inside
-from race import LIMITS, MAX_CHARACTERS, MODEL_THREAD, PLAIN, Settings, StopFlag, identical, prompt_ids, race
+from race import (
+    LIMITS,
+    MAX_CHARACTERS,
+    MODEL_THREAD,
+    PLAIN,
+    ROUNDS,
+    Settings,
+    StopFlag,
+    identical,
+    prompt_ids,
+    race,
+    speedup,
+)
 from text import answer_pieces
 from visitor import Visitor
 
-EXAMPLES = {
-    "Arithmetic": "Tom has 12 apples. He buys 8 more apples and gives 5 apples to his sister. How many are left?",
-    "Percentages": "There are 30 students in a class. 40% of them are boys. How many girls are there in the class?",
-    "Booking": "I want to book a table at a restaurant.",
-    "Travel": "I need a ride to the airport tomorrow morning.",
-    "Code": "Write a Python function that adds two numbers.",
-    "Explaining": "Explain in simple words why the sky is blue.",
+HERE = Path(__file__).resolve().parent
+EXAMPLES = {  # that SmolLM2-135M-Instruct answers well; `ppow demo` asks them, too
+    row["category"]: row["prompt"] for row in map(json.loads, (HERE / "prompts.jsonl").read_text("utf-8").splitlines())
 }
 LABELS = {
     "temperature": "Temperature",
@@ -36,13 +45,15 @@ LABELS = {
     "seed": "Seed",
 }
 FAIRNESS = (
-    "Measured one after the other, so that neither takes the other's time: first the plain target, then PPOW, each "
-    "with the whole machine and shown while it runs. The replay puts them side by side at the speed that was measured. "
-    "One short run scatters; Figures pools all of yours."
+    "Measured one after the other, each with the whole machine: after a short warm-up on the same prompt "
+    f"{ROUNDS} rounds, the order turned around from round to round. The first round is shown while it runs; the "
+    "medians count, beside them the lowest and the highest ratio of a round. The replay puts the median runs side by "
+    "side."
 )
 READY = render.note("Pick an example or write a prompt, then press Race (or Shift+Enter in the prompt).")
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one visitor at a time has the machine
 PARTS = ("panes", "status", "inside", "figures")  # of the page, in the order in which a race answers
+MANY_WINDOWS = 30  # with fewer a share hangs on a few of them
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -79,16 +90,19 @@ class Page:
             names, depth = [PLAIN, *pair.drafters], settings.options.get("window_size") or settings.tree_depth
             asked = f"{settings.label}: {settings.prompt}"
             texts, shown = {}, 0.0
-            start = (render.panes([], names, texts, depth, asked), render.note("Measuring ..."), render.MEASURING)
+            start = (render.panes([], names, texts, depth, asked), render.measuring(0, ROUNDS), render.MEASURING)
             yield *(part(press, html) for html in start), nothing, nothing
             for found in self.compute(settings, stop, True):
                 runs, windows = found
-                if runs[-1].seconds is None and time.monotonic() - shown < 0.1:
+                live = runs[-1].seconds is None
+                if live and time.monotonic() - shown < 0.1:
                     continue
-                texts[runs[-1].name] = answer_pieces(pair.tokenizer, runs[-1].tokens)
+                texts |= {run.name: answer_pieces(pair.tokenizer, run.tokens) for run in (runs[-1:] if live else runs)}
                 shown = time.monotonic()
                 panes = render.panes(runs, names, texts, depth, asked)
-                yield part(press, panes), nothing, nothing, nothing, nothing
+                done = min(len(run.rates) for run in runs) if len(runs) == len(names) else 0
+                said = part(press, render.measuring(done, ROUNDS)) if 0 < done < ROUNDS else nothing
+                yield part(press, panes), said, nothing, nothing, nothing
             same = identical(runs, settings.temperature)
             verdict, inside, charts = part(press, render.verdict(runs, settings.temperature, same)), nothing, nothing
             if windows is not None:
@@ -130,8 +144,9 @@ class Page:
 
         Returns:
             settings, identical (true or false at temperature 0, else null), and per system its text, token ids,
-            seconds, tokens_per_second and steps; per drafter also speedup, acceptance_length, per_position, differences
-            and, per verification, drafted, accepted and gained.
+            seconds, tokens_per_second and steps (of the median run) and the rates of all rounds; per drafter also
+            speedup, speedup_range (lowest and highest of a round), acceptance_length, per_position, differences and,
+            per verification, drafted, accepted and gained.
         """
         try:
             tree = (tree_depth, tree_top_k, tree_nodes)
@@ -148,7 +163,7 @@ class Page:
         """The Gradio app, its queue set."""
         with gr.Blocks(title="PPOW: watch speculative decoding", analytics_enabled=False) as app:
             gr.HTML(self.header(), padding=False)
-            prompt, controls = self.controls()
+            prompt = self.prompt()
             with gr.Row(elem_classes="actions"):
                 start = gr.Button("Race", variant="primary", elem_id="race")
                 stop = gr.Button("Stop", elem_id="stop")
@@ -158,6 +173,7 @@ class Page:
             status = shown("status", fresh, "")
             panes = shown("panes", fresh, 'watch("value", () => ppow.arrived(props.value));')
             gr.HTML(render.legend() + f'<p class="hint">{FAIRNESS}</p>', padding=False)
+            controls = {"prompt": prompt, **self.controls()}
             with gr.Tabs():
                 with gr.Tab("Inside a window"):
                     inside = shown("inside", fresh, 'watch("value", () => ppow.first(element, props.value));')
@@ -215,16 +231,20 @@ class Page:
     def waiting(self) -> str:
         return render.panes([], self.names(), {}, 0)
 
-    def controls(self) -> tuple[gr.Textbox, dict]:
-        """The inputs, in the order of the fields of ``Settings``."""
-        start, found = defaults(), {}
+    def prompt(self) -> gr.Textbox:
+        """The prompt, and the examples below it."""
         prompt = gr.Textbox(
-            start["prompt"], label="Prompt", lines=2, max_lines=8, max_length=MAX_CHARACTERS, elem_id="prompt"
+            defaults()["prompt"], label="Prompt", lines=2, max_lines=8, max_length=MAX_CHARACTERS, elem_id="prompt"
         )
         with gr.Row(elem_classes="examples"):
             for name, text in EXAMPLES.items():
                 button = gr.Button(name, size="sm", min_width=80, elem_classes="example")
                 button.click(None, None, prompt, js=f"() => {json.dumps(text)}", **QUIET)
+        return prompt
+
+    def controls(self) -> dict:
+        """The other inputs, in the order of the fields of ``Settings``."""
+        start = defaults()
 
         def slider(name: str, step=1):
             low, high = LIMITS[name]
@@ -233,13 +253,13 @@ class Page:
 
         with gr.Accordion("Settings", open=True), gr.Row(elem_classes="knobs"):
             drafting = gr.Radio(["chain", "tree"], value="chain", label="Drafting", min_width=150, elem_id="drafting")
-            found = {"prompt": prompt, "temperature": slider("temperature", 0.1), "drafting": drafting}
+            found = {"temperature": slider("temperature", 0.1), "drafting": drafting}
             found["window_size"] = slider("window_size")
             # style.css hides those of the other way of drafting
             found |= {name: slider(name) for name in ("tree_depth", "tree_top_k", "tree_nodes")}
             found["max_new_tokens"] = slider("max_new_tokens", 8)
             found["seed"] = gr.Number(0, label=LABELS["seed"], precision=0, min_width=150, elem_id="seed")
-        return prompt, found
+        return found
 
     def charts(self, races: list[dict]) -> str:
         """The figures of a visitor's races so far."""
@@ -263,19 +283,24 @@ class Page:
         }
         per_position = {name: f.per_position for name, f in current.items()}
         histogram = {name: f.histogram for name, f in current.items()}
+        few = min(sum(found) for found in histogram.values())
+        draw = render.bars if few >= MANY_WINDOWS else render.numbers_table
+        drawn = draw("Accepted, given all before", "position in the window", per_position, True)
+        drawn += draw("Verifications by tokens gained", "tokens gained, bonus included", histogram, False)
+        if max(len({window for window, _ in found}) for found in lengths.values()) > 1:
+            drawn += render.points("Speedup over window length", "window length", lengths)
+        said = [f"Below: {render.html.escape(newest['label'])}."]
+        if few < MANY_WINDOWS:
+            said.append(f"{few} windows so far, which is too few for bars; from {MANY_WINDOWS} on they are drawn.")
+        said.append("Race at several window lengths to see the speedup over them.")
         return (
             render.figures_table(pooled, {label: group[0]["temperature"] for label, group in groups.items()})
-            + f'<p class="hint">Charts: {render.html.escape(newest["label"])}. Every window length you race at is a '
-            'point of the last one.</p><div class="charts">'
-            + render.bars("Accepted, given all before", "position in the window", per_position, True)
-            + render.bars("Verifications by tokens gained", "tokens gained, bonus included", histogram, False)
-            + render.points("Speedup over window length", "window length", lengths)
-            + "</div>"
+            + f'<p class="hint">{" ".join(said)}</p><div class="charts">{drawn}</div>'
         )
 
 
 def defaults() -> dict:
-    return vars(Settings(EXAMPLES["Arithmetic"]))
+    return vars(Settings(next(iter(EXAMPLES.values()))))
 
 
 def limits() -> dict:
@@ -318,12 +343,14 @@ def report(pair, settings: Settings, runs: list) -> dict:
             "tokens": run.tokens,
             "seconds": run.seconds,
             "tokens_per_second": run.rate,
+            "rates": run.rates,
             "steps": [[seconds, len(tokens)] for seconds, tokens in run.steps],
         }
         if run.name != PLAIN:
             f = figures.summarize([kept], run.name, acceptance)
-            one |= {"speedup": f.speedup, "acceptance_length": f.acceptance_length, "per_position": f.per_position}
-            one |= {"differences": run.differences}
+            _, *spread = speedup(run, runs[0])
+            one |= {"speedup": f.speedup, "speedup_range": spread, "acceptance_length": f.acceptance_length}
+            one |= {"per_position": f.per_position, "differences": run.differences}
             one |= {"drafted": run.drafted, "accepted": run.accepted, "gained": run.gained}
         systems[run.name] = one
     return {"settings": vars(settings), "identical": kept["identical"], "systems": systems}
@@ -336,13 +363,14 @@ Every race can be run from Python; it waits in the same queue as the page.
 from gradio_client import Client
 
 client = Client("ORG/SPACE")  # or the address of this page
-race = client.predict(prompt="I want to book a table.", window_size=10, max_new_tokens=64, api_name="/race")
+race = client.predict(prompt="What is the capital of France?", window_size=10, max_new_tokens=64, api_name="/race")
 print(race["systems"]["PPOW"]["speedup"], race["identical"])
 ```
 
 Arguments besides `prompt`, with their defaults: `temperature=0`, `drafting="chain"` or `"tree"`, `window_size=10`,
 `tree_depth=7`, `tree_top_k=10`, `tree_nodes=60`, `max_new_tokens=128`, `seed=0`. What is out of range raises an error
 that says what is allowed. The result holds `settings`, `identical` and, per system, `text`, `tokens`, `seconds`,
-`tokens_per_second` and `steps`; per drafter also `speedup`, `acceptance_length`, `per_position`, `differences` (near
-ties and faults, where greedy tokens are not the target's) and, per verification, `drafted`, `accepted` and `gained`.
+`tokens_per_second` and `steps` of the median run and the `rates` of all rounds; per drafter also `speedup`,
+`speedup_range`, `acceptance_length`, `per_position`, `differences` (near ties and faults, where greedy tokens are not
+the target's) and, per verification, `drafted`, `accepted` and `gained`.
 """
