@@ -2,9 +2,8 @@
 
 Continuous batching as in Orca (Yu et al., OSDI 2022), over the decoding loop's own fast path: keys and values lie in
 slots, row by row, with lengths of their own on the device, so that one recorded graph makes the next token of every row
-(:class:`ppow.graphs_ppow.GraphTarget`). transformers' own (``generate_batch``) was measured first: on one H200 with
-FlashAttention 3 and graphs it makes 18,300 tokens/s of SmolLM2-135M, no more than plain batches; its scheduler, in
-Python, visits every request at every token.
+(:class:`ppow.graphs_ppow.GraphTarget`). transformers' own, ``generate_batch``, brings little for small targets: its
+scheduler, in Python, visits every request at every token (benchmarks/answers.py compares).
 """
 
 from collections.abc import Sequence
