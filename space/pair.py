@@ -71,6 +71,12 @@ class Pair:
         """Tokens that the target can read and write together."""
         return self.target.config.get_text_config(decoder=True).max_position_embeddings
 
+    @property
+    def drafting(self):
+        """The ``DraftOptions`` of a call that names none, as ``ppow demo`` makes it."""
+        options = self.part("drafting_ppow").DraftOptions
+        return options.resolve(self.target.generation_config, self.drafters["PPOW"].generation_config)
+
     def part(self, module: str):
         """A module of the drafters' own code: the installed package's, or the one its Hub repository carries."""
         package = type(self.drafters["PPOW"]).__module__.rpartition(".")[0]

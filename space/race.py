@@ -1,9 +1,9 @@
 """The race: the plain target and the target with each drafter, one after the other on the whole machine.
 
-Every system first writes a few tokens for the same prompt, unmeasured. Then each is measured in every round, the order
-turned around from round to round, and the median counts. Every token is stamped when it arrives, so that the page can
-show the runs live and replay them side by side at the speed that was measured. The settings of a generation are those
-of ``ppow evaluate``.
+Every system first writes the whole answer, shown while it is written: that is the warm-up and does not count. Then each
+is measured in every round while the page stands still, the order turned around from round to round, and the median
+counts. Every token is stamped when it arrives, so that the page can replay the median runs side by side at the speed
+that was measured. The settings of a generation are those of ``ppow evaluate``.
 """
 
 import math
@@ -13,7 +13,7 @@ import unicodedata
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ LIMITS = {
     "seed": (0, 2**31 - 1),
 }
 ROUNDS = 3  # an odd number: the median is a run
-WARM_TOKENS = 16  # that each system writes before the rounds
+WARM_TOKENS = 16  # that each system writes when the page starts
 LIVE_SECONDS = 0.12  # between two looks at a running generation
 # All model work has one thread: one generation at a time owns the clock and the random numbers.
 MODEL_THREAD = ThreadPoolExecutor(1, "model")
@@ -68,6 +68,14 @@ class Settings:
                 raise ValueError(f"{name} must be {kind} from {low} to {high}, got {value!r:.40}.")
             values[name] = int(value) if whole else float(value)
         return Settings(self.prompt, drafting=self.drafting, **values)
+
+    @classmethod
+    def own(cls, pair, prompt: str) -> "Settings":
+        """The drafting of the loaded pair, up to ``LIMITS``. Its ``draft_threshold`` holds without being named."""
+        own = pair.drafting
+        found = {name: getattr(own, name) for name in ("window_size", "tree_depth", "tree_top_k", "tree_nodes")}
+        found = {name: min(value, LIMITS[name][1]) for name, value in found.items() if value is not None}
+        return cls(prompt, drafting="tree" if own.is_tree else "chain", **found)
 
     @property
     def options(self) -> dict:
@@ -243,43 +251,43 @@ def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFla
 def race(pair, settings: Settings, stop: StopFlag) -> Iterator[list[Run]]:
     """All systems, round by round; yields the runs to show, again and again. Ends early once ``stop`` is set.
 
-    While it is measured the first round is shown, at last the run of every system whose time is the median.
+    Shown are the runs of the warm-up, which grow while they are written, and at last the run of every system whose time
+    is the median. A measured round yields too, though nothing new: whoever takes the runs may leave at any moment.
     """
     ids, names = prompt_ids(pair, settings), [PLAIN, *pair.drafters]
-    yield [Run(PLAIN)]  # before anything is done, so that a visitor may leave or stop
-    short = replace(settings, max_new_tokens=min(WARM_TOKENS, settings.max_new_tokens))
+    yield [Run(PLAIN)]  # before anything is done
+    shown: dict[str, Run] = {}
     for name in names:
-        *_, warm = stream(pair, short, ids, name, stop)
-        if warm.stopped:
-            yield [Run(PLAIN, seconds=0.0, stopped=True)]
+        for run in stream(pair, settings, ids, name, stop):
+            yield [*shown.values(), run]
+        if run.stopped:
             return
+        shown[name] = run
     rounds: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(ROUNDS):
         for name in names[:: 1 if number % 2 == 0 else -1]:
-            shown = [made[0] for made in rounds.values() if made]
             for run in stream(pair, settings, ids, name, stop):
-                if number == 0:
-                    yield [*shown, run]
-            rounds[name].append(run)
-            shown = [made[0] for made in rounds.values() if made]
-            shown[-1].stopped = run.stopped
+                if run.seconds is None:
+                    yield [*shown.values()]
+            shown[name].stopped = run.stopped
             if not run.stopped:
-                rounds[name][0].rates.append(run.rate)
-            yield shown
+                rounds[name].append(run)
+                shown[name].rates.append(run.rate)
+            yield [*shown.values()]
             if run.stopped:
                 return
-    plain, *others = (middle(made) for made in rounds.values())
+    plain, *others = (middle(made, shown[name].rates) for name, made in rounds.items())
     for run in others if settings.temperature == 0 else ():
-        odd = next((made for made in rounds[run.name] if made.tokens != plain.tokens), None)
-        if odd:  # in whichever round
+        odd = next((made for made in (shown[run.name], *rounds[run.name]) if made.tokens != plain.tokens), None)
+        if odd:  # in whichever run
             run.differences = MODEL_THREAD.submit(explain, pair, settings, ids, odd, plain).result()
     yield [plain, *others]
 
 
-def middle(rounds: list[Run]) -> Run:
+def middle(rounds: list[Run], rates: list[float]) -> Run:
     """The run of the median rate, which keeps the rates of all."""
     found = sorted(rounds, key=lambda run: run.rate)[len(rounds) // 2]
-    found.rates = rounds[0].rates
+    found.rates = rates
     return found
 
 

@@ -77,8 +77,8 @@ def pane(run: Run | None, name: str, runs: list[Run], texts: list[str], depth: i
         f'<section class="pane {state}" aria-label="{title}" data-seconds="{total:.4f}">'
         f'<div class="head"><h2>{title} <small>{state}</small></h2>'
         f'<button type="button" class="small" data-copy {"" if spans else "disabled"}>Copy text</button></div>'
-        f'{numbers(shown)}<div class="answer" dir="auto" tabindex="0" role="group" aria-label="answer">{spans}</div>'
-        "</section>"
+        f'{numbers(shown)}<div class="answer" dir="auto" tabindex="0" role="group" '
+        f'aria-label="answer of {html.escape(name)}">{spans}</div></section>'
     )
 
 
@@ -99,22 +99,23 @@ def difference(run: Run) -> str:
 
 
 def headline(run: Run, plain: Run) -> str:
-    """The speedup in large figures, its range over the rounds, and what it means."""
+    """The speedup in large figures, its range over the rounds, and what it means; one sentence when read aloud."""
     ratio, low, high = speedup(run, plain)
-    name = html.escape(run.name)
-    said = f"the plain target's speed with {name}"
-    if ratio < 1 and run.gained:
-        gain = sum(run.gained) / len(run.gained)
-        cost = run.seconds / len(run.gained) / (plain.seconds / len(plain.tokens))
-        said = (
-            f"slower here with {name}: a verification, its drafting included, took as long as {cost:.1f} tokens of the "
-            f"plain target and gained {gain:.1f} on average"
-        )
-    elif low < 1:
-        said += ", within the scatter of the rounds"
+    said = ""
+    if low < 1 < high:
+        said = "No difference beyond the scatter of the rounds."
+    elif ratio < 1:
+        said = "Slower here."
+        if run.gained:
+            gain = sum(run.gained) / len(run.gained)
+            cost = run.seconds / len(run.gained) / (plain.seconds / len(plain.tokens))
+            said = (
+                f"Slower here: a verification, its drafting included, took as long as {cost:.1f} tokens of the plain "
+                f"target and gained {gain:.1f} on average."
+            )
     return (
-        f'<p class="headline"><strong class="big">{ratio:.2f}×</strong> <span>{low:.2f} to {high:.2f}</span> '
-        f"<span>{said}</span></p>"
+        f'<p class="headline"><strong class="big">{ratio:.2f}×</strong> <span>as fast with {html.escape(run.name)} '
+        f"(rounds: {low:.2f} to {high:.2f}).</span> <span>{said}</span></p>"
     )
 
 
@@ -142,11 +143,12 @@ def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
     return f'<div class="verdict result" role="status">{said}</div>'
 
 
-def measuring(done: int, rounds: int) -> str:
-    """What is said while the round behind ``done`` ones runs."""
-    if not done:
-        return note(f"Measuring: a short warm-up, then round 1 of {rounds}, shown below while it runs ...")
-    return note(f"Measuring: round {done + 1} of {rounds}, the order turned around. Below stands the first one.")
+def measuring(done: int | None, rounds: int) -> str:
+    """What is said while the round behind ``done`` ones runs; None: during the warm-up."""
+    if done is None:
+        return note(f"Warm-up, shown below while it is written; then {rounds} rounds are measured ...")
+    turned = ", the order turned around" if done else ""
+    return note(f"Measuring: round {done + 1} of {rounds}{turned}. Below stands the warm-up, which does not count.")
 
 
 def note(text: str) -> str:

@@ -35,7 +35,7 @@ from ppow.drafting_ppow import DrafterState
 from ppow.training import evaluate, smollm2, space, windows
 from ppow.training.cli import main as ppow
 from ppow.transcript_ppow import Acceptance
-from race import MAX_CHARACTERS, PLAIN, Run, Settings, StopFlag, prompt_ids, race
+from race import MAX_CHARACTERS, PLAIN, ROUNDS, Run, Settings, StopFlag, prompt_ids, race
 from small_pair import DRAFTER, TARGET
 from text import pieces, visible
 from visitor import KEPT, Visitor
@@ -401,7 +401,24 @@ def test_a_zero_gpu_gets_the_race(tmp_path, monkeypatch):
     app = load_app()
     spaces = sys.modules.pop("spaces")
     app.Page(app.load, app.ON_DEVICE)
-    assert app.ZERO_GPU and spaces.wrapped == [("_compute", 120)]
+    assert app.ZERO_GPU and spaces.wrapped == [("_compute", app.ROUND_SECONDS * (1 + ROUNDS))]
+
+
+def test_a_pair_that_does_not_run_here_is_said(monkeypatch):
+    """As one that a GPU has no memory for: the page stands, and tries again with the next visitor."""
+    monkeypatch.setenv("PPOW_TARGET", "some/target")
+    monkeypatch.setenv("PPOW_DRAFTER", "some/drafter")
+    app, tried = load_app(), []
+
+    def full(*given):
+        tried.append(given)
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(app, "load_pair", full)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="some/target and its drafter do not run here: CUDA out of memory$"):
+            app.load()
+    assert len(tried) == 2 and "CUDA out of memory" in app.Page(app.load).header()
 
 
 def test_a_stopped_race_keeps_what_was_written(pair):
@@ -632,4 +649,4 @@ def test_drafter_of_another_target_in_the_page(tmp_path, pair):
     for said in (page.header(), shown["status"]):
         assert "role='alert'" in said.replace('"', "'") and "drafter" in said
     with pytest.raises(Error, match="drafter"):
-        page.answer("Hello")
+        page.endpoint(page.start())("Hello")

@@ -131,7 +131,7 @@ def test_a_race_shows_its_facts_and_replays(visit, shots):
     expect(page.locator("#status")).to_contain_text("Identical output")
     assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "time"))
     said = page.locator(".headline").inner_text()
-    assert re.search(r"[\d.]+×\s+[\d.]+ to [\d.]+\s", said), said
+    assert re.search(r"[\d.]+×\s+as fast with PPOW \(rounds: [\d.]+ to [\d.]+\)", said), said
     left, right = page.locator("#panes .answer").all_text_contents()
     assert left == right and left
     kinds = page.eval_on_selector_all("#panes .pane:last-child .t", "all => all.map(t => t.className)")
