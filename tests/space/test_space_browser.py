@@ -20,7 +20,9 @@ from PIL import Image, PngImagePlugin
 import render
 from browser import find
 from page import EXAMPLES, PARTS, Page
+from ppow.training import smollm2
 from race import PLAIN, Run
+from small_pair import TARGET
 from space_helpers import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need: pip install -e '.[test]'")
@@ -431,14 +433,18 @@ def take_picture(page, place: Path) -> None:
         box = page.locator(part).bounding_box()
         assert box["y"] + box["height"] <= 768, f"{part} is below the fold"
     page.screenshot(path=place)
+    target = page.locator(".masthead .hint").inner_text().partition(":")[0]  # as the picture itself names it
     kept = PngImagePlugin.PngInfo()
     kept.add_text("look", look())
+    kept.add_text("target", target)
     Image.open(place).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(place, optimize=True, pnginfo=kept)
 
 
 def test_the_readmes_picture_can_be_taken(visit, browser, shots, tmp_path):
     if not os.environ.get("PPOW_PICTURE"):
-        return take_picture(visit(), shots / "picture.png")
+        take_picture(visit(), shots / "picture.png")
+        assert Image.open(shots / "picture.png").text["target"] == TARGET.name
+        return
     with serve(tmp_path / "log.txt", threads=None) as server:
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
@@ -447,7 +453,9 @@ def test_the_readmes_picture_can_be_taken(visit, browser, shots, tmp_path):
         take_picture(page, PICTURE)
 
 
-def test_the_readmes_picture_shows_todays_page():
-    assert Image.open(PICTURE).text.get("look") == look(), (
-        "docs/space.png shows another page; take it anew: PPOW_PICTURE=1 pytest -k picture tests/space"
-    )
+def test_the_readmes_picture_shows_todays_page_and_the_demos_target():
+    kept, anew = Image.open(PICTURE).text, "take it anew: PPOW_PICTURE=1 pytest -k picture tests/space"
+    assert kept.get("look") == look(), f"docs/space.png shows another page; {anew}"
+    target = kept.get("target", "none")
+    wanted = smollm2.TARGET.rpartition("/")[2]
+    assert wanted in target, f"docs/space.png shows the target {target}, not {wanted}; {anew}"
