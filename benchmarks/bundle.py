@@ -162,14 +162,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
-    parser.add_argument("--out", type=Path, default=Path("tests/pair"), help="folder for target/, stage1/ and drafter/")
-    parser.add_argument("--work", type=Path, default=Path("runs/bundle"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for target/, stage1/ and drafter/; none: tests/pair, of another scale WORK/pair",
+    )
+    parser.add_argument("--work", type=Path, help="none: runs/bundle-SCALE")
     parser.add_argument("--scale", choices=SCALES, default="tests", help="gpu: a target of 14M; large: one of 101M")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to use; pretraining uses one")
     parser.add_argument("--until", choices=SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
+    arguments.work = arguments.work or Path(f"runs/bundle-{arguments.scale}")
+    arguments.out = arguments.out or (Path("tests/pair") if arguments.scale == "tests" else arguments.work / "pair")
     settings = override(SCALES[arguments.scale], arguments.set)
     check_gpus(parser, arguments.gpus)
     work, stages = arguments.work, list(settings)[: list(settings).index(arguments.until) + 1]
