@@ -162,11 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for target/, stage1/ and drafter/; none: tests/pair, of another scale WORK/pair",
-    )
+    parser.add_argument("--out", type=Path, help="folder of the pair; none: tests/pair, of another scale WORK/pair")
     parser.add_argument("--work", type=Path, help="none: runs/bundle-SCALE")
     parser.add_argument("--scale", choices=SCALES, default="tests", help="gpu: a target of 14M; large: one of 101M")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")

@@ -62,8 +62,8 @@ def card(folder: Path, repo: str, revision: str | None, license: str | None) -> 
 def check_figures(metrics: dict, folder: Path, target: str | None, stages: list[dict]) -> None:
     """Raise a ValueError unless figures were measured with the drafter in ``folder`` and with its target.
 
-    The target's weights are those that the last stage recorded, and those of ``target`` where they are on this machine;
-    figures of a GGUF file, a quantized copy, are held against what the stage recorded alone, and the card names the file.
+    The target's weights are those that the last stage recorded, and those of ``target`` where they are on this
+    machine; figures of a GGUF file, a quantized copy that the card names, are held against the stage's record alone.
     """
     again = "Measure this drafter with `ppow evaluate` and name that folder with --metrics"
     weights = metrics.get("weights")

