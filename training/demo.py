@@ -143,7 +143,7 @@ def race(
         f"with drafter {rate:.0f}; acceptance length {length:.2f}; {answer}\n",
         flush=True,
     )
-    figures = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
+    figures: dict = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
     figures["speedup_range"] = [min(each), max(each)]
     fault = any(difference.verdict == FAULT for difference in differences)
     figures |= {"acceptance_length": length, "identical": same, "fault": fault}

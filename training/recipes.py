@@ -142,7 +142,8 @@ class Choices:
         rate = rate_for(text.hidden_size)
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
         first = {"optimizer": _optimizer(), "norm_before_fc": True, "norm_output": True, "learning_rate": rate}
-        first["share_embeddings"] = True  # stage 1 does not train a copy of it, and a repository is half as large
+        if config.supervised.get("hidden_size") in (None, text.hidden_size):
+            first["share_embeddings"] = True  # a copy of it would not be trained, and a repository is half as large
         if text.vocab_size > recipe.draft_vocabulary:
             first["draft_vocab_size"] = recipe.draft_vocabulary
         second = {} if "preset" in config.reinforce else {"learning_rate": float(f"{_REINFORCE * rate:.2g}")}
@@ -158,6 +159,7 @@ class Choices:
             "reinforce": self.stages["reinforce"] | config.reinforce,
             "evaluate": {"dtype": self.dtype} | config.evaluate,
         }
+        found = {name: {key: value for key, value in own.items() if value is not None} for name, own in found.items()}
         for name in ("prompts", "regenerate"):
             if self.cuda and "endpoint" not in found[name]:
                 most = found[name]["max_new_tokens"] + (self.given if name == "regenerate" else TEMPLATE)

@@ -140,7 +140,7 @@ def test_the_hub_comes_first_where_it_answers(index, hub):
     token = hub.add_token("maker", orgs=(smollm2.TARGET.split("/")[0],))
     api = HfApi(token=token)
     api.create_repo(smollm2.TARGET)
-    api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=smollm2.TARGET)
+    api.upload_file(path_or_fileobj=b"{}", path_in_repo=smollm2.WEIGHTS, repo_id=smollm2.TARGET)
     assert smollm2.demo_target() == smollm2.TARGET
 
 
