@@ -62,7 +62,8 @@ def card(folder: Path, repo: str, revision: str | None, license: str | None) -> 
 def check_figures(metrics: dict, folder: Path, target: str | None, stages: list[dict]) -> None:
     """Raise a ValueError unless figures were measured with the drafter in ``folder`` and with its target.
 
-    The target's weights are those that the last stage recorded, and those of ``target`` where they are on this machine.
+    The target's weights are those that the last stage recorded, and those of ``target`` where they are on this
+    machine; figures of a GGUF file, a quantized copy that the card names, are held against the stage's record alone.
     """
     again = "Measure this drafter with `ppow evaluate` and name that folder with --metrics"
     weights = metrics.get("weights")
@@ -76,7 +77,8 @@ def check_figures(metrics: dict, folder: Path, target: str | None, stages: list[
             f"({str(own)[:12]}), which are {whose} there. {again}, or move {METRICS} away."
         )
     recorded = [stage["weights"]["target"] for stage in stages if stage.get("weights", {}).get("target")]
-    here = fingerprint(target) if target else None
+    copied = str(metrics.get("config", {}).get("target")).endswith(".gguf")
+    here = fingerprint(target) if target and not copied else None
     for made_for in (*recorded[-1:], here):
         if made_for and weights.get("target") != made_for:
             raise ValueError(

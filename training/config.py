@@ -229,7 +229,9 @@ class RegenerateConfig(Config):
     max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
     temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
     batch_size: int | None = option(
-        "answers of the target under way at once; none: 16, on a GPU 1024, and never more than fit", None, at_least=1
+        "answers of the target under way at once; none: 16, on a GPU 1024 or what fits; 8 in batches of generate",
+        None,
+        at_least=1,
     )
     dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
     seed: int = option("seed of the sampling", 0, at_least=0)

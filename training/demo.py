@@ -7,7 +7,6 @@ The answer streams while it is made with the drafter. The figures come from sile
 warm from the same prompt; they take turns, and the order of a turn changes from one to the next.
 """
 
-import copy
 import dataclasses
 import statistics
 from pathlib import Path
@@ -20,8 +19,6 @@ if TYPE_CHECKING:  # at run time imported by ``main``, so that a wrong option is
     from transformers import GenerationConfig, PreTrainedModel
 
     from ppow import PPOWDrafter
-
-WARM_TOKENS = 16  # that the plain target writes for a prompt before it is timed
 
 
 def main(config: DemoConfig) -> None:
@@ -63,8 +60,9 @@ def main(config: DemoConfig) -> None:
 
     drafting = drafting_options(config)
     plain, ours = generation_configs(target, config.temperature, config.max_new_tokens, drafting)
+    sizes = [f"{model.num_parameters() / 1e6:.1f}M parameters" for model in (target, drafter)]
     print(
-        f"target {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters, "
+        f"target {target_name}, {sizes[0]}\ndrafter {drafter_name}, {sizes[1]}\n"
         f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n"
     )
     answers = []
@@ -110,30 +108,31 @@ def race(
 
     from .evaluate import drafting_options, timed
 
-    options, short = {"attention_mask": torch.ones_like(ids)}, copy.deepcopy(plain)
-    short.max_new_tokens = min(WARM_TOKENS, config.max_new_tokens)
-    timed(target, config.seed, ids, **options, generation_config=short)
-    slow, fast = [], []
+    options = {"attention_mask": torch.ones_like(ids)}
+    timed(target, config.seed, ids, **options, generation_config=plain)  # warm, as the other is
+    slow: list[float] = []
+    fast: list[float] = []
 
     def run_plain() -> "torch.Tensor":
         expected, seconds = timed(target, config.seed, ids, **options, generation_config=plain)
         slow.append((expected.shape[1] - ids.shape[1]) / seconds)
         return expected
 
+    same = True
     for number in range(config.repetitions):
-        if number % 2 == 0:
-            expected = run_plain()
+        stock = run_plain() if number % 2 == 0 else None
         out, seconds = timed(target, config.seed, ids, **options, generation_config=ours, assistant_model=drafter)
         fast.append((out.sequences.shape[1] - ids.shape[1]) / seconds)
-        if number % 2:
-            expected = run_plain()
+        stock = run_plain() if stock is None else stock
+        if same:  # the first repetition whose answers differ is told
+            same, expected, found = torch.equal(stock, out.sequences), stock, out.sequences
     plain_rate, rate = statistics.median(slow), statistics.median(fast)
     each = [one / other for one, other in zip(fast, slow)]
     what_was_drafted(out, drafting_options(config))
-    same, answer, differences = torch.equal(expected, out.sequences), "sampled from one distribution", []
+    answer, differences = "sampled from one distribution", []
     if config.temperature == 0 and not same:
-        here, stock = (sequences[0, ids.shape[1] :].tolist() for sequences in (out.sequences, expected))
-        differences = drafter.explain(target, ids, here, stock, ours)
+        here, theirs = (sequences[0, ids.shape[1] :].tolist() for sequences in (found, expected))
+        differences = drafter.explain(target, ids, here, theirs, ours)
         agrees = "; the same tokens as without drafts" if len(differences) == 1 else ""
         answer = f"identical: NO, {'; '.join(map(str, differences))}{agrees}"
     elif config.temperature == 0:
@@ -144,8 +143,8 @@ def race(
         f"with drafter {rate:.0f}; acceptance length {length:.2f}; {answer}\n",
         flush=True,
     )
-    figures = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
+    figures: dict = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
     figures["speedup_range"] = [min(each), max(each)]
-    fault = any(found.verdict == FAULT for found in differences)
+    fault = any(difference.verdict == FAULT for difference in differences)
     figures |= {"acceptance_length": length, "identical": same, "fault": fault}
     return {**figures, "differences": [dataclasses.asdict(found) for found in differences]}

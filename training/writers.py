@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # needs torch
 
 ROWS = {"cuda": 1024, "cpu": 16}  # answers under way, by device, where no --batch-size says
 BATCH = 8  # the same, in batches of ``generate``
+ROOM = 1024  # tokens of a prompt and its answer that a row has room for, at least
 CACHE_SHARE = 0.6  # of the free memory of a GPU that keys and values may take
 TOLD = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning")  # of a server's message
 ENDED = {None, "stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # an answer that ended by itself, by server
@@ -84,10 +85,9 @@ class LocalWriter:
         self.waiting: collections.deque[Given] = collections.deque()
         self.answering: dict[int, Given] = {}
         self.slots: Slots | None = None
-        self.obstacle = obstacle(self.model)
-        self.size = config.batch_size or (ROWS[self.model.device.type] if self.obstacle is None else BATCH)
+        self.size, self.obstacle = config.batch_size or ROWS[self.model.device.type], obstacle(self.model)
         if self.obstacle is not None:
-            say(f"{config.target} answers in batches that wait for their longest answer: {self.obstacle}.")
+            self._give_up_slots(self.obstacle)
 
     def read(self, prompt: Asked) -> tuple[str, list[int], int]:
         """(text, its tokens, how many its answer may have). Raises BadRow: no prompt that the target can answer."""
@@ -120,9 +120,14 @@ class LocalWriter:
     def _in_slots(self) -> dict[int, Answer]:
         from .slots import Request
 
+        if self.slots is None or (not self.answering and self._length(self.waiting[0]) > self.slots.capacity):
+            self.slots = None  # frees the old buffers first
+            try:
+                self.slots = self._new_slots()
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:  # too little memory, too
+                self._give_up_slots(f"rows for it cannot be laid out ({error})")
+                return self._in_batches()
         slots = self.slots
-        if slots is None or (not self.answering and self._length(self.waiting[0]) > slots.capacity):
-            self.slots = slots = self._new_slots()
         taken: list[Given] = []
         while self.waiting and len(taken) < slots.free and self._length(self.waiting[0]) <= slots.capacity:
             taken.append(self.waiting.popleft())
@@ -136,19 +141,26 @@ class LocalWriter:
         return len(given.ids) + given.room
 
     def _new_slots(self) -> "Slots":
-        """Rows that hold the next prompt, and all that wait where that is not much more, as many as memory allows."""
+        """Rows that hold the next prompt, and longer ones that follow it, as many as memory allows."""
         from ppow.graphs_ppow import free_bytes, slot_bytes
 
-        from .slots import CHECK, Slots
+        from .slots import CHECK, MOST_PAIRS, PREFILL, Slots
 
-        self.slots = None  # frees the old buffers first
-        needed = self._length(self.waiting[0])
-        capacity = max(length for given in self.waiting if (length := self._length(given)) <= max(2 * needed, 1024))
-        rows = self.size
+        capacity = max(2 * self._length(self.waiting[0]), ROOM)
+        capacity = min(capacity, self.positions or capacity)
+        config = self.model.config.get_text_config(decoder=True)
+        rows = min(
+            self.size, MOST_PAIRS // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        )
         if self.model.device.type == "cuda":
-            each = slot_bytes(self.model) * (capacity + CHECK)
-            rows = max(1, min(rows, int(CACHE_SHARE * free_bytes(self.model.device)) // each))
+            each = slot_bytes(self.model)
+            room = CACHE_SHARE * free_bytes(self.model.device) - 2 * each * max(PREFILL, capacity)
+            rows = max(1, min(rows, int(room) // (each * (capacity + CHECK))))
         return Slots(self.model, rows, capacity, self.config.temperature, self.ends)
+
+    def _give_up_slots(self, reason: str) -> None:
+        self.obstacle, self.size = reason, self.config.batch_size or BATCH
+        say(f"{self.config.target} answers in batches that wait for their longest answer: {reason}.")
 
     def _in_batches(self) -> dict[int, Answer]:
         """The answers to all prompts that wait and have the room of the first."""
@@ -208,7 +220,10 @@ class EndpointWriter:
         while not answers or not self.answers.empty():
             key, answer = self.answers.get()
             if isinstance(answer, BaseException):
-                raise answer
+                if not answers:
+                    raise answer
+                self.answers.put((key, answer))  # what came before it is not lost
+                break
             answers[key] = answer
         return answers
 

@@ -274,6 +274,19 @@ def test_an_endpoint_that_refuses_a_request(server, chats, tmp_path, fault, mess
         config = dataclasses.replace(config, skip_bad_rows=False)
 
 
+def test_one_refusal_among_several_requests_is_recorded(server, chats, tmp_path):
+    """It comes back first, before any answer has shown that the options are right; all refused ones are an error."""
+    url, handler = server
+    config = dataclasses.replace(endpoint(url, chats, tmp_path / "out.jsonl"), concurrency=2)
+    handler.faults[:] = [400]
+    regenerate.main(config)
+    assert sorted("error" in row for row in read(tmp_path / "out.jsonl")) == [False, True]
+    handler.faults[:] = [400, 400]
+    with pytest.raises(ValueError, match="refused the request with 400"):
+        regenerate.main(dataclasses.replace(config, output=str(tmp_path / "other.jsonl")))
+    assert not (tmp_path / "other.jsonl").exists()
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_every_request_would_meet_ends_the_run(server, chats, tmp_path, status):
     url, handler = server

