@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from decoding_helpers import build_target, random_drafter
 from figures_of_a_drafter import METRICS
 from ppow.training import cli, hub, provenance
+from ppow.training.card import check_figures
 from ppow.training.config import PushConfig, ReinforceConfig, SupervisedConfig
 from ppow.training.fingerprints import fingerprint
 from ppow.training.repository import assemble, check_private
@@ -123,6 +125,25 @@ def test_figures_without_a_baseline_make_a_card(pair):
     write_metrics(pair, metrics)
     text = (assembled(pair) / "README.md").read_text()
     assert "| gsm8k T=0 | 2 | 2.50" in text and "compared with" not in text and "paired" not in text
+
+
+def test_a_card_names_the_quantized_copy_that_was_measured(pair):
+    """Its weights are not the target's, wherever those are known; the stage's record decides."""
+    assert "quantized copy" not in (assembled(pair) / "README.md").read_text()
+    shutil.rmtree(pair / "repository")
+    metrics = read_metrics(pair)
+    metrics["config"]["target"] = "small.Q4_1.gguf"
+    metrics["weights"]["target"] = "1" * 64
+    write_metrics(pair, metrics)
+    text = (assembled(pair) / "README.md").read_text()
+    assert "Measured on `small.Q4_1.gguf`, a quantized copy of the target" in text
+    place, stage = pair / "drafter", {"weights": {"target": "2" * 64}}
+    check_figures(metrics, place, str(pair / "target"), [])
+    with pytest.raises(ValueError, match="measured on a target with other weights"):
+        check_figures(metrics, place, str(pair / "target"), [stage])
+    metrics["config"]["target"] = "target"
+    with pytest.raises(ValueError, match="measured on a target with other weights"):
+        check_figures(metrics, place, str(pair / "target"), [])
 
 
 def test_a_card_tells_near_ties_and_faults_apart(pair):
