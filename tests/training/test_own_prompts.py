@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from ppow.training import cli, own_prompts
 from ppow.training.data import load_rows
 from ppow.training.own_prompts import judged, opening, plain
-from small_pair import TARGET
+
+TARGET = Path(__file__).parents[2] / "bundled" / "target"
 
 
 def command(output, *more):
