@@ -13,6 +13,7 @@ import time
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ppow.training.config import RegenerateConfig
 from ppow.training.data import BadRows, load_rows
@@ -84,7 +85,13 @@ def answer_continuously(writer: LocalWriter, prompts: list[Asked]) -> tuple[list
     options = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=sorted(writer.ends), pad_token_id=0)
     synchronize(writer.model.device)
     start = time.perf_counter()
-    made = writer.model.generate_batch([writer.read(prompt)[1] for prompt in prompts], generation_config=options)
+    # on a CPU it would take most of the memory for its cache
+    sizes = {} if writer.model.device.type == "cuda" else {"num_blocks": 64, "max_batch_tokens": 256}
+    made = writer.model.generate_batch(
+        [writer.read(prompt)[1] for prompt in prompts],
+        generation_config=options,
+        continuous_batching_config=ContinuousBatchingConfig(**sizes),
+    )
     seconds = time.perf_counter() - start
     by_prompt = sorted(made.values(), key=lambda output: int(output.request_id.rpartition("_")[2]))
     ended = ([token for token in output.generated_tokens if token not in writer.ends] for output in by_prompt)
