@@ -404,8 +404,13 @@ def slot_bytes(target: PreTrainedModel) -> int:
     """Bytes that a target's keys and values of one token take."""
     config = target.config.get_text_config(decoder=True)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head * target.dtype.itemsize
+    return 2 * config.num_hidden_layers * key_heads(target) * head * target.dtype.itemsize
+
+
+def key_heads(target: PreTrainedModel) -> int:
+    """Heads that a target's keys and values have."""
+    config = target.config.get_text_config(decoder=True)
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def free_bytes(device: torch.device) -> int:

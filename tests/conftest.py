@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}"
@@ -102,3 +102,17 @@ def tiny_config(tiny_tokenizer):
         pad_token_id=tiny_tokenizer.pad_token_id,
         bos_token_id=None,
     )
+
+
+@pytest.fixture(scope="session")
+def save_target(tiny_config, tiny_tokenizer):
+    """Puts a tiny target and its tokenizer into a folder, always the same: -> the target."""
+
+    def save(folder):
+        torch.manual_seed(0)
+        target = LlamaForCausalLM(tiny_config)
+        target.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return target
+
+    return save

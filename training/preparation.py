@@ -147,7 +147,7 @@ def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> P
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         **{name: True for name in ("norm_before_fc", "norm_output", "qk_norm") if getattr(config, name)},
-        **({"share_target_embeddings": True} if config.share_embeddings else {}),
+        "share_target_embeddings": config.share_embeddings or None,
     }
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if {"hidden_size", "num_attention_heads"} & set(chosen):

@@ -54,11 +54,8 @@ def ended_by_sigterm(again: str = AGAIN) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        _sigterm.asked, _sigterm.deferred, _sigterm.again = (
-            False,
-            False,
-            AGAIN,
-        )  # what this process does next was not asked to stop
+        _sigterm.asked = _sigterm.deferred = False  # what this process does next was not asked to stop
+        _sigterm.again = AGAIN
 
 
 def asked() -> bool:

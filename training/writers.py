@@ -142,16 +142,13 @@ class LocalWriter:
 
     def _new_slots(self) -> "Slots":
         """Rows that hold the next prompt, and longer ones that follow it, as many as memory allows."""
-        from ppow.graphs_ppow import free_bytes, slot_bytes
+        from ppow.graphs_ppow import free_bytes, key_heads, slot_bytes
 
         from .slots import CHECK, MOST_PAIRS, PREFILL, Slots
 
         capacity = max(2 * self._length(self.waiting[0]), ROOM)
         capacity = min(capacity, self.positions or capacity)
-        config = self.model.config.get_text_config(decoder=True)
-        rows = min(
-            self.size, MOST_PAIRS // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        )
+        rows = min(self.size, MOST_PAIRS // key_heads(self.model))
         if self.model.device.type == "cuda":
             each = slot_bytes(self.model)
             room = CACHE_SHARE * free_bytes(self.model.device) - 2 * each * max(PREFILL, capacity)
@@ -168,7 +165,8 @@ class LocalWriter:
 
         first = self.waiting[0]
         batch = [given for given in self.waiting if given.room == first.room][: self.size]
-        self.waiting = collections.deque(given for given in self.waiting if given not in batch)
+        keys = {given.key for given in batch}
+        self.waiting = collections.deque(given for given in self.waiting if given.key not in keys)
         torch.manual_seed(first.seed)
         inputs = self.tokenizer(
             [given.text for given in batch], add_special_tokens=False, padding=True, return_tensors="pt"

@@ -4,18 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaForCausalLM
 
 from benchmarks import answers, prompt_mix
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory, tiny_tokenizer, tiny_config):
+def target(tmp_path_factory, save_target):
     folder = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    save_target(folder)
     return folder
 
 

@@ -15,12 +15,9 @@ from ppow.training.fingerprints import fingerprint
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_tokenizer, tiny_config):
+def home(tmp_path_factory, save_target, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("gguf")
-    torch.manual_seed(0)
-    target = LlamaForCausalLM(tiny_config)
-    target.save_pretrained(folder / "target")
-    tiny_tokenizer.save_pretrained(folder / "target")
+    target = save_target(folder / "target")
     write_gguf(folder / "target.gguf", target, tiny_tokenizer)
     prompts = [{"messages": [{"role": "user", "content": f"Add {i} and {i + 1}, one and two."}]} for i in range(6)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))

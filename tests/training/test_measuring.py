@@ -6,7 +6,6 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
 from ppow import PPOWConfig, PPOWDrafter
@@ -18,11 +17,9 @@ from ppow.transcript_ppow import Acceptance
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_tokenizer, tiny_config):
+def pair(tmp_path_factory, save_target, tiny_config):
     folder = tmp_path_factory.mktemp("pair")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config).save_pretrained(folder / "target")
-    tiny_tokenizer.save_pretrained(folder / "target")
+    save_target(folder / "target")
     PPOWDrafter(PPOWConfig.from_target(tiny_config, draft_vocab_size=100)).save_pretrained(folder / "drafter")
     lines = [{"id": "a", "category": "x", "turns": ["Add one and two.", "And three?"]}]
     lines.append({"id": "b", "category": "x", "turns": ["def add(a, b):"], "raw_completion": True})

@@ -7,7 +7,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from chat_helpers import masked_runs
@@ -17,11 +16,9 @@ from ppow.training.data import encode, load_rows
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory, tiny_tokenizer, tiny_config):
+def pair(tmp_path_factory, save_target):
     folder = tmp_path_factory.mktemp("pair")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config).save_pretrained(folder / "target")
-    tiny_tokenizer.save_pretrained(folder / "target")
+    save_target(folder / "target")
     return folder
 
 

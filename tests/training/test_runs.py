@@ -15,7 +15,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from ppow import PPOWDrafter
 from ppow.training import checkpoints, cli, files, loop, reinforce, report, supervised
@@ -28,12 +27,10 @@ STAGES = {"supervised": supervised, "reinforce": reinforce}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_tokenizer, tiny_config):
+def home(tmp_path_factory, save_target):
     """A tiny target, chats of which three teach nothing, and a drafter of two supervised steps."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config).save_pretrained(folder / "target")
-    tiny_tokenizer.save_pretrained(folder / "target")
+    save_target(folder / "target")
     answers = [f"{i} and {i + 1} make {2 * i + 1}. A target verifies what was drafted, dog {i}." for i in range(8)]
     with open(folder / "chats.jsonl", "w") as out:
         for answer in [*answers, "."]:

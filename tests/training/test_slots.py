@@ -115,11 +115,9 @@ def test_targets_that_need_batches_are_told_from_those_that_do_not(llama):
     assert obstacle(wordy) == "its generation config asks for repetition_penalty"
 
 
-def test_longer_prompts_are_given_longer_rows(tiny_config, tiny_tokenizer, tmp_path, monkeypatch):
+def test_longer_prompts_are_given_longer_rows(tmp_path, save_target, monkeypatch):
     """Rows are laid out anew only where a prompt does not fit, and each answer is the target's own."""
-    target = LlamaForCausalLM(tiny_config)
-    target.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save_target(tmp_path)
     monkeypatch.setattr(writers, "ROOM", 48)
     laid = []
     new = writers.LocalWriter._new_slots
@@ -145,9 +143,8 @@ def test_longer_prompts_are_given_longer_rows(tiny_config, tiny_tokenizer, tmp_p
     assert capacities == sorted(set(capacities)) and 1 < len(capacities) <= 4
 
 
-def test_rows_that_cannot_be_laid_out_are_batches(tiny_config, tiny_tokenizer, tmp_path, monkeypatch, capsys):
-    LlamaForCausalLM(tiny_config).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+def test_rows_that_cannot_be_laid_out_are_batches(tmp_path, save_target, monkeypatch, capsys):
+    save_target(tmp_path)
     monkeypatch.setattr(slots_module, "target_twin", lambda *given: (_ for _ in ()).throw(RuntimeError("no room")))
     writer = writers.LocalWriter(
         RegenerateConfig(target=str(tmp_path), data="-", output="-", max_new_tokens=4, batch_size=2)

@@ -28,12 +28,10 @@ STAGES = {"supervised": (supervised, SupervisedConfig), "reinforce": (reinforce,
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_tokenizer, tiny_config):
+def home(tmp_path_factory, save_target):
     """A tiny target, chats with answers, and a drafter of a few supervised steps."""
     folder = tmp_path_factory.mktemp("stages")
-    torch.manual_seed(0)
-    LlamaForCausalLM(tiny_config).save_pretrained(folder / "target")
-    tiny_tokenizer.save_pretrained(folder / "target")
+    save_target(folder / "target")
     with open(folder / "chats.jsonl", "w") as out:
         for i in range(12):
             answer = f"{i} and {i + 1} make {2 * i + 1}. A target verifies what the drafter has drafted, dog {i}."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from gguf_target import write_gguf
 from ppow import PPOWDrafter
@@ -37,13 +37,10 @@ BYTES = ("prompts.jsonl", "heldout.jsonl", "answers.jsonl", "stage1/model.safete
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tiny_tokenizer, tiny_config):
+def home(tmp_path_factory, save_target, tiny_tokenizer):
     """A tiny target, 24 chats of which two ask the same, and the settings of a short run."""
     folder = tmp_path_factory.mktemp("train")
-    torch.manual_seed(0)
-    target = LlamaForCausalLM(tiny_config)
-    target.save_pretrained(folder / "target")
-    tiny_tokenizer.save_pretrained(folder / "target")
+    target = save_target(folder / "target")
     write_gguf(folder / "target.gguf", target, tiny_tokenizer)
     asked = [f"Add {i % 23} and two, quick fox." for i in range(24)]
     rows = [{"prompt": text, "completion": "Three."} for text in asked] + [{"text": "A text asks nothing."}]
