@@ -153,3 +153,15 @@ def test_rows_that_cannot_be_laid_out_are_batches(tmp_path, save_target, monkeyp
         writer.ask(key, Asked([{"role": "user", "content": "Add one."}], {}), seed=0)
     assert set(writer.collect()) == {0, 1} and set(writer.collect()) == {2}
     assert "rows for it cannot be laid out (no room)" in capsys.readouterr().err
+
+
+def test_a_row_without_a_request_stays_where_it_is(llama):
+    """However long the others go on, it needs no slot more."""
+    slots = Slots(llama, 2, 24, 0.0, set())
+    slots.fill([Request(0, [5, 6], 1, 0), Request(1, [7], 1, 0)])
+    assert len(slots.collect()) == 2
+    for key in range(2, 8):  # more steps than a row has slots
+        slots.fill([Request(key, [9, 8], 20, 0)])
+        ((found, ids),) = slots.collect()
+        assert found == key and ids == alone(llama, [9, 8], 20, {0})
+    assert slots.state.lengths.max() <= 24 + CHECK

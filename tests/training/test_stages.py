@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ppow import PPOWDrafter
 from ppow.training import checkpoints, preparation, reinforce, supervised
@@ -446,3 +446,29 @@ def test_held_out_figures_rest_on_the_same_texts_whatever_the_batch(size, monkey
     texts = [Example([number, 1, 2], [0, 1, 1]) for number in range(200)]
     found = supervised.evaluate(None, torch.nn.Linear(1, 1), texts, 0, trainer)
     assert seen == list(range(64)) and found["eval_loss"] == 1 and found["eval_acceptance_length"] == 2
+
+
+def test_a_shared_embedding_is_a_copy_less_and_nothing_else(home, tmp_path):
+    """The copy is frozen, so from one start both train alike; and they decode alike."""
+    supervised.main(options(home, "supervised", tmp_path / "fresh", steps=2, share_embeddings=True))
+    start = PPOWDrafter.from_pretrained(tmp_path / "fresh")
+    assert start.config.share_target_embeddings and start.get_input_embeddings() is None
+    target = AutoModelForCausalLM.from_pretrained(home / "target")
+    start.config.share_target_embeddings = False
+    owning = PPOWDrafter(start.config)
+    embedding = {"embed_tokens.weight": target.get_input_embeddings().weight.detach()}
+    owning.load_state_dict(start.state_dict() | embedding)
+    owning.save_pretrained(tmp_path / "owning")
+    trained = []
+    for name in ("fresh", "owning"):
+        out = tmp_path / f"{name}-on"
+        changes = {"drafter": str(tmp_path / name), "draft_vocab_size": None}
+        supervised.main(options(home, "supervised", out, steps=2, **changes))
+        trained.append(load_file(out / "model.safetensors"))
+    shared, copy = trained
+    assert torch.equal(copy.pop("embed_tokens.weight"), embedding["embed_tokens.weight"])
+    assert copy.keys() == shared.keys() and all(torch.equal(copy[name], shared[name]) for name in copy)
+    ids = torch.tensor([[5, 9, 7]])
+    plain = target.generate(ids, max_new_tokens=12, do_sample=False)
+    drafter = PPOWDrafter.from_pretrained(tmp_path / "fresh-on")
+    assert torch.equal(plain, target.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=drafter))
