@@ -3,10 +3,11 @@
 import contextlib
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.target_ppow import check_pair
+from ppow.training.loading import load_tokenizer
 from ppow.training.preparation import freeze_embedding
 from ppow.training.target import FrozenTarget
 
@@ -45,7 +46,7 @@ def load(arguments, device: str) -> tuple:
     freeze_embedding(drafter)
     check_pair(target.model, drafter)
     target.taps = drafter.config.target_taps
-    return AutoTokenizer.from_pretrained(arguments.target), target, drafter
+    return load_tokenizer(arguments.target), target, drafter
 
 
 def stage2(arguments, **more) -> ControlConfig:
