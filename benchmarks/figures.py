@@ -1,4 +1,4 @@
-"""The figures of the pages, looked up from the summaries in results/ and from the record of the bundled drafter.
+"""The figures of the pages, looked up from the summaries in results/.
 
     python -m benchmarks.figures            # what differs, and which figures are looked up nowhere
     python -m benchmarks.figures --write    # put today's figures in their places (make figures)
@@ -173,10 +173,6 @@ def cycle(name: str, stage: str) -> float:
     return system(name, "PPOW compiled, chain")["cycle_ms"][stage]
 
 
-def demo(figure: str) -> float:
-    return summary("demo-cpu")["speedup"][figure]
-
-
 def estimator(verification: str, name: str) -> dict:
     return summary(f"gradients-{verification}")["estimators"][name]
 
@@ -220,24 +216,6 @@ def product(part: str, way: str) -> float:
 
 def heldout(name: str, step: int) -> float:
     return summary(name)["heldout_acceptance_length"][str(step)]
-
-
-def measured(which: str, side: str = "results") -> dict:
-    """A row of what `ppow evaluate` measured of the bundled drafter (or of its ``baseline``)."""
-    return summary("bundled/drafter/metrics.json")[side][which]
-
-
-def measured_with(option: str):
-    return summary("bundled/drafter/metrics.json")["drafting"][option]
-
-
-def both(which: str) -> str:
-    """Cells: acceptance length of the baseline and of the bundled drafter, the difference, speedups of both."""
-    rows = [measured(which, side) for side in ("baseline", "results")]
-    cells = ["{:.2f} ({:.2f}-{:.2f})".format(row["acceptance_length"], *row["acceptance_length_95"]) for row in rows]
-    gained = rows[1]["gain"]
-    cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(gained["acceptance_length"], *gained["acceptance_length_95"]))
-    return " | ".join([*cells, ", ".join(f"{row['speedup']:.2f}x" for row in rows)])
 
 
 # -- pages and their figures -------------------------------------------------------------------------------------------

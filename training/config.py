@@ -407,15 +407,15 @@ def _both_or_neither(target: str | None, drafter: str | None) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig(DraftingConfig):
-    """Generate with and without a drafter on real prompts, side by side; without arguments, with the bundled pair."""
+    """Generate with and without a drafter on real prompts; without arguments, with SmolLM2-135M-Instruct."""
 
-    target: str | None = option("target model: Hub id, folder or GGUF file; none: the bundled one", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; none: SmolLM2-135M-Instruct", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
-    prompts: str | None = option("a .jsonl file of prompts; none: the bundled ones", None)
+    prompts: str | None = option("a .jsonl file of prompts; none: those of the page", None)
     limit: int | None = option("prompts to run; none: all", None, at_least=1)
     max_new_tokens: int = option("tokens per answer", 128, at_least=1)
     temperature: float = option("0 is greedy", 0.0, at_least=0)
-    repetitions: int = option("timed runs per prompt", 1, at_least=1)
+    repetitions: int = option("timed runs of each system per prompt", 3, at_least=1)
     output: str | None = option("write the figures to this .json file", None)
     seed: int = option("seed of the sampling", 0, at_least=0)
 
@@ -426,9 +426,9 @@ class DemoConfig(DraftingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpaceConfig(Config):
-    """Serve the page on which plain target and drafter race; without arguments, with the bundled pair."""
+    """Serve the page on which plain target and drafter race; without arguments, with SmolLM2-135M-Instruct."""
 
-    target: str | None = option("target model: Hub id, folder or GGUF file; none: the bundled one", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; none: SmolLM2-135M-Instruct", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
     baseline: str | None = option("a second drafter to race, such as the drafter's stage 1", None)
     host: str = option("address to listen on; 0.0.0.0: all", "127.0.0.1")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+import small_pair
 from gguf_target import write_gguf
 from ppow import PPOWDrafter
 from ppow.training import cli, outlook, plan, push, recipes, supervised, train
@@ -133,7 +134,7 @@ def test_without_data_the_target_writes_prompts_and_some_are_held_out(tmp_path, 
     settings = {"prompts": 12, "regenerate": {"max_new_tokens": 8}, "supervised": batch, "reinforce": batch}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     out = tmp_path / "run"
-    given = [f"--target={ROOT / 'bundled' / 'target'}", f"--config={tmp_path / 'settings.json'}", f"--output-dir={out}"]
+    given = [f"--target={small_pair.TARGET}", f"--config={tmp_path / 'settings.json'}", f"--output-dir={out}"]
     assert cli.main(["train", *given, *more]) == 143, capsys.readouterr().err
     written, aside, answers = (rows_of(out / f"{name}.jsonl") for name in ("prompts", "heldout", "answers"))
     assert len(written) == count + 1 and aside == written[count:]
@@ -277,7 +278,7 @@ def test_the_time_of_a_killed_start_counts(home, whole, tmp_path):
         ("--seed=1", "seed was 0, is 1"),
         ("--prompts=5", "prompts was None, is 5"),
         ("--budget=1h", "budget was None, is '1h'"),
-        ("--target=bundled/target", "is 'bundled/target'"),
+        ("--target=tests/pair/target", "is 'tests/pair/target'"),
         ('--supervised={"steps": 7}', "supervised.steps was 6, is 7"),
     ],
 )
