@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
-from transformers import LlamaForCausalLM
 
 from gguf_target import write_gguf
 from ppow.training import smollm2
@@ -37,12 +36,11 @@ def write_wheel(folder: Path, files: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def content(tmp_path_factory, tiny_tokenizer, tiny_config):
+def content(tmp_path_factory, save_target, tiny_tokenizer):
     """A small target as a GGUF file."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    torch.manual_seed(0)
-    write_gguf(file, LlamaForCausalLM(tiny_config), tiny_tokenizer)
-    return file.read_bytes()
+    folder = tmp_path_factory.mktemp("gguf")
+    write_gguf(folder / "tiny.gguf", save_target(folder / "target"), tiny_tokenizer)
+    return (folder / "tiny.gguf").read_bytes()
 
 
 @pytest.fixture
