@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def write(config: RegenerateConfig) -> float:
     if len(chats) < len(rows):
         bad.left_out["they have no user turn to answer"] += len(rows) - len(chats)
     output = Path(config.output)
-    by = _writer_of(config)
+    by = _writers_of(config, chats)
     done = finished_rows(output, chats, by, config.resume)
     known_good = bool(done) or config.skip_bad_rows
     writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
@@ -128,11 +129,13 @@ def write(config: RegenerateConfig) -> float:
     return seconds
 
 
-def _writer_of(config: RegenerateConfig) -> dict:
+def _writers_of(config: RegenerateConfig, rows: Iterable[int]) -> dict[int, dict]:
+    """Who writes each row, as its line says it."""
     model = config.model if config.endpoint else config.target
     assert model is not None
     name = Path(model).resolve().name if Path(model).exists() else model  # no paths of this machine
-    return {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    most = config.max_new_tokens
+    return {row: {"model": name, "temperature": config.temperature_of(row), "max_new_tokens": most} for row in rows}
 
 
 def unanswerable(writer: LocalWriter | EndpointWriter, rows: list[Row], bad: BadRows) -> dict[int, str]:
@@ -147,13 +150,13 @@ def unanswerable(writer: LocalWriter | EndpointWriter, rows: list[Row], bad: Bad
     return found
 
 
-def _append(output: Path, made: list[tuple[Row, Written]], by: dict) -> None:
+def _append(output: Path, made: list[tuple[Row, Written]], by: dict[int, dict]) -> None:
     if not made:
         return
     lines = []
     for row, written in made:
         complete = written.finish in ("stop", "tool_calls", "refusal")
-        line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by}
+        line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by[row.number]}
         line |= {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
         if written.finish != "stop":
             line["finish"] = written.finish
@@ -227,7 +230,7 @@ def _ask(writer: LocalWriter | EndpointWriter, chat: Conversation, config: Regen
 # -- the output so far -------------------------------------------------------------------------------------------------
 
 
-def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -> set[int]:
+def finished_rows(output: Path, chats: dict[int, Row], by: dict[int, dict], resume: bool) -> set[int]:
     """Rows that the output holds already; cuts off a last line that an interruption tore, once all else is in order.
 
     Raises:
@@ -262,10 +265,10 @@ def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -
                     f"{other[shared:]!r:.80}. Resume with the data and --limit it was made from, or give another "
                     "--output."
                 )
-        if writer != by:
+        if writer != (expected := by.get(index)):
             raise ValueError(
-                f"{output}:{number} was written by {writer}, not by {by}. Resume with the options it was made with, or "
-                "give another --output."
+                f"{output}:{number} was written by {writer}, not by {expected}. Resume with the options it was made "
+                "with, or give another --output."
             )
         done.add(index)
     if not HEAD.startswith(re.sub(rb"\d+", b"0", torn, count=1)[: len(HEAD)]):
