@@ -9,7 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .chats import OPENED, Chat
 from .config import RegenerateConfig
@@ -245,6 +246,22 @@ class EndpointWriter:
             return _read_reply(post(urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)))
         except RefusedError as error:
             return Answer(None, "error", str(error))
+
+
+Writer: TypeAlias = LocalWriter | EndpointWriter
+Question: TypeAlias = tuple[int, Asked, int]  # (key, prompt, seed), as ``ask`` takes them
+
+
+def answers(writer: Writer, waiting: collections.deque[Question]) -> Iterator[tuple[int, Answer]]:
+    """What comes of questions, by key, with at most ``writer.size`` under way; more may be put in between answers."""
+    under_way = 0
+    while waiting or under_way:
+        while waiting and under_way < writer.size:
+            writer.ask(*waiting.popleft())
+            under_way += 1
+        for key, answer in sorted(writer.collect().items()):
+            under_way -= 1
+            yield key, answer
 
 
 def _for_server(messages: list[dict]) -> list[dict]:

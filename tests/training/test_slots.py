@@ -144,11 +144,8 @@ def test_longer_prompts_are_given_longer_rows(tmp_path, save_target, monkeypatch
     for reason in (None, "asked for"):
         writer = writers.LocalWriter(RegenerateConfig(**given))
         writer.obstacle = reason
-        found, waiting = {}, list(enumerate(prompts))[::-1]
-        while len(found) < len(prompts):
-            while waiting and len(writer.waiting) + len(writer.answering) < writer.size:
-                writer.ask(*waiting.pop(), seed=0)
-            found |= writer.collect()
+        waiting = collections.deque((number, prompt, 0) for number, prompt in enumerate(prompts))
+        found = dict(writers.answers(writer, waiting))
         texts.append([found[number].message["content"] for number in range(len(prompts))])
     assert texts[0] == texts[1]
     capacities = [slots.capacity for slots in laid]
