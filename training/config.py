@@ -5,6 +5,7 @@ line reads this file before it starts anything heavy.
 """
 
 import dataclasses
+import random
 import re
 from typing import Literal
 
@@ -228,13 +229,19 @@ class RegenerateConfig(Config):
     skip_bad_rows: bool = option(f"{SKIP_BAD_ROWS}; an endpoint's refusal of the first requests is one, too", False)
     max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
     temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
+    greedy_share: float | None = option(
+        "share of the chats to answer greedily, the others at the temperature; none: all at the temperature",
+        None,
+        at_least=0,
+        at_most=1,
+    )
     batch_size: int | None = option(
         "answers of the target under way at once; none: 16, on a GPU 1024 or what fits; 8 in batches of generate",
         None,
         at_least=1,
     )
     dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
-    seed: int = option("seed of the sampling", 0, at_least=0)
+    seed: int = option("seed of the sampling and of which chats are greedy", 0, at_least=0)
     resume: bool = option("go on after the rows that output already holds", False)
 
     def __post_init__(self) -> None:
@@ -249,6 +256,16 @@ class RegenerateConfig(Config):
                 raise ValueError(f"endpoint must be a URL such as http://localhost:8000/v1, got {self.endpoint!r}.")
             if self.model is None:
                 raise ValueError("With --endpoint, name the model that it serves: --model NAME.")
+        if self.temperature == 0 and self.greedy_share not in (None, 1):
+            raise ValueError(
+                f"greedy_share={self.greedy_share} leaves chats to be sampled, but temperature=0 is greedy: give a "
+                "--temperature above 0, or no --greedy-share."
+            )
+
+    def temperature_of(self, row: int) -> float:
+        """Of a row's answers: 0 for the greedy share, which follows from seed and number alone."""
+        greedy = random.Random(f"{self.seed} {row}").random() < (self.greedy_share or 0)
+        return 0.0 if greedy else self.temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

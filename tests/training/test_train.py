@@ -131,7 +131,8 @@ def test_without_data_the_target_writes_prompts_and_some_are_held_out(tmp_path, 
     monkeypatch.setattr(recipes, "_PROMPT", 40)
     monkeypatch.setattr(Road, "_supervised", lambda self: signal.raise_signal(signal.SIGTERM))
     batch = {"batch_size": 4, "accumulation": 1}
-    settings = {"prompts": 12, "regenerate": {"max_new_tokens": 8}, "supervised": batch, "reinforce": batch}
+    settings = {"prompts": 12, "supervised": batch, "reinforce": batch}
+    settings["regenerate"] = {"max_new_tokens": 8, "temperature": 1.0, "greedy_share": 0.5}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     out = tmp_path / "run"
     given = [f"--target={small_pair.TARGET}", f"--config={tmp_path / 'settings.json'}", f"--output-dir={out}"]
@@ -139,6 +140,7 @@ def test_without_data_the_target_writes_prompts_and_some_are_held_out(tmp_path, 
     written, aside, answers = (rows_of(out / f"{name}.jsonl") for name in ("prompts", "heldout", "answers"))
     assert len(written) == count + 1 and aside == written[count:]
     assert [row["messages"][0] for row in answers] == [row["messages"][0] for row in written[:count]]
+    assert {row["by"]["temperature"] for row in answers} == {0.0, 1.0}
     assert sorted(path.name for path in out.iterdir() if path.suffix != ".jsonl") == ["train.json"]
     told = capsys.readouterr().out
     assert ("8 prompts, at " in told and "fewer are worth nothing" in told) == (count == 8)
@@ -335,6 +337,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(home, tmp_pa
         (['--reinforce={"window_size": 0}'], "reinforce: window_size must be an integer >= 1, got 0"),
         (['--evaluate={"prompts": ["gsm8k"]}'], "evaluate: `ppow train` sets prompts itself"),
         (['--regenerate={"seed": 1}'], "regenerate: `ppow train` sets seed itself"),
+        (['--regenerate={"greedy_share": 0.5}'], "regenerate: greedy_share=0.5 leaves chats to be sampled"),
         (['--regenerate={"endpoint": "http://x/v1"}'], "regenerate: With --endpoint, name the model"),
         (["--supervised=3"], "supervised must be an object of JSON, got 3"),
         (["--supervised={"], "--supervised must be an object of JSON, got '{'"),
