@@ -37,6 +37,7 @@ PARTS = {"0": "T=0", "0s": "T=0, not looping", "1": "T=1", "1s": "T=1, not loopi
 SHOWN, CHAINS = ("0", "0s", "1", "tree"), ("0", "0s", "1")
 OURS, OURS_LAST = "exact text-rule + 3 lk averaged", "exact text-rule + 3 lk"  # ppow reinforce, mean and last weights
 OURS_HIGH = "exact text-rule + 3 lk 3e-3 averaged"
+OURS_MUON = "exact text-rule + 3 lk 1e-3 averaged"
 UNSEEN = "exact text-rule + 3 lk 1e-3"
 KERNEL = "kernel where it is faster"
 ROLLOUTS, ANSWERS = "rollouts-llama-3.1-8b-h100", "rollouts-llama-3.1-8b-h100-answers"
@@ -212,6 +213,22 @@ def scaled(name: str, run: int) -> str:
 
 def product(part: str, way: str) -> float:
     return summary("products-llama-3.1-8b-h100")["milliseconds"][part][way]
+
+
+def accepts(name: str, which: str) -> str:
+    """Cells: acceptance length of a drafter that was measured alone, on GSM8K, HumanEval and MT-Bench."""
+    found = summary(name)["domains"]
+    return " | ".join(f"{found[f'{domain} {which}']['stage1']:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
+
+
+def sped(name: str, which: str) -> float:
+    """Speedup in a record of `ppow evaluate`."""
+    return summary(name)["results"][which]["speedup"]
+
+
+def few(threads: int, nodes: int, way: str) -> str:
+    """Milliseconds of a verification's products on a CPU."""
+    return f"{summary(f'products-smollm2-135m-cpu-{threads}')['milliseconds'][f'verification of {nodes} nodes'][way]:.1f}"
 
 
 def heldout(name: str, step: int) -> float:
