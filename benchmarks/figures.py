@@ -28,7 +28,7 @@ FIGURE = re.compile(  # a number with a unit, with a decimal point, or alone in 
     rf"(?<![\w.])(?:({NUMBER})(?:%|\s?(?:{UNITS})\b)|([+-]?\d[\d,]*\.\d+)(?![\d.]))|(?<=\| )({NUMBER})(?= \|)"
 )
 # code, comments and addresses; papers; names that hold a number
-PASSAGES = r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]+-\d[\w.-]*|\A---\n.*?\n---\n"
+PASSAGES = r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]\w*-\d[\w.-]*|\A---\n.*?\n---\n"
 NO_FIGURES = re.compile(PASSAGES, re.S)
 
 # -- what figures.txt is written with ----------------------------------------------------------------------------------
@@ -172,6 +172,10 @@ def floor_ms(name: str) -> float:
 
 def cycle(name: str, stage: str) -> float:
     return system(name, "PPOW compiled, chain")["cycle_ms"][stage]
+
+
+def demo(figure: str) -> float:
+    return summary("demo-cpu")["speedup"][figure]
 
 
 def estimator(verification: str, name: str) -> dict:
