@@ -232,7 +232,8 @@ def sped(name: str, which: str) -> float:
 
 def few(threads: int, nodes: int, way: str) -> str:
     """Milliseconds of a verification's products on a CPU."""
-    return f"{summary(f'products-smollm2-135m-cpu-{threads}')['milliseconds'][f'verification of {nodes} nodes'][way]:.1f}"
+    found = summary(f"products-smollm2-135m-cpu-{threads}")["milliseconds"]
+    return f"{found[f'verification of {nodes} nodes'][way]:.1f}"
 
 
 def heldout(name: str, step: int) -> float:

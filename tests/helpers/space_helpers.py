@@ -34,7 +34,7 @@ class Server:
 
 @contextmanager
 def serve(log: Path, *options: str, threads: int | None = 1):
-    """Start ``ppow space`` with ``options`` on a free port and wait until it answers."""
+    """Start ``ppow space`` with ``options`` on a free port and wait until it answers; threads=None: all that torch takes."""
     with reserved_port() as port, log.open("w") as output:
         url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), *options]
@@ -42,6 +42,8 @@ def serve(log: Path, *options: str, threads: int | None = 1):
         environment = {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
         # one arena of the allocator: memory that threads have given back is used again, whichever thread asks
         environment = os.environ | environment | {"MALLOC_ARENA_MAX": "1"}
+        if threads is None:  # torch's own choice, not the tests'
+            environment.pop("OMP_NUM_THREADS", None)
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             wait_until_it_answers(process, url, log)
