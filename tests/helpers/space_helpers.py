@@ -34,7 +34,7 @@ class Server:
 
 @contextmanager
 def serve(log: Path, *options: str, threads: int | None = 1):
-    """Start ``ppow space`` with ``options`` on a free port and wait until it answers; threads=None: all that torch takes."""
+    """Start ``ppow space`` with ``options`` on a free port and wait until it answers; no ``threads``: torch chooses."""
     with reserved_port() as port, log.open("w") as output:
         url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), *options]
