@@ -64,7 +64,7 @@ RECIPES = (
 # At 256 the line gives 6.9e-3; the 14M pair did best with 6e-3 (measured, AdamW), the most that is taken.
 _RATES = ((576, 2e-3), (4096, 1e-4))
 _HIGHEST = 6e-3
-# Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, 14M pair); 1e-3 after 2e-3 served (0.13B)
+# Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, 14M pair); 1e-3 after 2e-3 gained nothing (0.13B)
 _REINFORCE = 0.5
 _PROMPT = 256  # tokens of a prompt that the target writes: the default of `ppow prompts`
 TEMPLATE = 64  # tokens that a chat template puts around it, with a system message
