@@ -303,12 +303,15 @@ def chat_template(case: Case, texts: list[Text], given: list[torch.Tensor], figu
     figures["ways"]["without the chat template"] = _figures(chances)
     sides = [(text, rows) for text, rows in zip(texts, given) if text.question is not None], zip(plain, chances)
     within, without = ([rows for text, rows in side if not ends_in_a_loop(text.ids)] for side in sides)
-    if min(len(within), len(without)) > 1 and length(without) > TEMPLATE * length(within):
+    if min(len(within), len(without)) < 2:
+        return
+    ours, theirs = _figures(within), _figures(without)
+    if theirs["length"] > TEMPLATE * ours["length"] and theirs["first_draft"] > ours["first_draft"]:
         words = (
-            f"A window gains {length(without):.2f} tokens without the chat template and {length(within):.2f} with it, "
+            f"A window gains {theirs['length']:.2f} tokens without the chat template and {ours['length']:.2f} with it, "
             "as with a drafter that was trained without it."
         )
-        yield Finding("chat template", words, trained(case.config), length(without) - length(within))
+        yield Finding("chat template", words, trained(case.config), theirs["length"] - ours["length"])
 
 
 def other_dtype(case: Case, texts: list[Text], given: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
