@@ -12,7 +12,7 @@ TEST := $(VENV)/.installed-test
 .PHONY: help demo space test types style hub figures
 
 help:
-	@echo "make demo   generate with and without the bundled drafter and compare"
+	@echo "make demo   let SmolLM2-135M-Instruct answer with and without its drafter, and compare"
 	@echo "make space  serve the page on which both race, at http://127.0.0.1:7860"
 	@echo "make test   lint, format check, type check and tests"
 	@echo "make types  the type check alone"
@@ -41,7 +41,7 @@ $(TEST): pyproject.toml
 	touch $(DEMO) $(SPACE) $(TEST)
 
 demo: $(DEMO)
-	$(BIN)/ppow demo
+	$(BIN)/ppow demo --limit 4
 
 space: $(SPACE)
 	$(BIN)/ppow space

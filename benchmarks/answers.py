@@ -9,6 +9,7 @@ asking and answering, with graphs to be recorded, without loading the model; tok
 """
 
 import argparse
+import collections
 import time
 
 import torch
@@ -19,7 +20,7 @@ from ppow.training.config import RegenerateConfig
 from ppow.training.data import BadRows, load_rows
 from ppow.training.regenerate import turns
 from ppow.training.rows import options_of
-from ppow.training.writers import Asked, LocalWriter
+from ppow.training.writers import Asked, LocalWriter, answers
 
 from .machine import synchronize
 from .report import add_output, facts, save
@@ -63,20 +64,13 @@ def main(argv=None) -> dict:
 
 def answer_all(writer: LocalWriter, prompts: list[Asked]) -> tuple[list[str], float]:
     """The answers to prompts, with at most ``writer.size`` under way, and the seconds it took."""
-    texts = [""] * len(prompts)
-    waiting = list(range(len(prompts)))[::-1]
-    under_way = 0
+    waiting = collections.deque((number, prompt, 0) for number, prompt in enumerate(prompts))
     synchronize(writer.model.device)
     start = time.perf_counter()
-    while waiting or under_way:
-        while waiting and under_way < writer.size:
-            number = waiting.pop()
-            writer.ask(number, prompts[number], seed=0)
-            under_way += 1
-        for number, answer in writer.collect().items():
-            under_way -= 1
-            texts[number] = answer.message["content"] if answer.message else ""
-    return texts, time.perf_counter() - start
+    found = dict(answers(writer, waiting))
+    seconds = time.perf_counter() - start
+    messages = (found[number].message for number in range(len(prompts)))
+    return [message["content"] if message else "" for message in messages], seconds
 
 
 def answer_continuously(writer: LocalWriter, prompts: list[Asked]) -> tuple[list[str], float]:

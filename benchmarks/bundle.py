@@ -1,10 +1,11 @@
-"""Makes the bundled pair: pretrain a small target, let it write its own texts, train its drafter in two stages.
+"""Makes a small pair: pretrain a target, let it write its own texts, train its drafter in two stages.
 
     python -m benchmarks.bundle --text DATA/text --prompts DATA/prompts --work runs/bundle
 
 Every stage is a plain command, printed before it runs; a stage whose result exists is skipped, one that was cut
-off resumes. `--scale gpu` takes the settings of the bundled pair: one H100 for about 25 minutes, five of them for the
-target. Without it the settings are those of a smaller pair that two CPU cores make in two and a half hours.
+off resumes. Without `--scale` it is the pair that the tests use, in tests/pair: it is small, its answers are silly, and
+two CPU cores make it in half an hour. `--scale gpu` makes the pair of 14M parameters on which benchmarks/ compares
+objectives: one H100 for about 25 minutes, five of them for the target.
 `--set supervised.steps=50` changes a single one. With `--gpus N` the texts are written on N GPUs side by side, and the
 drafter is trained on all of them with the same texts in a step. DATA is a folder of permissively licensed chats and
 prompts, one JSON object per line.
@@ -26,9 +27,6 @@ from pathlib import Path
 
 import torch
 
-from ppow.model_cards import render
-from ppow.training.card import METRICS, PICTURE, card
-
 from .machine import check_gpus, on_gpus
 
 SEED = 0
@@ -43,22 +41,37 @@ STAGE2 = {  # the recipe is the command's own
     "eval_every": 25,
 }
 SETTINGS = {
-    "pretrain": {"minutes": 75, "checkpoint_minutes": 5},
-    "regenerate": {"max_new_tokens": 96, "batch_size": 32},
+    "pretrain": {
+        "num_layers": 6,
+        "hidden_size": 160,
+        "intermediate_size": 320,
+        "sequence_length": 256,
+        "minutes": 6,
+        "checkpoint_minutes": 2,
+    },
+    "regenerate": {"max_new_tokens": 96, "batch_size": 64},
     "supervised": {
-        "steps": 1800,
+        "steps": 100,
         "batch_size": 8,
-        "learning_rate": 3e-3,
+        "learning_rate": 6e-3,
         "warmup_steps": 20,
-        "max_length": 256,
+        "max_length": 128,
+        "drop_long": True,
         "draft_vocab_size": 2048,
-        "dtype": "bfloat16",
+        "taps": "1,3,5",
         "save_every": 100,
         "eval_every": 100,
     },
-    "reinforce": {"steps": 100, "batch_size": 8, **STAGE2},
+    "reinforce": {
+        **STAGE2,
+        "dtype": "float32",
+        "max_length": 128,
+        "steps": 20,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+    },
     # on the plain path, on a GPU too: the fast one drafts whole windows
-    "evaluate": {"prompts": "gsm8k,mt_bench", "limit": 60, "max_new_tokens": 96, "no_cuda_graphs": True, **DRAFTING},
+    "evaluate": {"prompts": "gsm8k,mt_bench", "limit": 10, "max_new_tokens": 96, "no_cuda_graphs": True, **DRAFTING},
 }
 GPU_SETTINGS = {
     "pretrain": {
@@ -98,7 +111,7 @@ GPU_SETTINGS = {
         "save_every": 150,
         "eval_every": 150,
     },
-    "evaluate": SETTINGS["evaluate"],
+    "evaluate": {**SETTINGS["evaluate"], "limit": 60},
 }
 LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmarks/objectives.py
     "pretrain": {
@@ -132,12 +145,12 @@ LARGE_SETTINGS = {  # a target of 101M parameters and its stage 1, for benchmark
         "taps": "3,8,12",
     },
     "reinforce": {**GPU_SETTINGS["reinforce"], "steps": 900, "learning_rate": 3e-4},
-    "evaluate": SETTINGS["evaluate"],
+    "evaluate": GPU_SETTINGS["evaluate"],
 }
-SCALES = {"cpu": SETTINGS, "gpu": GPU_SETTINGS, "large": LARGE_SETTINGS}
+SCALES = {"tests": SETTINGS, "gpu": GPU_SETTINGS, "large": LARGE_SETTINGS}
 _GROUPS = ("math", "chat", "instruct")
 TEXTS = {  # (group of texts, rows whose answers the target writes anew, sampling temperature)
-    "cpu": [("math", 4500, 0.0), ("math", 2250, 1.0), ("chat", 3500, 0.0), ("chat", 1750, 1.0)],
+    "tests": [("math", 600, 0.0), ("math", 300, 1.0), ("chat", 600, 0.0), ("chat", 300, 1.0)],
     "gpu": [(group, count, t) for group in _GROUPS for count, t in ((9600, 0.0), (4800, 1.0))],
     "large": [(g, n, t) for g, n in zip((*_GROUPS, "reasoning"), (8000, 16000, 16000, 10000)) for t in (0.0, 1.0)],
 }
@@ -149,14 +162,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of .jsonl.xz texts, named by group")
     parser.add_argument("--prompts", type=Path, required=True, help="folder of benchmark prompts, for the evaluation")
-    parser.add_argument("--out", type=Path, default=Path("bundled"), help="folder for target/, stage1/ and drafter/")
-    parser.add_argument("--work", type=Path, default=Path("runs/bundle"))
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="gpu: the bundled pair; large: a target of 101M")
+    parser.add_argument("--out", type=Path, help="folder of the pair; none: tests/pair, of another scale WORK/pair")
+    parser.add_argument("--work", type=Path, help="none: runs/bundle-SCALE")
+    parser.add_argument("--scale", choices=SCALES, default="tests", help="gpu: a target of 14M; large: one of 101M")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.OPTION=VALUE", help="change a setting")
     parser.add_argument("--rows", type=float, default=1.0, help="share of the texts that the target writes anew")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs to use; pretraining uses one")
     parser.add_argument("--until", choices=SETTINGS, default="evaluate", help="stop after this stage")
     arguments = parser.parse_args()
+    arguments.work = arguments.work or Path(f"runs/bundle-{arguments.scale}")
+    arguments.out = arguments.out or (Path("tests/pair") if arguments.scale == "tests" else arguments.work / "pair")
     settings = override(SCALES[arguments.scale], arguments.set)
     check_gpus(parser, arguments.gpus)
     work, stages = arguments.work, list(settings)[: list(settings).index(arguments.until) + 1]
@@ -188,7 +203,7 @@ def main() -> None:
         systems = {"target": target, "drafter": drafter, "baseline": stage1}
         given = {**systems, **settings["evaluate"], "resume": True}
         ppow("evaluate", output_dir=evaluation, prompts_dir=arguments.prompts, **given)
-    assemble(target, stage1, drafter, evaluation, arguments.out)
+    assemble(target, stage1, drafter, arguments.out)
 
 
 def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
@@ -203,8 +218,8 @@ def override(settings: dict[str, dict], changes: list[str]) -> dict[str, dict]:
     return settings
 
 
-def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: Path) -> None:
-    """Put the pair together: weights, tokenizer and configuration, drafting options for CPUs, figures and the cards.
+def assemble(target: Path, stage1: Path, drafter: Path, out: Path) -> None:
+    """Put the pair together: weights, tokenizer, configuration and records, drafting options for CPUs.
 
     The code that ``save_pretrained`` leaves beside a drafter stays out: in this repository it is modeling_ppow/.
     """
@@ -215,17 +230,12 @@ def assemble(target: Path, stage1: Path, drafter: Path, evaluation: Path, out: P
         for file in source.iterdir():
             if file.is_file() and file.suffix in {".json", ".safetensors", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-    for name in (METRICS, PICTURE):
-        shutil.copyfile(evaluation / name, out / "drafter" / name)
     for folder in (out / "stage1", out / "drafter"):
         config = json.loads((folder / "config.json").read_text())
         config.pop("auto_map", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         generation = json.loads((folder / "generation_config.json").read_text()) | DRAFTING
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n")
-        (folder / "README.md").write_text(card(folder, f"bundled/{folder.name}", revision=None, license="other"))
-    facts = {name: json.loads((out / "target" / f"{name}.json").read_text()) for name in ("training", "provenance")}
-    (out / "target" / "README.md").write_text(render("target", facts))
 
 
 def write_texts(

@@ -1,7 +1,7 @@
 """What a decoding cycle costs, and what that makes of an acceptance length.
 
     python -m benchmarks.decoding --shape llama-3.1-8b --output benchmarks/results/decoding-llama-3.1-8b.json
-    python -m benchmarks.decoding --target bundled/target --drafter bundled/drafter
+    python -m benchmarks.decoding --target tests/pair/target --drafter tests/pair/drafter
 
 With `--shape` target and drafter have the shapes of a known pair and random weights. Every forward, cache move and
 synchronisation is real; only which drafted tokens count as accepted is drawn from a seeded profile, so that an
@@ -23,8 +23,8 @@ from ppow import PPOWDrafter, generation_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
-from ppow.training.demo import bundled_prompts
 from ppow.training.prompts import first_turn, load_prompts
+from ppow.training.smollm2 import PROMPTS
 from ppow.transcript_ppow import Verdict
 from ppow.verifier_ppow import Verifier
 
@@ -109,7 +109,7 @@ def real_prompts(arguments, device: str) -> list[torch.Tensor]:
     """First turns (largest batch, P), every row the same, in the target's chat template."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     rows = max(map(int, arguments.batches.split(",")))
-    prompts = load_prompts(arguments.prompts) if arguments.prompts else bundled_prompts()
+    prompts = load_prompts(arguments.prompts or str(PROMPTS))
     return [torch.tensor([first_turn(tokenizer, prompt)] * rows, device=device) for prompt in prompts]
 
 

@@ -1,4 +1,4 @@
-"""The figures of the pages, looked up from the summaries in results/ and from the record of the bundled drafter.
+"""The figures of the pages, looked up from the summaries in results/.
 
     python -m benchmarks.figures            # what differs, and which figures are looked up nowhere
     python -m benchmarks.figures --write    # put today's figures in their places (make figures)
@@ -28,7 +28,7 @@ FIGURE = re.compile(  # a number with a unit, with a decimal point, or alone in 
     rf"(?<![\w.])(?:({NUMBER})(?:%|\s?(?:{UNITS})\b)|([+-]?\d[\d,]*\.\d+)(?![\d.]))|(?<=\| )({NUMBER})(?= \|)"
 )
 # code, comments and addresses; papers; names that hold a number
-PASSAGES = r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]+-\d[\w.-]*|\A---\n.*?\n---\n"
+PASSAGES = r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]\w*-\d[\w.-]*|\A---\n.*?\n---\n"
 NO_FIGURES = re.compile(PASSAGES, re.S)
 
 # -- what figures.txt is written with ----------------------------------------------------------------------------------
@@ -37,6 +37,7 @@ PARTS = {"0": "T=0", "0s": "T=0, not looping", "1": "T=1", "1s": "T=1, not loopi
 SHOWN, CHAINS = ("0", "0s", "1", "tree"), ("0", "0s", "1")
 OURS, OURS_LAST = "exact text-rule + 3 lk averaged", "exact text-rule + 3 lk"  # ppow reinforce, mean and last weights
 OURS_HIGH = "exact text-rule + 3 lk 3e-3 averaged"
+OURS_MUON = "exact text-rule + 3 lk 1e-3 averaged"
 UNSEEN = "exact text-rule + 3 lk 1e-3"
 KERNEL = "kernel where it is faster"
 ROLLOUTS, ANSWERS = "rollouts-llama-3.1-8b-h100", "rollouts-llama-3.1-8b-h100-answers"
@@ -218,26 +219,25 @@ def product(part: str, way: str) -> float:
     return summary("products-llama-3.1-8b-h100")["milliseconds"][part][way]
 
 
+def accepts(name: str, which: str) -> str:
+    """Cells: acceptance length of a drafter that was measured alone, on GSM8K, HumanEval and MT-Bench."""
+    found = summary(name)["domains"]
+    return " | ".join(f"{found[f'{domain} {which}']['stage1']:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
+
+
+def sped(name: str, which: str) -> float:
+    """Speedup in a record of `ppow evaluate`."""
+    return summary(name)["results"][which]["speedup"]
+
+
+def few(threads: int, nodes: int, way: str) -> str:
+    """Milliseconds of a verification's products on a CPU."""
+    found = summary(f"products-smollm2-135m-cpu-{threads}")["milliseconds"]
+    return f"{found[f'verification of {nodes} nodes'][way]:.1f}"
+
+
 def heldout(name: str, step: int) -> float:
     return summary(name)["heldout_acceptance_length"][str(step)]
-
-
-def measured(which: str, side: str = "results") -> dict:
-    """A row of what `ppow evaluate` measured of the bundled drafter (or of its ``baseline``)."""
-    return summary("bundled/drafter/metrics.json")[side][which]
-
-
-def measured_with(option: str):
-    return summary("bundled/drafter/metrics.json")["drafting"][option]
-
-
-def both(which: str) -> str:
-    """Cells: acceptance length of the baseline and of the bundled drafter, the difference, speedups of both."""
-    rows = [measured(which, side) for side in ("baseline", "results")]
-    cells = ["{:.2f} ({:.2f}-{:.2f})".format(row["acceptance_length"], *row["acceptance_length_95"]) for row in rows]
-    gained = rows[1]["gain"]
-    cells.append("{:+.2f} ({:+.2f} to {:+.2f})".format(gained["acceptance_length"], *gained["acceptance_length_95"]))
-    return " | ".join([*cells, ", ".join(f"{row['speedup']:.2f}x" for row in rows)])
 
 
 # -- pages and their figures -------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How noisy the gradients of PPOW's estimators are, and where their means point: what a step of stage 2 has to go by.
 
-    python -m benchmarks.gradients --target bundled/target --drafter bundled/stage1 --data answers.jsonl \
+    python -m benchmarks.gradients --target tests/pair/target --drafter tests/pair/stage1 --data answers.jsonl \
         --output benchmarks/results/gradients.json
 
 All estimators take the gradient of one expected reward, over the same texts and (seed by seed) the same windows, drawn

@@ -16,6 +16,9 @@ from .controls import ControlConfig
 _LLAMA = {"rope_theta": 500000.0, "max_position_embeddings": 131072, "vocab_size": 128256, "num_key_value_heads": 8}
 _QWEN = {"rope_theta": 1e6, "max_position_embeddings": 40960, "vocab_size": 151936, "num_key_value_heads": 8}
 
+_SMOLLM = {"rope_theta": 1e5, "max_position_embeddings": 8192, "vocab_size": 49152, "num_key_value_heads": 3}
+_SMOLLM |= {"head_dim": 64, "tie_word_embeddings": True}
+
 
 def _shape(hidden: int, inner: int, layers: int, heads: int, **more) -> dict:
     return {
@@ -34,6 +37,7 @@ SHAPES = {
     "llama-3.3-70b": (LlamaConfig, _shape(8192, 28672, 80, 64, **_LLAMA), 32000),
     "qwen3-8b": (Qwen3Config, _shape(4096, 12288, 36, 32, **_QWEN), 32000),
     "qwen3-32b": (Qwen3Config, _shape(5120, 25600, 64, 64, **_QWEN), 32000),
+    "smollm2-135m": (LlamaConfig, _shape(576, 1536, 30, 9, **_SMOLLM), 16384),
     "tiny": (LlamaConfig, {**_shape(64, 128, 4, 4, **_LLAMA), "head_dim": 16, "num_key_value_heads": 2}, 500),
 }
 SMALL = _shape(2048, 8192, 16, 32, **_LLAMA) | {"head_dim": 64}  # Llama-3.2-1B, for transformers' assisted decoding

@@ -1,4 +1,4 @@
-"""The small target of the bundled pair, trained from nothing on one core.
+"""The target of a small pair, trained from nothing on one core.
 
 Ours; the paper drafts for existing targets. A Llama of a few million parameters, so that the whole method can be tried,
 tested and shown on a laptop. The budget is a number of tokens or of minutes; the learning rates follow the share of it
@@ -45,7 +45,7 @@ SHARD = "15MB"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Config):
-    """Train the small target of the bundled pair, tokenizer included, for a budget of tokens or minutes."""
+    """Train the target of a small pair, tokenizer included, for a budget of tokens or minutes."""
 
     data: str = option("folder of GROUP-NN.jsonl.xz files with messages or text rows")
     output: str = option("folder for the model; its work/ keeps tokens and checkpoints")

@@ -6,8 +6,10 @@ A cycle of decoding multiplies a window's nodes (11 or 61 rows) by every weight 
 drafter's, so its floor is the reading of weights. For each matrix, as the fast path lays them out, this measures bytes
 of weights per second through ``torch.nn.functional.linear`` and through ``few_rows``, a Triton kernel that streams the
 weights once, in the best of its tilings; every product reads weights that no cache holds. The sums say what a
-verification and a draft step would gain from the kernel, before it becomes part of either. Off a GPU only the library
-is measured.
+verification and a draft step would gain from the kernel, before it becomes part of either. On a CPU the library is
+measured beside the other order of the factors, which decoding takes where it is faster (:mod:`ppow.products_ppow`).
+
+    python -m benchmarks.products --shape smollm2-135m --nodes 1,2,4,8 --threads 2
 """
 
 import argparse
@@ -16,6 +18,8 @@ import itertools
 
 import torch
 from torch.nn.functional import linear
+
+from ppow.products_ppow import swapped
 
 from .machine import copy_speed, recorded, seconds_of
 from .pairs import SHAPES
@@ -35,6 +39,8 @@ def main(argv=None) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(arguments.seed)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     report = facts("products", arguments, argv, device=device, dtype=str(dtype).split(".")[-1]) | {
         "copy_bytes_per_second": copy_speed(device) if device == "cuda" else None,
         "products": [],
@@ -58,6 +64,7 @@ def parse(argv):
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--nodes", default="11,61", help="comma separated sizes of the verified windows")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; none: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
     add_output(parser)
     return parser.parse_args(argv)
@@ -87,7 +94,7 @@ def parts(arguments) -> dict:
 def measure(rows: int, columns: int, inner: int, device: str, dtype: torch.dtype, repeats: int) -> dict:
     """Microseconds of one product by the library and by the best tiling of ``few_rows``; how far the two differ."""
     size = columns * inner * dtype.itemsize
-    count = max(2, -(-200_000_000 // size)) if device == "cuda" else 2  # together more than a cache holds
+    count = max(2, -(-200_000_000 // size))  # together more than a cache holds
     weights = [torch.randn(columns, inner, device=device, dtype=dtype) * inner**-0.5 for _ in range(count)]
     x = torch.randn(rows, inner, device=device, dtype=dtype)
 
@@ -98,7 +105,9 @@ def measure(rows: int, columns: int, inner: int, device: str, dtype: torch.dtype
         return 1e6 * seconds_of(recorded(work) if device == "cuda" else work, repeats) / count
 
     row = {"bytes": size, "library_us": microseconds(linear, repeats)}
-    if device != "cuda" or triton is None:
+    if device == "cpu":
+        return row | {"kernel_us": microseconds(swapped, repeats), "tiling": "W x^T"}
+    if triton is None:
         return row
     expected, found = linear(x.float(), weights[0].float()), {}
     for tiling in tilings(rows):

@@ -23,6 +23,7 @@ from .drafting_ppow import DraftOptions
 from .graphs_ppow import fast_path
 from .pair_ppow import Pair
 from .probe_ppow import check_target
+from .products_ppow import few_rows
 from .prompt_ppow import Prompt
 from .target_ppow import check_pair
 from .transcript_ppow import Acceptance, Transcript
@@ -84,7 +85,11 @@ def decode(
     wanted = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
     most = prompt.end + text.remaining() + 2 * options.slots
-    with without_cudnn_attention(), fast_path(target, drafter, options, prompt, most) as fast:
+    with (
+        without_cudnn_attention(),
+        few_rows(target, drafter),
+        fast_path(target, drafter, options, prompt, most) as fast,
+    ):
         pair = Pair(target, drafter, options, prompt, text, verifier, fast)
         text.commit(pair.prefill(config.prefill_chunk_size), drafted=None)
         while not text.finished:

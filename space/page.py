@@ -7,6 +7,8 @@ or Reset has overtaken (``ppow.shown`` in ``head.html``). So no late answer over
 
 import json
 import time
+import traceback
+from pathlib import Path
 
 import gradio as gr
 
@@ -14,17 +16,25 @@ import figures
 import method
 import render
 from inside import look_inside
-from race import LIMITS, MAX_CHARACTERS, MODEL_THREAD, PLAIN, Settings, StopFlag, identical, prompt_ids, race
+from race import (
+    LIMITS,
+    MAX_CHARACTERS,
+    MODEL_THREAD,
+    PLAIN,
+    ROUNDS,
+    Settings,
+    StopFlag,
+    identical,
+    prompt_ids,
+    race,
+    speedup,
+)
 from text import answer_pieces
 from visitor import Visitor
 
-EXAMPLES = {
-    "Arithmetic": "Tom has 12 apples. He buys 8 more apples and gives 5 apples to his sister. How many are left?",
-    "Percentages": "There are 30 students in a class. 40% of them are boys. How many girls are there in the class?",
-    "Booking": "I want to book a table at a restaurant.",
-    "Travel": "I need a ride to the airport tomorrow morning.",
-    "Code": "Write a Python function that adds two numbers.",
-    "Explaining": "Explain in simple words why the sky is blue.",
+HERE = Path(__file__).resolve().parent
+EXAMPLES = {  # that SmolLM2-135M-Instruct answers well; `ppow demo` asks them, too
+    row["category"]: row["prompt"] for row in map(json.loads, (HERE / "prompts.jsonl").read_text("utf-8").splitlines())
 }
 LABELS = {
     "temperature": "Temperature",
@@ -36,13 +46,17 @@ LABELS = {
     "seed": "Seed",
 }
 FAIRNESS = (
-    "Measured one after the other, so that neither takes the other's time: first the plain target, then PPOW, each "
-    "with the whole machine and shown while it runs. The replay puts them side by side at the speed that was measured. "
-    "One short run scatters; Figures pools all of yours."
+    "Measured one after the other, each with the whole machine: first a warm-up, which is shown while it is written "
+    f"and does not count, then {ROUNDS} rounds with the page at rest, the order turned around from round to round. The "
+    "medians count, beside them the lowest and the highest ratio of a round. The replay puts the median runs side by "
+    "side."
 )
 READY = render.note("Pick an example or write a prompt, then press Race (or Shift+Enter in the prompt).")
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one visitor at a time has the machine
 PARTS = ("panes", "status", "inside", "figures")  # of the page, in the order in which a race answers
+MANY_WINDOWS = 30  # with fewer a share hangs on a few of them
+BROKEN = (ValueError, RuntimeError, OSError)  # gr.Error is the first, a GPU whose memory is full the second
+AT_REST = 1.0  # seconds between two empty answers while nothing changes: Gradio ends a race only between answers
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -78,17 +92,25 @@ class Page:
             pair = self.load()
             names, depth = [PLAIN, *pair.drafters], settings.options.get("window_size") or settings.tree_depth
             asked = f"{settings.label}: {settings.prompt}"
-            texts, shown = {}, 0.0
-            start = (render.panes([], names, texts, depth, asked), render.note("Measuring ..."), render.MEASURING)
+            texts, shown, told = {}, 0.0, None
+            start = (render.panes([], names, texts, depth, asked), render.measuring(None, ROUNDS), render.MEASURING)
             yield *(part(press, html) for html in start), nothing, nothing
             for found in self.compute(settings, stop, True):
                 runs, windows = found
-                if runs[-1].seconds is None and time.monotonic() - shown < 0.1:
+                live = runs[-1].seconds is None
+                if time.monotonic() - shown < (0.1 if live else AT_REST if told is not None else 0):
                     continue
-                texts[runs[-1].name] = answer_pieces(pair.tokenizer, runs[-1].tokens)
+                panes = said = nothing
+                if told is None:  # the warm-up grows; what is measured is not shown before its end
+                    texts |= {run.name: answer_pieces(pair.tokenizer, run.tokens) for run in runs[-1:]}
+                    panes = part(press, render.panes(runs, names, texts, depth, asked))
+                done = None if live or len(runs) < len(names) else min(len(run.rates) for run in runs)
+                if done != told and done < ROUNDS:
+                    said, told = part(press, render.measuring(done, ROUNDS)), done
+                yield panes, said, nothing, nothing, nothing
                 shown = time.monotonic()
-                panes = render.panes(runs, names, texts, depth, asked)
-                yield part(press, panes), nothing, nothing, nothing, nothing
+            texts = {run.name: answer_pieces(pair.tokenizer, run.tokens) for run in runs}
+            panes = render.panes(runs, names, texts, depth, asked)
             same = identical(runs, settings.temperature)
             verdict, inside, charts = part(press, render.verdict(runs, settings.temperature, same)), nothing, nothing
             if windows is not None:
@@ -97,50 +119,55 @@ class Page:
                 charts = part(press, self.charts(visitor.races))
             # all in one answer, so that no part tells of another race
             yield part(press, panes, replay=windows is not None), verdict, inside, charts, visitor
-        except ValueError as error:
-            fresh = (self.waiting(), render.problem(str(error)), render.NO_RACE)
+        except BROKEN as error:
+            fresh = (self.waiting(), render.problem(reason(error)), render.NO_RACE)
             yield *(part(press, html) for html in fresh), nothing, nothing
         finally:
             visitor.end(press)
 
-    def answer(
-        self,
-        prompt: str,
-        temperature: float = 0.0,
-        drafting: str = "chain",
-        window_size: int = 10,
-        tree_depth: int = 7,
-        tree_top_k: int = 10,
-        tree_nodes: int = 60,
-        max_new_tokens: int = 128,
-        seed: int = 0,
-    ) -> dict:
-        """Race the plain target against the target with its drafter on one prompt.
+    def endpoint(self, start: Settings):
+        """The function behind the API, with ``start`` for its defaults."""
 
-        Args:
-            prompt: the question, at most 4000 characters.
-            temperature: 0 for the likeliest token, up to 2.
-            drafting: "chain" (of window_size tokens) or "tree" (tree_depth, tree_top_k, tree_nodes).
-            window_size: drafted tokens per window, 1 to 16.
-            tree_depth: longest window of a tree, 1 to 10.
-            tree_top_k: branches per level, 1 to 16.
-            tree_nodes: nodes verified at once, 1 to 128.
-            max_new_tokens: longest answer, 8 to 256.
-            seed: of the sampling.
+        def answer(
+            prompt: str,
+            temperature: float = start.temperature,
+            drafting: str = start.drafting,
+            window_size: int = start.window_size,
+            tree_depth: int = start.tree_depth,
+            tree_top_k: int = start.tree_top_k,
+            tree_nodes: int = start.tree_nodes,
+            max_new_tokens: int = start.max_new_tokens,
+            seed: int = start.seed,
+        ) -> dict:
+            """Race the plain target against the target with its drafter on one prompt.
 
-        Returns:
-            settings, identical (true or false at temperature 0, else null), and per system its text, token ids,
-            seconds, tokens_per_second and steps; per drafter also speedup, acceptance_length, per_position, differences
-            and, per verification, drafted, accepted and gained.
-        """
-        try:
-            tree = (tree_depth, tree_top_k, tree_nodes)
-            settings = Settings(prompt, temperature, drafting, window_size, *tree, max_new_tokens, seed).check()
-            pair = self.load()
-            *_, (runs, _) = self.compute(settings, StopFlag(), False)
-            return report(pair, settings, runs)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            Args:
+                prompt: the question, at most 4000 characters.
+                temperature: 0 for the likeliest token, up to 2.
+                drafting: "chain" (of window_size tokens) or "tree" (tree_depth, tree_top_k, tree_nodes).
+                window_size: drafted tokens per window, 1 to 16.
+                tree_depth: longest window of a tree, 1 to 10.
+                tree_top_k: branches per level, 1 to 16.
+                tree_nodes: nodes verified at once, 1 to 128.
+                max_new_tokens: longest answer, 8 to 256.
+                seed: of the sampling.
+
+            Returns:
+                settings, identical (true or false at temperature 0, else null), and per system its text, token ids,
+                seconds, tokens_per_second and steps (of the median run) and the rates of all rounds; per drafter
+                also speedup, speedup_range (lowest and highest of a round), acceptance_length, per_position,
+                differences and, per verification, drafted, accepted and gained.
+            """
+            try:
+                tree = (tree_depth, tree_top_k, tree_nodes)
+                settings = Settings(prompt, temperature, drafting, window_size, *tree, max_new_tokens, seed).check()
+                pair = self.load()
+                *_, (runs, _) = self.compute(settings, StopFlag(), False)
+                return report(pair, settings, runs)
+            except BROKEN as error:
+                raise gr.Error(reason(error), print_exception=False) from error
+
+        return answer
 
     # -- what is shown -------------------------------------------------------------------------------------------------
 
@@ -148,7 +175,8 @@ class Page:
         """The Gradio app, its queue set."""
         with gr.Blocks(title="PPOW: watch speculative decoding", analytics_enabled=False) as app:
             gr.HTML(self.header(), padding=False)
-            prompt, controls = self.controls()
+            begin = self.start()
+            prompt = self.prompt(begin.prompt)
             with gr.Row(elem_classes="actions"):
                 start = gr.Button("Race", variant="primary", elem_id="race")
                 stop = gr.Button("Stop", elem_id="stop")
@@ -158,6 +186,7 @@ class Page:
             status = shown("status", fresh, "")
             panes = shown("panes", fresh, 'watch("value", () => ppow.arrived(props.value));')
             gr.HTML(render.legend() + f'<p class="hint">{FAIRNESS}</p>', padding=False)
+            controls = {"prompt": prompt, **self.controls(begin)}
             with gr.Tabs():
                 with gr.Tab("Inside a window"):
                     inside = shown("inside", fresh, 'watch("value", () => ppow.first(element, props.value));')
@@ -166,7 +195,7 @@ class Page:
                 with gr.Tab("Method"):
                     gr.HTML(self.method(), padding=False)
                 with gr.Tab("API"):
-                    gr.Markdown(API, elem_classes="api")
+                    gr.Markdown(API.format(**vars(begin)), elem_classes="api")
             press, visitor = gr.Number(0, precision=0, visible=False), gr.State(Visitor(), time_to_live=3600)
             inputs, outputs = list(controls.values()), [panes, status, inside, charts]
             gr.on(
@@ -175,13 +204,13 @@ class Page:
                 show_progress="minimal", show_progress_on=[status], api_visibility="private", **MODEL,
             )  # fmt: skip
             stop.click(Visitor.stop, [visitor, press], js="() => [null, ppow.press]", queue=False, **QUIET)
-            begin = json.dumps([list(defaults().values()), [[part, fresh[part]] for part in PARTS]])
-            reset.click(None, None, [*inputs, *outputs], js=f"() => ppow.reset(...{begin})", **QUIET)
+            again = json.dumps([list(vars(begin).values()), [[part, fresh[part]] for part in PARTS]])
+            reset.click(None, None, [*inputs, *outputs], js=f"() => ppow.reset(...{again})", **QUIET)
             reset.click(Visitor.reset, [visitor, press], js="() => [null, ppow.press]", queue=False, **QUIET)
             link.click(None, inputs, js=f"(...values) => ppow.share({list(controls)}, values)", **QUIET)
-            opened = json.dumps([defaults(), limits(), render.problem("{}")])
+            opened = json.dumps([vars(begin), limits(), render.problem("{}")])
             app.load(None, None, [*inputs, status], js=f"() => ppow.open(...{opened})", **QUIET)
-            gr.api(self.answer, api_name="race", **MODEL)
+            gr.api(self.endpoint(begin), api_name="race", **MODEL)
         return app.queue(max_size=64, default_concurrency_limit=8)
 
     def header(self) -> str:
@@ -212,34 +241,43 @@ class Page:
         except ValueError:
             return [PLAIN, "PPOW"]
 
+    def start(self) -> Settings:
+        """What controls, Reset, links and the API start with: the drafting is the loaded pair's own."""
+        prompt = next(iter(EXAMPLES.values()))
+        try:
+            return Settings.own(self.load(), prompt)
+        except ValueError:
+            return Settings(prompt)
+
     def waiting(self) -> str:
         return render.panes([], self.names(), {}, 0)
 
-    def controls(self) -> tuple[gr.Textbox, dict]:
-        """The inputs, in the order of the fields of ``Settings``."""
-        start, found = defaults(), {}
-        prompt = gr.Textbox(
-            start["prompt"], label="Prompt", lines=2, max_lines=8, max_length=MAX_CHARACTERS, elem_id="prompt"
-        )
+    def prompt(self, first: str) -> gr.Textbox:
+        """The prompt, and the examples below it."""
+        prompt = gr.Textbox(first, label="Prompt", lines=2, max_lines=8, max_length=MAX_CHARACTERS, elem_id="prompt")
         with gr.Row(elem_classes="examples"):
             for name, text in EXAMPLES.items():
                 button = gr.Button(name, size="sm", min_width=80, elem_classes="example")
                 button.click(None, None, prompt, js=f"() => {json.dumps(text)}", **QUIET)
+        return prompt
+
+    def controls(self, start: Settings) -> dict:
+        """The other inputs, in the order of the fields of ``Settings``."""
 
         def slider(name: str, step=1):
             low, high = LIMITS[name]
             shape = {"step": step, "min_width": 150, "buttons": []}
-            return gr.Slider(low, high, start[name], label=LABELS[name], elem_id=name, **shape)
+            return gr.Slider(low, high, getattr(start, name), label=LABELS[name], elem_id=name, **shape)
 
         with gr.Accordion("Settings", open=True), gr.Row(elem_classes="knobs"):
-            drafting = gr.Radio(["chain", "tree"], value="chain", label="Drafting", min_width=150, elem_id="drafting")
-            found = {"prompt": prompt, "temperature": slider("temperature", 0.1), "drafting": drafting}
+            how = gr.Radio(["chain", "tree"], value=start.drafting, label="Drafting", min_width=150, elem_id="drafting")
+            found = {"temperature": slider("temperature", 0.1), "drafting": how}
             found["window_size"] = slider("window_size")
             # style.css hides those of the other way of drafting
             found |= {name: slider(name) for name in ("tree_depth", "tree_top_k", "tree_nodes")}
             found["max_new_tokens"] = slider("max_new_tokens", 8)
             found["seed"] = gr.Number(0, label=LABELS["seed"], precision=0, min_width=150, elem_id="seed")
-        return prompt, found
+        return found
 
     def charts(self, races: list[dict]) -> str:
         """The figures of a visitor's races so far."""
@@ -263,24 +301,34 @@ class Page:
         }
         per_position = {name: f.per_position for name, f in current.items()}
         histogram = {name: f.histogram for name, f in current.items()}
+        few = min(sum(found) for found in histogram.values())
+        draw = render.bars if few >= MANY_WINDOWS else render.numbers_table
+        drawn = draw("Accepted, given all before", "position in the window", per_position, True)
+        drawn += draw("Verifications by tokens gained", "tokens gained, bonus included", histogram, False)
+        if max(len({window for window, _ in found}) for found in lengths.values()) > 1:
+            drawn += render.points("Speedup over window length", "window length", lengths)
+        said = [f"Below: {render.html.escape(newest['label'])}."]
+        if few < MANY_WINDOWS:
+            said.append(f"{few} windows so far, which is too few for bars; from {MANY_WINDOWS} on they are drawn.")
+        said.append("Race at several window lengths to see the speedup over them.")
         return (
             render.figures_table(pooled, {label: group[0]["temperature"] for label, group in groups.items()})
-            + f'<p class="hint">Charts: {render.html.escape(newest["label"])}. Every window length you race at is a '
-            'point of the last one.</p><div class="charts">'
-            + render.bars("Accepted, given all before", "position in the window", per_position, True)
-            + render.bars("Verifications by tokens gained", "tokens gained, bonus included", histogram, False)
-            + render.points("Speedup over window length", "window length", lengths)
-            + "</div>"
+            + f'<p class="hint">{" ".join(said)}</p><div class="charts">{drawn}</div>'
         )
-
-
-def defaults() -> dict:
-    return vars(Settings(EXAMPLES["Arithmetic"]))
 
 
 def limits() -> dict:
     """Per number among the settings: lowest, highest, whether it is whole."""
     return {name: [low, high, isinstance(low, int)] for name, (low, high) in LIMITS.items()}
+
+
+def reason(error: Exception) -> str:
+    """What a visitor is told. The rest of what is no bad input stands in the server's log."""
+    if isinstance(error, ValueError) and not isinstance(error, gr.Error):
+        return str(error)
+    traceback.print_exception(error)
+    said = str(getattr(error, "message", error)).strip().partition("\n")[0]
+    return f"The race broke off: {said or type(error).__name__}"
 
 
 def part(press: int, html: str, **more) -> dict:
@@ -318,12 +366,14 @@ def report(pair, settings: Settings, runs: list) -> dict:
             "tokens": run.tokens,
             "seconds": run.seconds,
             "tokens_per_second": run.rate,
+            "rates": run.rates,
             "steps": [[seconds, len(tokens)] for seconds, tokens in run.steps],
         }
         if run.name != PLAIN:
             f = figures.summarize([kept], run.name, acceptance)
-            one |= {"speedup": f.speedup, "acceptance_length": f.acceptance_length, "per_position": f.per_position}
-            one |= {"differences": run.differences}
+            _, *spread = speedup(run, runs[0])
+            one |= {"speedup": f.speedup, "speedup_range": spread, "acceptance_length": f.acceptance_length}
+            one |= {"per_position": f.per_position, "differences": run.differences}
             one |= {"drafted": run.drafted, "accepted": run.accepted, "gained": run.gained}
         systems[run.name] = one
     return {"settings": vars(settings), "identical": kept["identical"], "systems": systems}
@@ -336,13 +386,15 @@ Every race can be run from Python; it waits in the same queue as the page.
 from gradio_client import Client
 
 client = Client("ORG/SPACE")  # or the address of this page
-race = client.predict(prompt="I want to book a table.", window_size=10, max_new_tokens=64, api_name="/race")
+race = client.predict(prompt="What is the capital of France?", max_new_tokens=64, api_name="/race")
 print(race["systems"]["PPOW"]["speedup"], race["identical"])
 ```
 
-Arguments besides `prompt`, with their defaults: `temperature=0`, `drafting="chain"` or `"tree"`, `window_size=10`,
-`tree_depth=7`, `tree_top_k=10`, `tree_nodes=60`, `max_new_tokens=128`, `seed=0`. What is out of range raises an error
-that says what is allowed. The result holds `settings`, `identical` and, per system, `text`, `tokens`, `seconds`,
-`tokens_per_second` and `steps`; per drafter also `speedup`, `acceptance_length`, `per_position`, `differences` (near
-ties and faults, where greedy tokens are not the target's) and, per verification, `drafted`, `accepted` and `gained`.
+Arguments besides `prompt`, with their defaults: `temperature={temperature:g}`, `drafting="{drafting}"` ("chain" or
+"tree"), `window_size={window_size}`, `tree_depth={tree_depth}`, `tree_top_k={tree_top_k}`, `tree_nodes={tree_nodes}`,
+`max_new_tokens={max_new_tokens}`, `seed={seed}`. What is out of range raises an error that says what is allowed. The
+result holds `settings`, `identical` and, per system, `text`, `tokens`, `seconds`, `tokens_per_second` and `steps` of
+the median run and the `rates` of all rounds; per drafter also `speedup`, `speedup_range`, `acceptance_length`,
+`per_position`, `differences` (near ties and faults, where greedy tokens are not the target's) and, per verification,
+`drafted`, `accepted` and `gained`.
 """

@@ -1,12 +1,13 @@
 """The models that race: a target, its PPOW drafter and, if there is one, the drafter of stage 1.
 
-Named, first match wins, by the environment (``PPOW_TARGET``, ``PPOW_DRAFTER``, ``PPOW_BASELINE``), by ``pair.json``
-beside this file (Hub ids and pinned revisions), or not at all: then by the bundled pair of the repository.
+Named, first match wins, by the environment (``PPOW_TARGET``, ``PPOW_DRAFTER``, ``PPOW_BASELINE``; ``ppow space`` sets
+them) or by ``pair.json`` beside this file (Hub ids and pinned revisions).
 """
 
 import importlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 HERE = Path(__file__).resolve().parent
-BUNDLED = HERE.parent / "bundled"
 RECORD = "provenance.json"
 
 
@@ -51,9 +51,9 @@ def find_names(environment=os.environ, file: Path = HERE / "pair.json") -> Names
             raise ValueError(
                 f"{file.name} must be an object with target, drafter and their revisions: {error}."
             ) from error
-    if not (BUNDLED / "target" / "config.json").exists():
-        raise ValueError("No pair to load: put pair.json beside app.py, or set PPOW_TARGET and PPOW_DRAFTER.")
-    return Names(str(BUNDLED / "target"), str(BUNDLED / "drafter"), baseline)
+    raise ValueError(
+        "No pair to load: put pair.json beside app.py, set PPOW_TARGET and PPOW_DRAFTER, or start this by `ppow space`."
+    )
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class Pair:
         """Tokens that the target can read and write together."""
         return self.target.config.get_text_config(decoder=True).max_position_embeddings
 
+    @property
+    def drafting(self):
+        """The ``DraftOptions`` of a call that names none, as ``ppow demo`` makes it."""
+        options = self.part("drafting_ppow").DraftOptions
+        return options.resolve(self.target.generation_config, self.drafters["PPOW"].generation_config)
+
     def part(self, module: str):
         """A module of the drafters' own code: the installed package's, or the one its Hub repository carries."""
         package = type(self.drafters["PPOW"]).__module__.rpartition(".")[0]
@@ -85,8 +91,16 @@ class Pair:
         where = f"{threads} CPU thread{'s' if threads > 1 else ''}"
         if device.type == "cuda":
             where = torch.cuda.get_device_name(device)
-        toy = " · a toy pair: judge the speed, not the answers" if self.target.num_parameters() < 1e8 else ""
-        return f"{', '.join(parts)} parameters · {str(self.target.dtype).removeprefix('torch.')} · {where}{toy}"
+        dtype = str(self.target.dtype).removeprefix("torch.")
+        return f"{title(self.names.target)}: {', '.join(parts)} parameters · {dtype} · {where}"
+
+
+def title(name: str) -> str:
+    """A model's name to show: the Hub id, also of a folder of the Hub's cache, else the last part of a path."""
+    cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots", name)
+    if cached:
+        return "/".join(cached.groups())
+    return Path(name).name if Path(name).exists() else name
 
 
 def load_pair(names: Names, device: str | None = None) -> Pair:
@@ -137,7 +151,7 @@ def _load(what: str, name: str, load, *arguments, **options):
 
 
 def _drafter(name: str, revision: str | None, dtype: torch.dtype):
-    """A drafter from its repository's own code; one that carries none (the bundled one) through the package."""
+    """A drafter from its repository's own code; one that carries none (that of a checkout) through the package."""
     config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     if "auto_map" in config:
         return AutoModel.from_pretrained(name, revision=revision, dtype=dtype, trust_remote_code=True)

@@ -1,7 +1,9 @@
 """The race: the plain target and the target with each drafter, one after the other on the whole machine.
 
-Every token is stamped when it arrives, so that the page can show the runs live and replay them side by side at the
-speed that was measured. The settings of a generation are those of ``ppow evaluate``.
+Every system first writes the whole answer, shown while it is written: that is the warm-up and does not count. Then each
+is measured in every round while the page stands still, the order turned around from round to round, and the median
+counts. Every token is stamped when it arrives, so that the page can replay the median runs side by side at the speed
+that was measured. The settings of a generation are those of ``ppow evaluate``.
 """
 
 import math
@@ -29,6 +31,8 @@ LIMITS = {
     "max_new_tokens": (8, 256),
     "seed": (0, 2**31 - 1),
 }
+ROUNDS = 3  # an odd number: the median is a run
+WARM_TOKENS = 16  # that each system writes when the page starts
 LIVE_SECONDS = 0.12  # between two looks at a running generation
 # All model work has one thread: one generation at a time owns the clock and the random numbers.
 MODEL_THREAD = ThreadPoolExecutor(1, "model")
@@ -64,6 +68,14 @@ class Settings:
                 raise ValueError(f"{name} must be {kind} from {low} to {high}, got {value!r:.40}.")
             values[name] = int(value) if whole else float(value)
         return Settings(self.prompt, drafting=self.drafting, **values)
+
+    @classmethod
+    def own(cls, pair, prompt: str) -> "Settings":
+        """The drafting of the loaded pair, up to ``LIMITS``. Its ``draft_threshold`` holds without being named."""
+        own = pair.drafting
+        found = {name: getattr(own, name) for name in ("window_size", "tree_depth", "tree_top_k", "tree_nodes")}
+        found = {name: min(value, LIMITS[name][1]) for name, value in found.items() if value is not None}
+        return cls(prompt, drafting="tree" if own.is_tree else "chain", **found)
 
     @property
     def options(self) -> dict:
@@ -103,6 +115,7 @@ class Run:
         drafted, accepted, gained: per verification, as in the drafter's ``Acceptance``.
         differences: why its greedy tokens are not the plain target's (``lossless_ppow`` of the drafter's code): dicts
             with ``verdict``, "near tie" or "fault", and ``text``.
+        rates: tokens per second of all rounds that the system has finished, in their order.
     """
 
     name: str
@@ -112,6 +125,7 @@ class Run:
     accepted: list[int] = field(default_factory=list)
     gained: list[int] = field(default_factory=list)
     differences: list[dict] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     stopped: bool = False
 
     @property
@@ -235,18 +249,52 @@ def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFla
 
 
 def race(pair, settings: Settings, stop: StopFlag) -> Iterator[list[Run]]:
-    """All systems in turn; yields the runs so far, again and again. Ends early once ``stop`` is set."""
-    ids, done = prompt_ids(pair, settings), []
-    for name in [PLAIN, *pair.drafters]:
-        run = None
+    """All systems, round by round; yields the runs to show, again and again. Ends early once ``stop`` is set.
+
+    Shown are the runs of the warm-up, which grow while they are written, and at last the run of every system whose time
+    is the median. A measured round yields too, though nothing new: whoever takes the runs may leave at any moment.
+    """
+    ids, names = prompt_ids(pair, settings), [PLAIN, *pair.drafters]
+    yield [Run(PLAIN)]  # before anything is done
+    shown: dict[str, Run] = {}
+    for name in names:
         for run in stream(pair, settings, ids, name, stop):
-            yield [*done, run]
-        done.append(run)
+            yield [*shown.values(), run]
         if run.stopped:
             return
-        if settings.temperature == 0 and run.tokens != done[0].tokens:
-            run.differences = MODEL_THREAD.submit(explain, pair, settings, ids, run, done[0]).result()
-            yield [*done]
+        shown[name] = run
+    rounds: dict[str, list[Run]] = {name: [] for name in names}
+    for number in range(ROUNDS):
+        for name in names[:: 1 if number % 2 == 0 else -1]:
+            for run in stream(pair, settings, ids, name, stop):
+                if run.seconds is None:
+                    yield [*shown.values()]
+            shown[name].stopped = run.stopped
+            if not run.stopped:
+                rounds[name].append(run)
+                shown[name].rates.append(run.rate)
+            yield [*shown.values()]
+            if run.stopped:
+                return
+    plain, *others = (middle(made, shown[name].rates) for name, made in rounds.items())
+    for run in others if settings.temperature == 0 else ():
+        odd = next((made for made in (shown[run.name], *rounds[run.name]) if made.tokens != plain.tokens), None)
+        if odd:  # in whichever run
+            run.differences = MODEL_THREAD.submit(explain, pair, settings, ids, odd, plain).result()
+    yield [plain, *others]
+
+
+def middle(rounds: list[Run], rates: list[float]) -> Run:
+    """The run of the median rate, which keeps the rates of all."""
+    found = sorted(rounds, key=lambda run: run.rate)[len(rounds) // 2]
+    found.rates = rates
+    return found
+
+
+def speedup(run: Run, plain: Run) -> tuple[float, float, float]:
+    """Of the median rates, and the lowest and the highest of one round."""
+    each = [ours / theirs for ours, theirs in zip(run.rates, plain.rates)]
+    return run.rate / plain.rate, min(each), max(each)
 
 
 def explain(pair, settings: Settings, ids: torch.Tensor, run: Run, plain: Run) -> list[dict]:
@@ -260,11 +308,14 @@ def explain(pair, settings: Settings, ids: torch.Tensor, run: Run, plain: Run) -
 def identical(runs: list[Run], temperature: float) -> bool | None:
     """Whether every drafter gave the plain target's tokens; None where that is not to be expected or not known."""
     finished = len(runs) > 1 and not any(run.stopped or run.seconds is None for run in runs)
-    return all(run.tokens == runs[0].tokens for run in runs[1:]) if finished and temperature == 0 else None
+    same = all(run.tokens == runs[0].tokens and not run.differences for run in runs[1:])
+    return same if finished and temperature == 0 else None
 
 
 def warm_up(pair) -> None:
     """Let every system run once, so that nobody's race pays for first-time work."""
     for drafting in ("chain", "tree"):
-        for _ in race(pair, Settings("Hello", drafting=drafting, max_new_tokens=16), StopFlag()):
-            pass
+        settings = Settings("Hello", drafting=drafting, max_new_tokens=WARM_TOKENS)
+        for name in [PLAIN, *pair.drafters]:
+            for _ in stream(pair, settings, prompt_ids(pair, settings), name, StopFlag()):
+                pass

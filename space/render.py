@@ -4,7 +4,7 @@ import html
 import json
 
 from figures import Figures
-from race import PLAIN, Run
+from race import PLAIN, Run, speedup
 from text import visible
 
 # kind of a token -> (name in the legend, what it means)
@@ -73,13 +73,12 @@ def pane(run: Run | None, name: str, runs: list[Run], texts: list[str], depth: i
     if name != PLAIN:
         gained = run_now.gained or [len(tokens) for _, tokens in list(run_now.steps)[1:]]
         shown.append(("acceptance length", f"{sum(gained) / len(gained):.2f}" if gained else "–", ""))
-        ratio = run_now.rate / runs[0].rate if state == "done" and runs[0].rate else None
-        shown.append(("speedup", f"{ratio:.2f}×" if ratio else "–", ""))
     return (
         f'<section class="pane {state}" aria-label="{title}" data-seconds="{total:.4f}">'
-        f"<h2>{title} <small>{state}</small></h2>{numbers(shown)}"
-        f'<div class="answer" dir="auto" tabindex="0" role="group" aria-label="answer">{spans}</div>'
-        f'<button type="button" class="small" data-copy {"" if spans else "disabled"}>Copy text</button></section>'
+        f'<div class="head"><h2>{title} <small>{state}</small></h2>'
+        f'<button type="button" class="small" data-copy {"" if spans else "disabled"}>Copy text</button></div>'
+        f'{numbers(shown)}<div class="answer" dir="auto" tabindex="0" role="group" '
+        f'aria-label="answer of {html.escape(name)}">{spans}</div></section>'
     )
 
 
@@ -99,13 +98,32 @@ def difference(run: Run) -> str:
     return f"≈ <strong>Identical but for rounding</strong> with {name}: {said}.{agrees}"
 
 
+def headline(run: Run, plain: Run) -> str:
+    """The speedup in large figures, its range over the rounds, and what it means; one sentence when read aloud."""
+    ratio, low, high = speedup(run, plain)
+    said = ""
+    if low < 1 < high:
+        said = "No difference beyond the scatter of the rounds."
+    elif ratio < 1:
+        said = "Slower here."
+        if run.gained:
+            gain = sum(run.gained) / len(run.gained)
+            cost = run.seconds / len(run.gained) / (plain.seconds / len(plain.tokens))
+            said = (
+                f"Slower here: a verification, its drafting included, took as long as {cost:.1f} tokens of the plain "
+                f"target and gained {gain:.1f} on average."
+            )
+    return (
+        f'<p class="headline"><strong class="big">{ratio:.2f}×</strong> <span>as fast with {html.escape(run.name)} '
+        f"(rounds: {low:.2f} to {high:.2f}).</span> <span>{said}</span></p>"
+    )
+
+
 def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
     """The facts of a finished race, and the replay's buttons."""
     if any(run.stopped for run in runs):
         return note("Stopped. What was written until then stays; it does not enter the figures.")
     plain, facts = runs[0], []
-    for run in runs[1:]:
-        facts.append(f"<strong>{run.rate / plain.rate:.2f}×</strong> with {html.escape(run.name)}")
     if same is None:
         facts.append(
             f"At temperature {temperature:g} both texts are drawn from one distribution, so they differ by chance; "
@@ -119,7 +137,18 @@ def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
         f'<button type="button" class="small" data-replay="{slower}">{label}</button>'
         for slower, label in ((1, "▶ Replay at true speed"), (4, "▶ 4 times slower"))
     )
-    return f'<div class="verdict" role="status"><p>{" · ".join(facts)}</p><p class="row">{buttons}</p></div>'
+    heads = "".join(headline(run, plain) for run in runs[1:])
+    row = f'<p class="row">{buttons}<span class="hint" id="pace"></span></p>'
+    said = f"<div>{heads}</div><div><p>{' · '.join(facts)}</p>{row}</div>"
+    return f'<div class="verdict result" role="status">{said}</div>'
+
+
+def measuring(done: int | None, rounds: int) -> str:
+    """What is said while the round behind ``done`` ones runs; None: during the warm-up."""
+    if done is None:
+        return note(f"Warm-up, shown below while it is written; then {rounds} rounds are measured ...")
+    turned = ", the order turned around" if done else ""
+    return note(f"Measuring: round {done + 1} of {rounds}{turned}. Below stands the warm-up, which does not count.")
 
 
 def note(text: str) -> str:
@@ -324,6 +353,21 @@ def bars(title: str, xlabel: str, series: dict[str, list[float]], percent: bool)
     ticks = "".join(f"<text x='{40 + slot * (i + 0.5):.1f}' y='166'>{i + 1}</text>" for i in range(count))
     return chart(
         title, xlabel, series, "".join(shapes) + ticks, f"{highest:.0%}" if percent else f"{highest:g}", percent
+    )
+
+
+def numbers_table(title: str, xlabel: str, series: dict[str, list[float]], percent: bool) -> str:
+    """What :func:`bars` would draw, as numbers."""
+    count = max((len(values) for values in series.values()), default=0)
+    head = "".join(f"<th scope='col'>{i + 1}</th>" for i in range(count))
+    rows = ""
+    for name, values in series.items():
+        cells = "".join(f"<td>{f'{value:.0%}' if percent else f'{value:g}'}</td>" for value in values)
+        rows += f"<tr><th scope='row'>{html.escape(name)}</th>{cells}</tr>"
+    return (
+        f"<div class='scroll' tabindex='0' role='group' aria-label='{title}'><table class='figures'>"
+        f"<caption>{title}</caption><thead><tr><th scope='col'>{xlabel}</th>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 

@@ -48,7 +48,7 @@ def card(folder: Path, repo: str, revision: str | None, license: str | None) -> 
         "stages": stages,
         "trained": how_trained(stages),
         "repo": repo,
-        "title": repo.rpartition("/")[2] if revision else f"The bundled {repo.rpartition('/')[2]}",
+        "title": repo.rpartition("/")[2] if revision else f"The {repo.rpartition('/')[2]} in {repo.partition('/')[0]}/",
         "revision": revision,
         "picture": (folder / PICTURE).is_file(),
         "metadata": metadata(config, metrics, stages, repo, license),

@@ -35,7 +35,7 @@ COMMANDS = {
     "push": Command(".push", "PushConfig", "make a drafter a repository of the Hub"),
     "import": Command(".convert", "ImportConfig", "make another trainer's EAGLE-3 drafter usable"),
     "export": Command(".convert", "ExportConfig", "write a drafter for vLLM, SGLang, ..."),
-    "demo": Command(".demo", "DemoConfig", "generate with and without the bundled drafter"),
+    "demo": Command(".demo", "DemoConfig", "generate with and without a drafter, side by side"),
     "space": Command(".space", "SpaceConfig", "serve the page on which plain target and drafter race"),
 }
 

@@ -5,6 +5,7 @@ line reads this file before it starts anything heavy.
 """
 
 import dataclasses
+import random
 import re
 from typing import Literal
 
@@ -228,13 +229,19 @@ class RegenerateConfig(Config):
     skip_bad_rows: bool = option(f"{SKIP_BAD_ROWS}; an endpoint's refusal of the first requests is one, too", False)
     max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
     temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
+    greedy_share: float | None = option(
+        "share of the chats to answer greedily, the others at the temperature; none: all at the temperature",
+        None,
+        at_least=0,
+        at_most=1,
+    )
     batch_size: int | None = option(
         "answers of the target under way at once; none: 16, on a GPU 1024 or what fits; 8 in batches of generate",
         None,
         at_least=1,
     )
     dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
-    seed: int = option("seed of the sampling", 0, at_least=0)
+    seed: int = option("seed of the sampling and of which chats are greedy", 0, at_least=0)
     resume: bool = option("go on after the rows that output already holds", False)
 
     def __post_init__(self) -> None:
@@ -249,6 +256,16 @@ class RegenerateConfig(Config):
                 raise ValueError(f"endpoint must be a URL such as http://localhost:8000/v1, got {self.endpoint!r}.")
             if self.model is None:
                 raise ValueError("With --endpoint, name the model that it serves: --model NAME.")
+        if self.temperature == 0 and self.greedy_share not in (None, 1):
+            raise ValueError(
+                f"greedy_share={self.greedy_share} leaves chats to be sampled, but temperature=0 is greedy: give a "
+                "--temperature above 0, or no --greedy-share."
+            )
+
+    def temperature_of(self, row: int) -> float:
+        """Of a row's answers: 0 for the greedy share, which follows from seed and number alone."""
+        greedy = random.Random(f"{self.seed} {row}").random() < (self.greedy_share or 0)
+        return 0.0 if greedy else self.temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -423,15 +440,15 @@ def _both_or_neither(target: str | None, drafter: str | None) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig(DraftingConfig):
-    """Generate with and without a drafter on real prompts, side by side; without arguments, with the bundled pair."""
+    """Generate with and without a drafter on real prompts; without arguments, with SmolLM2-135M-Instruct."""
 
-    target: str | None = option("target model: Hub id, folder or GGUF file; none: the bundled one", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; none: SmolLM2-135M-Instruct", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
-    prompts: str | None = option("a .jsonl file of prompts; none: the bundled ones", None)
+    prompts: str | None = option("a .jsonl file of prompts; none: those of the page", None)
     limit: int | None = option("prompts to run; none: all", None, at_least=1)
     max_new_tokens: int = option("tokens per answer", 128, at_least=1)
     temperature: float = option("0 is greedy", 0.0, at_least=0)
-    repetitions: int = option("timed runs per prompt", 1, at_least=1)
+    repetitions: int = option("timed runs of each system per prompt", 3, at_least=1)
     output: str | None = option("write the figures to this .json file", None)
     seed: int = option("seed of the sampling", 0, at_least=0)
 
@@ -442,9 +459,9 @@ class DemoConfig(DraftingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpaceConfig(Config):
-    """Serve the page on which plain target and drafter race; without arguments, with the bundled pair."""
+    """Serve the page on which plain target and drafter race; without arguments, with SmolLM2-135M-Instruct."""
 
-    target: str | None = option("target model: Hub id, folder or GGUF file; none: the bundled one", None)
+    target: str | None = option("target model: Hub id, folder or GGUF file; none: SmolLM2-135M-Instruct", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
     baseline: str | None = option("a second drafter to race, such as the drafter's stage 1", None)
     host: str = option("address to listen on; 0.0.0.0: all", "127.0.0.1")

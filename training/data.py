@@ -9,6 +9,7 @@ import array
 import collections
 import functools
 import hashlib
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -258,15 +259,16 @@ def draft_vocabulary(
     """
     if not 1 <= draft_vocab_size <= vocab_size:
         raise ValueError(f"draft_vocab_size={draft_vocab_size} must lie in 1..{vocab_size}, the target's vocabulary.")
-    counts = torch.zeros(vocab_size, dtype=torch.long)
+    learned = array.array("q")
     for example in examples:
-        ids = torch.tensor(example.input_ids, dtype=torch.long)[torch.tensor(example.loss_mask, dtype=torch.bool)]
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(
-                f"Token id {int(ids.max())} lies outside the target's vocabulary of {vocab_size}: the tokenizer "
-                "belongs to another model."
-            )
-        counts += torch.bincount(ids, minlength=vocab_size)
+        learned.extend(itertools.compress(example.input_ids, example.loss_mask))
+    ids = torch.tensor(learned, dtype=torch.long)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"Token id {int(ids.max())} lies outside the target's vocabulary of {vocab_size}: the tokenizer "
+            "belongs to another model."
+        )
+    counts = torch.bincount(ids, minlength=vocab_size)
     ranked = torch.sort(counts, descending=True, stable=True).indices  # stable: the lower id first among equals
     chosen = torch.sort(ranked[:draft_vocab_size]).values  # (D,)
     t2d = torch.zeros(vocab_size, dtype=torch.bool)

@@ -1,66 +1,54 @@
 """Show the speedup: real prompts, answered by the plain target and with its drafter.
 
-    ppow demo                                  # the bundled pair, CPU, no network
+    ppow demo                                  # SmolLM2-135M-Instruct and the drafter of this repository
     ppow demo --target TARGET --drafter DRAFTER --prompts prompts.jsonl
 
-The answer streams while it is made with the drafter; the figures come from silent repetitions afterwards, in which the
-two systems take turns.
+The answer streams while it is made with the drafter. The figures come from silent repetitions afterwards, both systems
+warm from the same prompt; they take turns, and the order of a turn changes from one to the next.
 """
 
 import dataclasses
-import os
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import DemoConfig
 
-if TYPE_CHECKING:  # at run time imported once ``main`` has said whether the Hub may be asked
+if TYPE_CHECKING:  # at run time imported by ``main``, so that a wrong option is answered at once
     import torch
     from transformers import GenerationConfig, PreTrainedModel
 
     from ppow import PPOWDrafter
-
-    from .prompts import Prompt
-
-ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = [
-    "Tom has 12 apples. He buys 8 more apples and gives 5 apples to his sister. How many apples does Tom have left?",
-    "A baker sells 24 cakes in the morning and 18 cakes in the afternoon. Each cake costs $3. How much does he make?",
-    "Maria reads 15 pages every day. How many pages does she read in two weeks?",
-    "I want to book a table at a restaurant.",
-    "I need a ride to the airport tomorrow morning.",
-    "There are 30 students in a class. 40% of them are boys. How many girls are there in the class?",
-]
 
 
 def main(config: DemoConfig) -> None:
     """Run the demo.
 
     Raises:
-        ValueError: when there is no bundled pair, or when an answer at temperature 0 differs from the plain one and
-            rounding does not explain it.
+        ValueError: when the pair or the prompts are not there, or when an answer at temperature 0 differs from the
+            plain one and rounding does not explain it.
     """
-    if config.target is None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import TextStreamer
 
     from ppow import PPOWDrafter
 
     from . import provenance
-    from .evaluate import drafting_options, generation_configs, timed
+    from .evaluate import drafting_options, generation_configs
     from .files import write_json
     from .loading import load_model, load_tokenizer, named
     from .prompts import first_turn, load_prompts
+    from .smollm2 import PROMPTS, demo_pair
 
     if config.output and Path(config.output).is_dir():
         raise ValueError(f"--output {config.output} is a folder; name a .json file in it.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    target_name = config.target or str(bundled("target"))
-    drafter_name = config.drafter or str(bundled("drafter"))
-    prompts = load_prompts(config.prompts) if config.prompts else bundled_prompts()
+    if not (config.prompts or PROMPTS.exists()):
+        raise ValueError(f"{PROMPTS} is missing: run the demo from a checkout of the repository, or name --prompts.")
+    prompts = load_prompts(config.prompts or str(PROMPTS))
+    given = (config.target, config.drafter) if config.target and config.drafter else None
+    target_name, drafter_name = given or demo_pair()
     with named("target", target_name):
         tokenizer = load_tokenizer(target_name)
         target = load_model(target_name, dtype=torch.float32)
@@ -72,14 +60,11 @@ def main(config: DemoConfig) -> None:
 
     drafting = drafting_options(config)
     plain, ours = generation_configs(target, config.temperature, config.max_new_tokens, drafting)
+    sizes = [f"{model.num_parameters() / 1e6:.1f}M parameters" for model in (target, drafter)]
     print(
-        f"target {target.num_parameters() / 1e6:.1f}M, drafter {drafter.num_parameters() / 1e6:.1f}M parameters, "
+        f"target {target_name}, {sizes[0]}\ndrafter {drafter_name}, {sizes[1]}\n"
         f"{device}, {torch.get_num_threads()} threads, temperature {config.temperature:g}\n"
     )
-    hello = tokenizer("Hello", return_tensors="pt")["input_ids"].to(device)
-    for _ in range(2):  # what happens once happens before any figure
-        timed(target, 0, hello, generation_config=plain)
-        timed(target, 0, hello, generation_config=ours, assistant_model=drafter)
     answers = []
     for prompt in prompts[: config.limit]:
         question, ids = prompt.turns[0], torch.tensor([first_turn(tokenizer, prompt)], device=device)
@@ -94,18 +79,13 @@ def main(config: DemoConfig) -> None:
         write_json(Path(config.output), {"answers": answers, **provenance.record(config)})
     spread = f"{min(speedups):.2f}x to {max(speedups):.2f}x"
     print(f"median speedup {statistics.median(speedups):.2f}x over {len(speedups)} prompts ({spread})")
+    if statistics.median(speedups) < 1:
+        print("Slower here: a verification costs more of the target's time than the tokens that it gains.")
     if faults := sum(answer["fault"] for answer in answers):
         raise ValueError(
             f"{faults} answers differ from the plain target's, and rounding does not explain it: this must not happen "
             "at temperature 0; please report it."
         )
-
-
-def bundled_prompts() -> list["Prompt"]:
-    """The prompts that are asked when none are named."""
-    from .prompts import Prompt
-
-    return [Prompt(str(index), "bundled", [text]) for index, text in enumerate(PROMPTS)]
 
 
 def race(
@@ -116,7 +96,11 @@ def race(
     ours: "GenerationConfig",
     config: DemoConfig,
 ) -> dict:
-    """Time both systems in turns on a prompt's ids (1, P) and print their line: -> its figures."""
+    """Time both systems in turns on a prompt's ids (1, P), which ``ours`` has answered, and print their line.
+
+    Returns:
+        The figures: of the medians, and the lowest and the highest speedup of a repetition.
+    """
     import torch
 
     from ppow.drafting_ppow import what_was_drafted
@@ -124,42 +108,43 @@ def race(
 
     from .evaluate import drafting_options, timed
 
-    mask, slow, fast = torch.ones_like(ids), [], []
-    for _ in range(config.repetitions):
-        expected, seconds = timed(target, config.seed, ids, attention_mask=mask, generation_config=plain)
+    options = {"attention_mask": torch.ones_like(ids)}
+    timed(target, config.seed, ids, **options, generation_config=plain)  # warm, as the other is
+    slow: list[float] = []
+    fast: list[float] = []
+
+    def run_plain() -> "torch.Tensor":
+        expected, seconds = timed(target, config.seed, ids, **options, generation_config=plain)
         slow.append((expected.shape[1] - ids.shape[1]) / seconds)
-        out, seconds = timed(
-            target, config.seed, ids, attention_mask=mask, generation_config=ours, assistant_model=drafter
-        )
+        return expected
+
+    same = True
+    for number in range(config.repetitions):
+        stock = run_plain() if number % 2 == 0 else None
+        out, seconds = timed(target, config.seed, ids, **options, generation_config=ours, assistant_model=drafter)
         fast.append((out.sequences.shape[1] - ids.shape[1]) / seconds)
+        stock = run_plain() if stock is None else stock
+        if same:  # the first repetition whose answers differ is told
+            same, expected, found = torch.equal(stock, out.sequences), stock, out.sequences
     plain_rate, rate = statistics.median(slow), statistics.median(fast)
+    each = [one / other for one, other in zip(fast, slow)]
     what_was_drafted(out, drafting_options(config))
-    same, answer, differences = torch.equal(expected, out.sequences), "sampled from one distribution", []
+    answer, differences = "sampled from one distribution", []
     if config.temperature == 0 and not same:
-        here, stock = (sequences[0, ids.shape[1] :].tolist() for sequences in (out.sequences, expected))
-        differences = drafter.explain(target, ids, here, stock, ours)
+        here, theirs = (sequences[0, ids.shape[1] :].tolist() for sequences in (found, expected))
+        differences = drafter.explain(target, ids, here, theirs, ours)
         agrees = "; the same tokens as without drafts" if len(differences) == 1 else ""
         answer = f"identical: NO, {'; '.join(map(str, differences))}{agrees}"
     elif config.temperature == 0:
         answer = "identical: yes"
     length = out.acceptance.acceptance_length
     print(
-        f"  plain {plain_rate:.0f} tokens/s, with drafter {rate:.0f} tokens/s, speedup {rate / plain_rate:.2f}x, "
-        f"acceptance length {length:.2f}, {answer}\n",
+        f"  speedup {rate / plain_rate:.2f}x ({min(each):.2f} to {max(each):.2f}): plain {plain_rate:.0f} tokens/s, "
+        f"with drafter {rate:.0f}; acceptance length {length:.2f}; {answer}\n",
         flush=True,
     )
-    figures = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
-    fault = any(found.verdict == FAULT for found in differences)
+    figures: dict = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
+    figures["speedup_range"] = [min(each), max(each)]
+    fault = any(difference.verdict == FAULT for difference in differences)
     figures |= {"acceptance_length": length, "identical": same, "fault": fault}
     return {**figures, "differences": [dataclasses.asdict(found) for found in differences]}
-
-
-def bundled(part: str) -> Path:
-    """Folder of the bundled target or drafter."""
-    folder = ROOT / "bundled" / part
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} holds no model. Run the demo from a checkout of the repository, or name a pair with --target "
-            "and --drafter."
-        )
-    return folder

@@ -21,14 +21,14 @@ from ppow.target_ppow import misfits, names_another
 
 from . import provenance
 from .config import DoctorConfig
-from .demo import bundled_prompts
 from .files import write_json
 from .fingerprints import fingerprint
 from .foreign_files import find_file, read_json
 from .loading import is_gguf, load_model, load_tokenizer, named, place_of, positions
-from .prompts import first_turn, prompt_sets
+from .prompts import first_turn, load_prompts, prompt_sets
 from .remedies import IN_ORDER, Finding, beside, command, imported_again, mended, trained
 from .samples import RESULTS
+from .smollm2 import PROMPTS
 from .symptoms import Case, Prompts, measure
 from .target import FrozenTarget
 
@@ -77,7 +77,7 @@ def examine(config: DoctorConfig) -> tuple[dict, dict, list[Finding]]:
         found = Finding("another target", words, right if own.target_name_or_path else fresh, first=True)
         return {"shapes": "; ".join(wrong)}, {}, [found]
     sets = prompt_sets(config.data, config.prompts_dir, config.limit).values()
-    prompts = [prompt for chosen in sets for prompt in chosen] or bundled_prompts()[: config.limit]
+    prompts = [prompt for chosen in sets for prompt in chosen] or load_prompts(str(PROMPTS))[: config.limit]
     with named("target", config.target):
         tokenizer = load_tokenizer(config.target)
         model = load_model(config.target, dtype=getattr(torch, config.dtype))

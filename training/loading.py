@@ -5,7 +5,6 @@ What goes wrong says which option named what, and which file is damaged.
 
 import contextlib
 import difflib
-import importlib.util
 import json
 import struct
 from collections.abc import Iterator
@@ -116,8 +115,6 @@ def check_model(option: str, name: str | Path) -> None:
             raise ValueError(
                 f"{said} is a GGUF file; only targets are read from one, a drafter's weights are safetensors."
             )
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f"{said}: reading a GGUF file needs the package gguf; run `pip install gguf`.")
         folder = place_of(name)["pretrained_model_name_or_path"]
         if path.is_file():
             return

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from .data import BadRows, Row, load_rows
 from .files import append, claim_file, whole
 from .rows import TEMPLATE_COLUMNS, options_of
 from .sources import BadRow, say
-from .writers import Answer, Asked, EndpointWriter, LocalWriter
+from .writers import Answer, Asked, EndpointWriter, LocalWriter, Question, Writer, answers
 
 Chat = list[dict]
 HEAD = b'{"row": 0, "messages": [{"'  # how a line of the output starts, whatever its number
@@ -64,62 +65,18 @@ def main(config: RegenerateConfig) -> float:
 def write(config: RegenerateConfig) -> float:
     """The command itself, once the output is this run's alone."""
     bad = BadRows(config.skip_bad_rows)
-    rows = load_rows(config.data, config.split, config.limit, bad)
-    chats = {row.number: row for row in rows if turns(row.get("messages", []))}
-    if not chats:
-        raise ValueError(
-            f"None of the {len(rows)} rows of {config.data} has a user turn to answer; 'text' has no answers."
-        )
-    if len(chats) < len(rows):
-        bad.left_out["they have no user turn to answer"] += len(rows) - len(chats)
-    output = Path(config.output)
-    by = _writer_of(config)
+    chats = chats_to_answer(config, bad)
+    output, by = Path(config.output), _writers_of(config, chats)
     done = finished_rows(output, chats, by, config.resume)
-    known_good = bool(done) or config.skip_bad_rows
     writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
-    unfit = unanswerable(writer, [row for row in chats.values() if row.number not in done], bad)
+    left = [row for number, row in chats.items() if number not in done]
+    unfit = unanswerable(writer, left, bad)
     bad.report(config.data)
     none = [(chats[i], Written(turns(chats[i]["messages"])[0], "error", why)) for i, why in unfit.items()]
     _append(output, none, by)
-    todo = [index for index in chats if index not in done and index not in unfit]
-    todo.sort(key=lambda index: len(str(turns(chats[index]["messages"])[0])))  # alike lengths waste little memory
-    waiting = collections.deque(Conversation(chats[index]) for index in todo)
-    talking: dict[int, Conversation] = {}
-    finishes: collections.Counter[str] = collections.Counter()
-    began = appended = time.perf_counter()
-    made: list[tuple[Row, Written]] = []  # and not yet appended
-    with tqdm(total=len(chats), initial=len(chats) - len(todo), desc="regenerate") as bar:
-        try:
-            while waiting or talking:
-                while waiting and len(talking) < writer.size:
-                    chat = waiting.popleft()
-                    talking[chat.row.number] = chat
-                    _ask(writer, chat, config)
-                for number, answer in sorted(writer.collect().items()):
-                    talking[number].take(answer)
-                    if not talking[number].is_over():
-                        _ask(writer, talking[number], config)
-                        continue
-                    chat = talking.pop(number)
-                    row, written = chat.row, chat.written
-                    finishes[written.finish] += 1
-                    made.append((row, written))
-                    known_good = known_good or written.answered()
-                    if not known_good and len(made) == min(writer.size, len(todo)):  # as likely the options' fault
-                        row, written = made[0]
-                        where = config.endpoint or config.target
-                        raise ValueError(
-                            f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows."
-                        )
-                    if written.error is not None:
-                        tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
-                    bar.update()
-                if known_good and time.perf_counter() - appended > 1.0:
-                    part, made, appended = made, [], time.perf_counter()  # a signal meanwhile writes none of it twice
-                    _append(output, part, by)
-        finally:
-            if known_good:  # a run without any answer leaves no file
-                _append(output, made, by)
+    todo = [row for row in left if row.number not in unfit]
+    began = time.perf_counter()
+    finishes = answer_rows(todo, writer, by, config, known_good=bool(done) or config.skip_bad_rows)
     seconds = time.perf_counter() - began
     in_row_order(output)
     if others := {finish: count for finish, count in sorted(finishes.items()) if finish != "stop"}:
@@ -128,14 +85,78 @@ def write(config: RegenerateConfig) -> float:
     return seconds
 
 
-def _writer_of(config: RegenerateConfig) -> dict:
+def chats_to_answer(config: RegenerateConfig, bad: BadRows) -> dict[int, Row]:
+    """The rows that have a user turn, by number; ``bad`` counts the others. Raises ValueError: there are none."""
+    rows = load_rows(config.data, config.split, config.limit, bad)
+    chats = {row.number: row for row in rows if turns(row.get("messages", []))}
+    if not chats:
+        raise ValueError(
+            f"None of the {len(rows)} rows of {config.data} has a user turn to answer; 'text' has no answers."
+        )
+    if len(chats) < len(rows):
+        bad.left_out["they have no user turn to answer"] += len(rows) - len(chats)
+    return chats
+
+
+def answer_rows(
+    rows: list[Row], writer: Writer, by: dict[int, dict], config: RegenerateConfig, known_good: bool
+) -> collections.Counter[str]:
+    """Append the answers to the output as they are made: -> how many chats ended how.
+
+    Nothing is written before the first answer, unless the options are ``known_good``.
+
+    Raises:
+        ValueError: no row of as many as the writer takes at once got an answer.
+    """
+    finishes: collections.Counter[str] = collections.Counter()
+    made: list[tuple[Row, Written]] = []  # and not yet appended
+    output, appended = Path(config.output), time.perf_counter()
+    with tqdm(total=len(by), initial=len(by) - len(rows), desc="regenerate") as bar:
+        try:
+            for row, written in answered(rows, writer, config.seed):
+                finishes[written.finish] += 1
+                made.append((row, written))
+                known_good = known_good or written.answered()
+                if not known_good and len(made) == min(writer.size, len(rows)):  # as likely the options' fault
+                    row, written = made[0]
+                    where = config.endpoint or config.target
+                    raise ValueError(f"{row.place}: {where} {written.error} If other rows do better: --skip-bad-rows.")
+                if written.error is not None:
+                    tqdm.write(f"ppow: {row.place}: {written.error}", file=sys.stderr)
+                bar.update()
+                if known_good and time.perf_counter() - appended > 1.0:
+                    part, made, appended = made, [], time.perf_counter()  # a signal meanwhile writes none of it twice
+                    _append(output, part, by)
+        finally:
+            if known_good:  # a run without any answer leaves no file
+                _append(output, made, by)
+    return finishes
+
+
+def answered(rows: list[Row], writer: Writer, seed: int) -> Iterator[tuple[Row, Written]]:
+    """The chats of some rows with their answers, as they end."""
+    rows = sorted(rows, key=lambda row: len(str(turns(row["messages"])[0])))  # alike lengths waste little memory
+    talking = {row.number: Conversation(row) for row in rows}
+    waiting = collections.deque(chat.question(seed) for chat in talking.values())
+    for number, answer in answers(writer, waiting):
+        chat = talking[number]
+        chat.take(answer)
+        if chat.is_over():
+            yield chat.row, talking.pop(number).written
+        else:
+            waiting.appendleft(chat.question(seed))
+
+
+def _writers_of(config: RegenerateConfig, rows: Iterable[int]) -> dict[int, dict]:
+    """Who writes each row, as its line says it."""
     model = config.model if config.endpoint else config.target
     assert model is not None
     name = Path(model).resolve().name if Path(model).exists() else model  # no paths of this machine
-    return {"model": name, "temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    most = config.max_new_tokens
+    return {row: {"model": name, "temperature": config.temperature_of(row), "max_new_tokens": most} for row in rows}
 
 
-def unanswerable(writer: LocalWriter | EndpointWriter, rows: list[Row], bad: BadRows) -> dict[int, str]:
+def unanswerable(writer: Writer, rows: list[Row], bad: BadRows) -> dict[int, str]:
     """Rows whose first prompt the target cannot take, and why; ``bad`` takes them."""
     found = {}
     for row in rows:
@@ -147,13 +168,13 @@ def unanswerable(writer: LocalWriter | EndpointWriter, rows: list[Row], bad: Bad
     return found
 
 
-def _append(output: Path, made: list[tuple[Row, Written]], by: dict) -> None:
+def _append(output: Path, made: list[tuple[Row, Written]], by: dict[int, dict]) -> None:
     if not made:
         return
     lines = []
     for row, written in made:
         complete = written.finish in ("stop", "tool_calls", "refusal")
-        line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by}
+        line = {"row": row.number, "messages": written.messages, "complete": complete, "by": by[row.number]}
         line |= {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
         if written.finish != "stop":
             line["finish"] = written.finish
@@ -204,10 +225,11 @@ class Conversation:
         self.written = Written([])
         self.answers = 0
 
-    def prompt(self) -> Asked:
+    def question(self, seed: int) -> Question:
         """The next turn to be answered, with all before it."""
         self.written.messages.extend(self.given.popleft())
-        return Asked(self.written.messages, options_of(self.row))
+        seed = (seed * 1_000_003 + self.row.number * 1_009 + self.answers) & 0x7FFFFFFF
+        return self.row.number, Asked(self.written.messages, options_of(self.row)), seed
 
     def take(self, answer: Answer) -> None:
         """Its answer."""
@@ -219,15 +241,10 @@ class Conversation:
         return not self.given or self.written.finish != "stop"
 
 
-def _ask(writer: LocalWriter | EndpointWriter, chat: Conversation, config: RegenerateConfig) -> None:
-    seed = (config.seed * 1_000_003 + chat.row.number * 1_009 + chat.answers) & 0x7FFFFFFF
-    writer.ask(chat.row.number, chat.prompt(), seed)
-
-
 # -- the output so far -------------------------------------------------------------------------------------------------
 
 
-def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -> set[int]:
+def finished_rows(output: Path, chats: dict[int, Row], by: dict[int, dict], resume: bool) -> set[int]:
     """Rows that the output holds already; cuts off a last line that an interruption tore, once all else is in order.
 
     Raises:
@@ -262,10 +279,10 @@ def finished_rows(output: Path, chats: dict[int, Row], by: dict, resume: bool) -
                     f"{other[shared:]!r:.80}. Resume with the data and --limit it was made from, or give another "
                     "--output."
                 )
-        if writer != by:
+        if writer != (expected := by.get(index)):
             raise ValueError(
-                f"{output}:{number} was written by {writer}, not by {by}. Resume with the options it was made with, or "
-                "give another --output."
+                f"{output}:{number} was written by {writer}, not by {expected}. Resume with the options it was made "
+                "with, or give another --output."
             )
         done.add(index)
     if not HEAD.startswith(re.sub(rb"\d+", b"0", torn, count=1)[: len(HEAD)]):

@@ -37,12 +37,14 @@ class Request(NamedTuple):
         ids: its tokens, at least one.
         room: tokens that its answer may have.
         seed: what is drawn follows from it, whatever the other rows are.
+        greedy: draw nothing, take the most probable tokens.
     """
 
     key: int
     ids: list[int]
     room: int
     seed: int
+    greedy: bool = False
 
 
 def obstacle(target: PreTrainedModel) -> str | None:
@@ -74,7 +76,7 @@ class Slots:
         target: without an :func:`obstacle`, in eval mode, for this object alone.
         rows: answers under way at most, B.
         capacity: tokens of the longest prompt and its answer together.
-        temperature: 0: the most probable token; else tokens are drawn from the target's distribution at it.
+        temperature: 0: every request is greedy; else tokens are drawn from the target's distribution at it.
         ends: tokens that end an answer.
     """
 
@@ -88,6 +90,7 @@ class Slots:
         nothing = torch.zeros_like(self.state.lengths)
         self.state.next_position, self.state.last_position = nothing, nothing
         self.roots, self.active = nothing, nothing  # (B,) the newest token; 1 where there is a request
+        self.greedy = torch.zeros(rows, dtype=torch.bool, device=target.device)  # (B,)
         self.chances = torch.zeros(rows, capacity + CHECK, device=target.device)  # (B, room) uniform, what is drawn by
         self.requests: list[Request | None] = [None] * rows
         self.written: list[list[int]] = [[] for _ in range(rows)]
@@ -146,6 +149,7 @@ class Slots:
         state.last_position = put(state.last_position, last)
         self.roots = put(self.roots, [request.ids[-1] for request in requests])
         self.active = put(self.active, [1] * len(rows))
+        self.greedy = put(self.greedy, [request.greedy for request in requests])
         for row, request in zip(rows, requests):
             self.requests[row], self.written[row] = request, []
             if self.temperature:
@@ -178,13 +182,12 @@ class Slots:
         """The next token (B,) of every row; those without a request stay where they are."""
         window = DraftWindow.chain(self.roots[:, None])
         logits = self.state.verify(window)[0][:, 0]
+        self.roots = logits.argmax(-1)
         if self.temperature:
             left = (self.state.last_position - self.state.next_position).clamp(min=0)  # tokens after this one
             chance = self.chances.gather(1, (self.chances.shape[1] - 1 - left)[:, None])
             summed = (logits.float() / self.temperature).softmax(-1).cumsum(-1)
-            self.roots = torch.searchsorted(summed, chance * summed[:, -1:], right=True)[:, 0]
-            self.roots = self.roots.clamp(max=logits.shape[1] - 1)
-        else:
-            self.roots = logits.argmax(-1)
+            drawn = torch.searchsorted(summed, chance * summed[:, -1:], right=True)[:, 0]
+            self.roots = torch.where(self.greedy, self.roots, drawn.clamp(max=logits.shape[1] - 1))
         self.state.keep(window.tokens, self.active, in_order=True)
         return self.roots

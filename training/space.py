@@ -1,6 +1,6 @@
 """Serve the Space of this repository on this machine.
 
-ppow space                                  # the bundled pair
+ppow space                                  # SmolLM2-135M-Instruct and the drafter of this repository
 ppow space --target TARGET --drafter DRAFTER --baseline STAGE1
 """
 
@@ -27,11 +27,15 @@ def main(config: SpaceConfig) -> None:
         raise ValueError("The page needs Gradio: pip install -e '.[space]'")
     check_port(config.host, config.port)
     from .loading import check_model
+    from .smollm2 import demo_pair
 
-    for part in ("target", "drafter", "baseline"):
-        if getattr(config, part):
-            check_model(part, getattr(config, part))
-            os.environ[f"PPOW_{part.upper()}"] = getattr(config, part)
+    names = {part: getattr(config, part) for part in ("target", "drafter", "baseline")}
+    if config.target is None and not any(os.environ.get(f"PPOW_{part.upper()}") for part in names):
+        names["target"], names["drafter"] = demo_pair()
+    for part, name in names.items():
+        if name:
+            check_model(part, name)
+            os.environ[f"PPOW_{part.upper()}"] = name
     if config.threads:
         import torch
 

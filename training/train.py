@@ -34,8 +34,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from . import evaluate, own_prompts, plan, push, regenerate, reinforce, supervised
-from .config import PushConfig, TrainConfig
-from .data import BadRows, Row, load_rows
+from .config import PushConfig, ReinforceConfig, SupervisedConfig, TrainConfig
+from .data import BadRows, Row, encode, load_rows
 from .files import LOCK, claim_folder, remove, scratch, whole, write_json
 from .fingerprints import fingerprint
 from .hub import check_repository_name
@@ -434,12 +434,23 @@ class Road:
             logged, kept = ((run / entry).stat().st_mtime for entry in ("metrics.jsonl", "checkpoints"))
         step = statistics.median(seconds[2:-1])
         around = lasted - sum(seconds)  # loading before the first step, saving after the last one
+        around += self._reading(config)  # the texts that were not loaded here
         measuring = max(0.0, seconds[-1] - step)  # the held-out answers, in the last step
         available = self.left(name)
         assert available is not None
         pace = step + max(0.0, kept - logged) / config.save_every
         count = int((available - around - EVALUATIONS * measuring) / pace)
         self.decide(name, steps=self._told("steps", count, self._fewest(name), pace, available))
+
+    def _reading(self, config: SupervisedConfig | ReinforceConfig) -> float:
+        """Seconds to load the answers beyond those that a timing was limited to, by how long these take."""
+        assert config.limit is not None
+        rows = self.decided("regenerate")["limit"]
+        with named("target", self.config.target):
+            tokenizer = load_tokenizer(self.config.target)
+        began = time.perf_counter()
+        encode(load_rows(config.data, limit=config.limit, bad=BadRows(True)), tokenizer, config.max_length, True)
+        return (time.perf_counter() - began) / config.limit * max(0, rows - config.limit)
 
     def _fewest(self, name: str) -> int:
         return max(FEWEST[name], self.decided(name).get("warmup_steps", 0) + 1)

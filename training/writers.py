@@ -9,7 +9,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from .chats import OPENED, Chat
 from .config import RegenerateConfig
@@ -57,6 +58,7 @@ class Given(NamedTuple):
     ids: list[int]
     room: int
     seed: int
+    temperature: float
 
 
 class LocalWriter:
@@ -100,11 +102,12 @@ class LocalWriter:
         return text, ids, min(self.config.max_new_tokens, self.positions - len(ids))
 
     def ask(self, key: int, prompt: Asked, seed: int) -> None:
-        """Take a prompt, whose answer :meth:`collect` will bring under ``key``; ``seed`` draws it."""
+        """Take a prompt of row ``key``, whose answer :meth:`collect` will bring under it; ``seed`` draws it."""
         try:
-            self.waiting.append(Given(key, *self.read(prompt), seed))
+            read = self.read(prompt)
         except BadRow as error:
-            self.waiting.append(Given(key, str(error), [], 0, seed))
+            read = str(error), [], 0
+        self.waiting.append(Given(key, *read, seed, self.config.temperature_of(key)))
 
     def collect(self) -> dict[int, Answer]:
         """Wait for answers: -> those that are ready, at least one while any prompt is under way."""
@@ -131,7 +134,7 @@ class LocalWriter:
         taken: list[Given] = []
         while self.waiting and len(taken) < slots.free and self._length(self.waiting[0]) <= slots.capacity:
             taken.append(self.waiting.popleft())
-        slots.fill([Request(given.key, given.ids, given.room, given.seed) for given in taken])
+        slots.fill([Request(given.key, given.ids, given.room, given.seed, not given.temperature) for given in taken])
         self.answering |= {given.key: given for given in taken}
         done = slots.collect()
         return {key: self._read_answer(self.answering.pop(key).text, ids) for key, ids in done}
@@ -160,11 +163,12 @@ class LocalWriter:
         say(f"{self.config.target} answers in batches that wait for their longest answer: {reason}.")
 
     def _in_batches(self) -> dict[int, Answer]:
-        """The answers to all prompts that wait and have the room of the first."""
+        """The answers to all prompts that wait and have the room and the temperature of the first."""
         import torch
 
         first = self.waiting[0]
-        batch = [given for given in self.waiting if given.room == first.room][: self.size]
+        alike = [given for given in self.waiting if (given.room, given.temperature) == (first.room, first.temperature)]
+        batch = alike[: self.size]
         keys = {given.key for given in batch}
         self.waiting = collections.deque(given for given in self.waiting if given.key not in keys)
         torch.manual_seed(first.seed)
@@ -172,7 +176,7 @@ class LocalWriter:
             [given.text for given in batch], add_special_tokens=False, padding=True, return_tensors="pt"
         )
         given_ids = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-        options = sampling_options(self.config.temperature)
+        options = sampling_options(first.temperature)
         out = self.model.generate(**given_ids, max_new_tokens=first.room, **options)
         made = out[:, given_ids["input_ids"].shape[1] :].tolist()
         return {given.key: self._read_answer(given.text, ids) for given, ids in zip(batch, made)}
@@ -205,7 +209,7 @@ class EndpointWriter:
 
         def wait() -> None:
             try:
-                self.answers.put((key, self._one(prompt, seed)))
+                self.answers.put((key, self._one(key, prompt, seed)))
             except BaseException as error:
                 self.answers.put((key, error))
 
@@ -225,12 +229,12 @@ class EndpointWriter:
             answers[key] = answer
         return answers
 
-    def _one(self, prompt: Asked, seed: int) -> Answer:
+    def _one(self, key: int, prompt: Asked, seed: int) -> Answer:
         options = dict(prompt.options)
         body: dict[str, Any] = {
             "model": self.config.model,
             "messages": _for_server(prompt.messages),
-            "temperature": self.config.temperature,
+            "temperature": self.config.temperature_of(key),
             "max_tokens": self.config.max_new_tokens,
             "seed": seed,
         }
@@ -242,6 +246,22 @@ class EndpointWriter:
             return _read_reply(post(urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)))
         except RefusedError as error:
             return Answer(None, "error", str(error))
+
+
+Writer: TypeAlias = LocalWriter | EndpointWriter
+Question: TypeAlias = tuple[int, Asked, int]  # (key, prompt, seed), as ``ask`` takes them
+
+
+def answers(writer: Writer, waiting: collections.deque[Question]) -> Iterator[tuple[int, Answer]]:
+    """What comes of questions, by key, with at most ``writer.size`` under way; more may be put in between answers."""
+    under_way = 0
+    while waiting or under_way:
+        while waiting and under_way < writer.size:
+            writer.ask(*waiting.popleft())
+            under_way += 1
+        for key, answer in sorted(writer.collect().items()):
+            under_way -= 1
+            yield key, answer
 
 
 def _for_server(messages: list[dict]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""A running page of the bundled pair, in a process of its own; ``pytest_plugins = ["space_helpers"]`` shares one."""
+"""A running page of the tests' pair, in a process of its own; ``pytest_plugins = ["space_helpers"]`` shares one."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hub.ports import reserved_port
+from small_pair import DRAFTER, TARGET
 
 
 class Server:
@@ -32,14 +33,17 @@ class Server:
 
 
 @contextmanager
-def serve(log: Path, *options: str):
-    """Start ``ppow space`` with ``options`` on a free port and wait until it answers."""
+def serve(log: Path, *options: str, threads: int | None = 1):
+    """Start ``ppow space`` with ``options`` on a free port and wait until it answers; no ``threads``: torch chooses."""
     with reserved_port() as port, log.open("w") as output:
         url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), "--threads", "1", *options]
+        command = [sys.executable, "-m", "ppow.training.cli", "space", "--port", str(port), *options]
+        command += [] if threads is None else ["--threads", str(threads)]
         environment = {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1", "TMPDIR": str(log.parent)}
         # one arena of the allocator: memory that threads have given back is used again, whichever thread asks
         environment = os.environ | environment | {"MALLOC_ARENA_MAX": "1"}
+        if threads is None:  # torch's own choice, not the tests'
+            environment.pop("OMP_NUM_THREADS", None)
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             wait_until_it_answers(process, url, log)
@@ -62,6 +66,7 @@ def wait_until_it_answers(process, url: str, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The page of the bundled pair, one for all tests of this process: its start costs more than most of them."""
-    with serve(tmp_path_factory.mktemp("space") / "log.txt") as server:
+    """The page of the tests' pair, one for all tests of this process: its start costs more than most of them."""
+    names = "--target", str(TARGET), "--drafter", str(DRAFTER)
+    with serve(tmp_path_factory.mktemp("space") / "log.txt", *names) as server:
         yield server

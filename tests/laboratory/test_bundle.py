@@ -1,4 +1,4 @@
-"""The recipe of the bundled pair: what it does around the commands that it runs."""
+"""The recipe of a small pair: what it does around the commands that it runs."""
 
 import json
 import lzma

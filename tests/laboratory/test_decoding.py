@@ -1,12 +1,12 @@
 """The benchmark commands run small on a CPU."""
 
 import json
-from pathlib import Path
 
 import pytest
 
+from small_pair import DRAFTER, TARGET
+
 BENCHMARK = "decoding"
-BUNDLED = Path(__file__).parents[2] / "bundled"
 
 
 def test_decoding_with_forced_acceptance(benchmark, tmp_path, capsys):
@@ -32,7 +32,7 @@ def test_decoding_with_forced_acceptance(benchmark, tmp_path, capsys):
 
 
 def test_decoding_of_a_real_pair_forces_nothing(benchmark):
-    pair = ["--target", str(BUNDLED / "target"), "--drafter", str(BUNDLED / "drafter")]
+    pair = ["--target", str(TARGET), "--drafter", str(DRAFTER)]
     report = benchmark.main([*pair, "--prompt", "16", "--new", "16", "--repeats", "1", "--only", "plain, chain"])
     assert not report["forced_acceptance"]
     assert report["systems"][1]["forced_acceptance_length"] is None

@@ -1,13 +1,13 @@
 """The benchmark of gradients: its figures on made-up gradients, and the command, small on a CPU."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from small_pair import DRAFTER, TARGET
+
 BENCHMARK = "gradients"
-ROOT = Path(__file__).parents[2]
 
 
 def test_noise_and_signal_of_known_gradients(benchmark):
@@ -39,7 +39,7 @@ def test_the_command_compares_all_estimators(benchmark, tmp_path, capsys):
         for i in range(4):
             reply = {"role": "assistant", "content": f"The answer is {i} plus {i + 1}, and that makes {2 * i + 1}."}
             out.write(json.dumps({"messages": [{"role": "user", "content": f"Sum {i}?"}, reply]}) + "\n")
-    pair = ["--target", str(ROOT / "bundled/target"), "--drafter", str(ROOT / "bundled/drafter"), "--data", str(data)]
+    pair = ["--target", str(TARGET), "--drafter", str(DRAFTER), "--data", str(data)]
     small = ["--seeds", "3", "--batch-size", "4", "--windows", "2", "--window-size", "3", "--output", str(output)]
     benchmark.main(pair + small)
     report = json.loads(output.read_text())

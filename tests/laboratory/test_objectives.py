@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ from ppow.training import evaluate
 from ppow.training.config import EvaluateConfig
 from ppow.training.data import Example
 from ppow.training.objectives import objective_of
+from small_pair import DRAFTER, TARGET
 from training_helpers import make_pair
 
 BENCHMARK = "objectives"
-ROOT = Path(__file__).parents[2]
-PAIR = {"target": str(ROOT / "bundled" / "target"), "drafter": str(ROOT / "bundled" / "drafter")}
+PAIR = {"target": str(TARGET), "drafter": str(DRAFTER)}
 QUESTIONS = ["What is 12 plus 30?", "Tom has 4 apples and buys 6 more. How many has he?", "Name three colours."]
 
 

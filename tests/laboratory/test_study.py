@@ -2,23 +2,23 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
+from small_pair import STAGE1, TARGET
+
 BENCHMARK = "study"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def made(benchmark, monkeypatch):
-    """What bundle.py would make, made of the bundled pair; -> its calls."""
+    """What bundle.py would make, made of the tests' pair; -> its calls."""
     calls = []
 
     def bundle(folder, options, until, gpus):
         calls.append((folder.name, until, list(gpus), [option for option in options if "supervised" in option]))
         if until == "regenerate":
-            shutil.copytree(ROOT / "bundled" / "target", folder / "target", dirs_exist_ok=True)
+            shutil.copytree(TARGET, folder / "target", dirs_exist_ok=True)
             question = {"role": "user", "content": "What is 12 plus 30?"}
             answer = {"role": "assistant", "content": "Let us see.\u2028It is more than nobody would think, my friend."}
             for name, rows in (("train", 4), ("stage2", 4), ("heldout", 2)):
@@ -26,7 +26,7 @@ def made(benchmark, monkeypatch):
                 (folder / f"{name}.jsonl").write_text(row * rows, encoding="utf-8")
         else:
             assert (folder / "target" / "config.json").exists() and (folder / "train.jsonl").exists()
-            shutil.copytree(ROOT / "bundled" / "stage1", folder / "supervised", dirs_exist_ok=True)
+            shutil.copytree(STAGE1, folder / "supervised", dirs_exist_ok=True)
             rows = [{"step": n, "acceptance_length": float(n), "agreement": [n / 10, 0.0]} for n in (1, 2, 3)]
             rows[1] |= {"eval_acceptance_length": 4.0, "eval_agreement": [0.5, 0.0]}
             (folder / "supervised" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

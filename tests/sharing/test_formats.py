@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, ViTConfig
 
+import small_pair
 from formats_helpers import EMBEDDINGS, FEATURES, HT, TARGET, D, V, assert_same, build, export, fields_of, logits, write
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import cli, convert
 from ppow.training.config import ReinforceConfig
-from ppow.training.demo import PROMPTS
 from ppow.training.export_formats import FORMATS, from_ppow
 from ppow.training.import_formats import detect, import_checkpoint, to_ppow
 
@@ -638,19 +638,19 @@ def test_a_repository_drafts_without_the_package_and_reads_other_trainers_format
 # -- what it is for ----------------------------------------------------------------------------------------------------
 
 
-def test_the_eagle_dialect_has_no_field_for_the_bundled_drafters_taps(tmp_path, capsys):
-    pair = ROOT / "bundled" / "drafter", "--target", ROOT / "bundled" / "target"
+def test_the_eagle_dialect_has_no_field_for_other_taps(tmp_path, capsys):
+    pair = small_pair.DRAFTER, "--target", small_pair.TARGET
     assert ppow("export", *pair, "--format", "eagle", "--out", tmp_path / "eagle") == 2
     assert "its code reads [2, L // 2, L - 3]" in capsys.readouterr().err and not (tmp_path / "eagle").exists()
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "eagle"])
-def test_the_bundled_drafter_drafts_the_same_after_a_round_trip(tmp_path, form):
-    target_folder, drafter_folder = ROOT / "bundled" / "target", ROOT / "bundled" / "drafter"
+def test_a_trained_drafter_drafts_the_same_after_a_round_trip(tmp_path, form):
+    target_folder, drafter_folder = small_pair.TARGET, small_pair.DRAFTER
     assert ppow("export", drafter_folder, "--format", form, "--target", target_folder, "--out", tmp_path / form) == 0
     target = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
-    chat = [{"role": "user", "content": PROMPTS[0]}]
+    chat = [{"role": "user", "content": "How many apples does Tom have left?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     options = {"do_sample": False, "max_new_tokens": 40}
     expected = target.generate(**inputs, **options)

@@ -13,6 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 from transformers import AutoModel, AutoModelForCausalLM
 
+import small_pair
 from figures_of_a_drafter import METRICS
 from hub.clients import environment, push
 from pair import find_names
@@ -22,7 +23,6 @@ from ppow.training.fingerprints import fingerprint
 
 pytest_plugins = ["hub.fixtures"]
 
-BUNDLED = Path(__file__).parents[2] / "bundled"
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
 
 
@@ -76,11 +76,8 @@ def test_a_pair_makes_the_trip(hub, pair, target, monkeypatch, xet):
     assert any("/xorbs/" in request.path for request in hub.requests) == xet
 
 
-WALK = """
-ppow push bundled/drafter --repo me/drafter --target me/target --dry-run
-ppow push bundled/drafter --repo me/drafter --target me/target --tag v1
-ppow push me/drafter --space --repo me/demo
-"""
+README = Path(__file__).parents[2] / "README.md"
+TARGETS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "me/target"}
 PULL = """
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -94,18 +91,22 @@ assert torch.equal(output, target.generate(**inputs, max_new_tokens=32, do_sampl
 """
 
 
-def test_the_readmes_walk_with_the_bundled_pair(hub, monkeypatch):
-    """The commands of "Push and pull" in the README: a real drafter, with its record and figures, in one commit."""
+def test_the_readmes_walk_with_a_trained_pair(hub, tmp_path, monkeypatch):
+    """The commands of "Push and pull" in the README, on a hub of one's own: a real drafter with its record."""
     monkeypatch.setenv("HF_TOKEN", hub.add_token("me", orgs=("acme",)))
-    monkeypatch.chdir(BUNDLED.parent)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bundled").symlink_to(small_pair.PAIR)
     HfApi().create_repo("me/target")
-    HfApi().upload_folder(repo_id="me/target", folder_path="bundled/target")  # `hf upload me/target bundled/target .`
-    for line in WALK.strip().splitlines():
-        assert cli.main(line.split()[1:]) == 0, line
+    HfApi().upload_folder(repo_id="me/target", folder_path=small_pair.TARGET)  # `hf upload me/target FOLDER .`
+    (part,) = re.findall(r"## Push and pull.*?```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    walk = [line.partition("#")[0].split() for line in part.splitlines() if line.startswith("ppow ")]
+    assert len(walk) == 3
+    for line in walk:
+        assert cli.main([TARGETS.get(word, word) for word in line[1:]]) == 0, line
     assert [row.title for row in HfApi().list_repo_commits("me/drafter")] == ["ppow push v1", "initial commit"]
     scope = {}
     exec(compile(PULL, "README.md", "exec"), scope)
-    before = generated(scope["target"], PPOWDrafter.from_pretrained("bundled/drafter", dtype="float32"))
+    before = generated(scope["target"], PPOWDrafter.from_pretrained(small_pair.DRAFTER, dtype="float32"))
     assert generated(scope["target"], scope["drafter"]) == before
 
 

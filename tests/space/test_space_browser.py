@@ -1,5 +1,12 @@
-"""The Space in a real browser. Screenshots stay in PPOW_SCREENSHOTS, or in pytest's own folder, to be looked at."""
+"""The Space in a real browser. Screenshots stay in PPOW_SCREENSHOTS, or in pytest's own folder, to be looked at.
 
+The README's picture is made here, of the demo's own pair (which is fetched where it is not in PPOW_CACHE)::
+
+    PPOW_PICTURE=1 pytest tests/space/test_space_browser.py -k picture
+"""
+
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -8,8 +15,15 @@ import pytest
 
 pytest.importorskip("gradio", reason="the Space needs Gradio: pip install -e '.[space]'")
 
+from PIL import Image, PngImagePlugin
+
+import render
 from browser import find
-from page import EXAMPLES, PARTS
+from page import EXAMPLES, PARTS, Page
+from ppow.training import smollm2
+from race import PLAIN, Run
+from small_pair import TARGET
+from space_helpers import serve
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need: pip install -e '.[test]'")
 expect = sync_api.expect
@@ -18,6 +32,8 @@ expect.set_options(timeout=PATIENCE)
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 pytest_plugins = ["space_helpers"]
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE = ROOT / "docs" / "space.png"
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +131,16 @@ def test_a_race_shows_its_facts_and_replays(visit, shots):
     page = visit()
     shown = race(page, 64)
     expect(page.locator("#status")).to_contain_text("Identical output")
-    assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "speedup", "time"))
+    assert all(word in shown.lower() for word in ("tokens/s", "acceptance length", "time"))
+    said = page.locator(".headline").inner_text()
+    assert re.search(r"[\d.]+×\s+as fast with PPOW \(rounds: [\d.]+ to [\d.]+\)", said), said
     left, right = page.locator("#panes .answer").all_text_contents()
     assert left == right and left
     kinds = page.eval_on_selector_all("#panes .pane:last-child .t", "all => all.map(t => t.className)")
     assert {"t accepted"} < {kind.replace(" later", "") for kind in kinds}
+    expect(page.locator("#pace")).to_contain_text("replayed")  # by itself
     page.click("text=4 times slower")
+    expect(page.locator("#pace")).to_have_text("replayed 4 times slower than measured")
     page.wait_for_selector("#panes .t.later", state="attached")
     # the clocks run on behind the last token, to the end of the generation
     clock = "pane => pane.querySelector('.clock').textContent === Number(pane.dataset.seconds).toFixed(2) + ' s'"
@@ -271,7 +291,7 @@ def test_the_newest_press_wins(visit):
     page.wait_for_selector("#panes .pane .t")
     number(page, "temperature", 0)
     number(page, "max_new_tokens", 24)
-    page.get_by_role("button", name="Booking", exact=True).click()
+    page.get_by_role("button", name="Chat", exact=True).click()
     page.click("#race")
     page.fill("#prompt textarea", "How are you?")
     page.locator("#prompt textarea").press("Shift+Enter")
@@ -280,7 +300,7 @@ def test_the_newest_press_wins(visit):
     assert page.locator("#panes .pane.done").count() == 2
     assert page.evaluate("ppow.press") == 3
     page.get_by_role("tab", name="Figures").click()
-    expect(page.locator("#figures tbody tr td:nth-child(3)")).to_have_text("1")  # races that ran to their end
+    expect(page.locator("#figures tbody tr td:nth-child(3)").first).to_have_text("1")  # races that ran to their end
 
 
 def test_reset_during_a_race_stays(visit):
@@ -381,3 +401,61 @@ def test_looks_and_accessibility(visit, shots, width, dark):
     assert serious == []
     page.click("[data-theme-toggle]")
     assert page.evaluate("document.body.classList.contains('dark')") is not dark
+
+
+# -- the README's picture ----------------------------------------------------------------------------------------------
+
+
+def no_pair():
+    raise ValueError("none")
+
+
+def look() -> str:
+    """A fingerprint of how the page looks: its style, its layout with all labels, and a made-up race as it shows it."""
+    plain = Run(PLAIN, [(0.1, [1]), (0.2, [2]), (0.3, [3])], 0.4, rates=[7.0, 7.5, 8.0])
+    ours = Run("PPOW", [(0.1, [1]), (0.2, [2, 3])], 0.2, [2], [1], [2], rates=[14.0, 15.0, 15.5])
+    words = {PLAIN: ["a", "b", "c"], "PPOW": ["a", "b", "c"]}
+    parts = [(ROOT / "space" / "style.css").read_text(encoding="utf-8"), render.legend()]
+    parts += [render.panes([plain, ours], [PLAIN, "PPOW"], words, 3, "asked"), render.verdict([plain, ours], 0.0, True)]
+    for component in Page(no_pair).build().get_config_file()["components"]:
+        props = component["props"]
+        parts.append(f"{component['type']} {[props.get(key) for key in ('elem_id', 'elem_classes', 'label', 'value')]}")
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def take_picture(page, place: Path) -> None:
+    """A race of the first prompt, as it stands when its replay is over, in a window of 1366 by 768."""
+    page.set_viewport_size({"width": 1366, "height": 768})
+    page.click("#race")
+    page.wait_for_selector("#status [data-replay]")
+    page.evaluate("() => { ppow.draw?.(Infinity); ppow.halt(); scrollTo(0, 0); }")
+    for part in ("#status .big", "#panes .pane:last-child .answer"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] + box["height"] <= 768, f"{part} is below the fold"
+    page.screenshot(path=place)
+    target = page.locator(".masthead .hint").inner_text().partition(":")[0]  # as the picture itself names it
+    kept = PngImagePlugin.PngInfo()
+    kept.add_text("look", look())
+    kept.add_text("target", target)
+    Image.open(place).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(place, optimize=True, pnginfo=kept)
+
+
+def test_the_readmes_picture_can_be_taken(visit, browser, shots, tmp_path):
+    if not os.environ.get("PPOW_PICTURE"):
+        take_picture(visit(), shots / "picture.png")
+        assert Image.open(shots / "picture.png").text["target"] == TARGET.name
+        return
+    with serve(tmp_path / "log.txt", threads=None) as server:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(server.url)
+        page.wait_for_function("document.querySelector('#prompt textarea')?.value.length > 0")
+        take_picture(page, PICTURE)
+
+
+def test_the_readmes_picture_shows_todays_page_and_the_demos_target():
+    kept, anew = Image.open(PICTURE).text, "take it anew: PPOW_PICTURE=1 pytest -k picture tests/space"
+    assert kept.get("look") == look(), f"docs/space.png shows another page; {anew}"
+    target = kept.get("target", "none")
+    wanted = smollm2.TARGET.rpartition("/")[2]
+    assert wanted in target, f"docs/space.png shows the target {target}, not {wanted}; {anew}"

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from ppow.training.config import DoctorConfig
 from ppow.training.symptoms import better, length, misnamed
 from ppow.training.target import FrozenTarget
 from ppow.training.unrolled import Unrolled
+from small_pair import PAIR
 
 pytest_plugins = ["hub.fixtures"]
 
-PAIR = Path(__file__).parents[2] / "bundled"  # a target and its drafter, trained
 QUESTIONS = [
     "Tom has 12 apples. He buys 8 more apples and gives 5 apples to his sister. How many apples does Tom have left?",
     "A baker sells 24 cakes in the morning and 18 cakes in the afternoon. Each cake costs $3. How much does he make?",
@@ -132,19 +131,19 @@ def test_nothing_is_wrong_with_a_healthy_pair(examine, drafter, target, tokenize
         gained, verifications = gained + sum(out.acceptance.gained[0]), verifications + out.acceptance.verifications
     assert decoded["generate"]["length"] == pytest.approx(gained / verifications) and gained / verifications > 2.5
     ways = report["figures"]["ways"]
-    assert {"taps one layer earlier", "taps one layer later", "bfloat16", "without the chat template"} < set(ways)
+    assert {"taps one layer earlier", "norm_output True", "bfloat16", "without the chat template"} < set(ways)
     assert max(ways[name]["length"] for name in ways if name.startswith(("taps", "norm"))) < ways["as given"]["length"]
-    assert report["figures"]["far"]["limit"] == 256  # max_length in its provenance.json
+    assert report["figures"]["far"]["limit"] == 128  # max_length in its provenance.json
 
 
 # -- damaged ones ------------------------------------------------------------------------------------------------------
 
 
 def test_taps_of_another_layer(examine, drafter):
-    drafter.config.target_taps = [tap + 1 for tap in drafter.config.target_taps]
+    drafter.config.target_taps = [tap - 1 for tap in drafter.config.target_taps]
     report = examine(drafter, limit=6, max_new_tokens=64, window_size=10)
-    assert first_fault(report) == "taps one layer earlier"
-    assert mended(report).config.target_taps == [3, 9, 14]
+    assert first_fault(report) == "taps one layer later"
+    assert mended(report).config.target_taps == PPOWConfig.from_pretrained(PAIR / "drafter").target_taps
 
 
 def test_a_switch_the_other_way(examine, drafter):
@@ -173,7 +172,7 @@ def test_absolute_ids_need_no_forward_pass(examine, drafter):
 
 def test_the_draft_vocabulary_of_another_run(examine, drafter):
     """Like the right one in everything that can be read off it; half of the answers' tokens are in it."""
-    choose_tokens(drafter, torch.randperm(6144, generator=torch.Generator().manual_seed(0))[:3072].sort().values)
+    choose_tokens(drafter, torch.randperm(4096, generator=torch.Generator().manual_seed(0))[:2048].sort().values)
     report = examine(drafter, limit=6, max_new_tokens=48, window_size=2)
     assert first_fault(report) == "draft vocabulary of another run"
     assert shlex.split(report["next"])[:2] == ["ppow", "import"]
@@ -186,7 +185,7 @@ def choose_tokens(drafter, ids):
 
 def test_a_draft_vocabulary_of_rare_tokens(examine, drafter, target, tokenizer):
     """The 272 tokens with the lowest ids, which are the commonest, are taken out."""
-    small = PPOWDrafter(PPOWConfig.from_dict({**drafter.config.to_dict(), "draft_vocab_size": 2800}))
+    small = PPOWDrafter(PPOWConfig.from_dict({**drafter.config.to_dict(), "draft_vocab_size": 1776}))
     tensors = drafter.state_dict()
     kept = {name: tensor for name, tensor in tensors.items() if name not in ("lm_head.weight", "d2t", "t2d")}
     small.load_state_dict(kept | {"lm_head.weight": tensors["lm_head.weight"][272:]}, strict=False)
@@ -196,7 +195,7 @@ def test_a_draft_vocabulary_of_rare_tokens(examine, drafter, target, tokenizer):
     answers = [greedy(target, chat_ids(tokenizer, question), 24)[1:] for question in QUESTIONS[:4]]
     rare = sum(bool(small.t2d[token]) for answer in answers for token in answer) / sum(map(len, answers))
     assert report["figures"]["draft vocabulary"]["coverage"] == pytest.approx(rare) and rare < 0.4
-    assert "--draft-vocab-size 5600" in report["next"] and "--drafter" not in report["next"]
+    assert "--draft-vocab-size 3552" in report["next"] and "--drafter" not in report["next"]
 
 
 def test_weights_that_bfloat16_does_not_hold(examine, drafter):
@@ -217,13 +216,15 @@ def test_records_that_are_wrong(examine, drafter):
     assert mended({"next": commands["special tokens"]}).config.eos_token_id == 2
 
 
-def test_a_rope_that_long_texts_spoil(examine, drafter):
-    """Dynamic RoPE changes its frequencies behind 128 tokens, which only the long text has."""
-    drafter.config.max_position_embeddings = 128
-    drafter.config.rope_parameters = {"rope_type": "dynamic", "factor": 1000.0, "rope_theta": 10000.0}
+def test_long_texts_that_spoil_what_a_drafter_sees(examine, drafter, monkeypatch):
+    """Behind 64 tokens nothing reaches it; only the long text has so many."""
+    fuse = PPOWDrafter.fuse
+    near = torch.arange(4096)[:, None] < 64
+    monkeypatch.setattr(PPOWDrafter, "fuse", lambda self, taps: fuse(self, taps) * near[: taps.shape[1]])
+    drafter.config.max_position_embeddings = 64
     report = examine(drafter)
     far = report["figures"]["far"]
-    assert far["limit"] == 128 and far["first_draft"] < 0.7 < far["first_draft_alone"]
+    assert far["limit"] == 64 and far["first_draft"] < 0.5 < far["first_draft_alone"]
     assert first_fault(report) == "long texts" and "--max-length" in report["next"]
 
 
@@ -238,7 +239,7 @@ def test_a_drafter_that_has_unlearned_the_chat_template(examine, drafter, target
     frozen = FrozenTarget(target, drafter.config.target_taps)
     batches = [(sign, len(ids), torch.tensor([ids + answer])) for sign, ids, answer in texts if len(answer) > 1]
     read = [frozen.read(batch).taps for _, _, batch in batches]
-    columns = torch.full((6144,), -1).index_copy_(0, drafter.draft_columns(), torch.arange(3072))
+    columns = torch.full((4096,), -1).index_copy_(0, drafter.draft_columns(), torch.arange(2048))
     optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-3)
     for _ in range(10):
         loss = 0.0
@@ -277,7 +278,7 @@ def test_a_target_of_the_same_shapes(examine, target, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.5 * parameter.std() * torch.randn_like(parameter)
+            parameter += 0.8 * parameter.std() * torch.randn_like(parameter)
     other.save_pretrained("other")
     AutoTokenizer.from_pretrained(PAIR / "target").save_pretrained("other")
     report = examine(PAIR / "drafter", "other", limit=3, window_size=2)
@@ -293,7 +294,7 @@ def test_a_target_of_other_shapes_is_told_before_anything_is_loaded(examine, sav
     monkeypatch.setattr(doctor, "load_model", None)
     report = examine(PAIR / "drafter", "tiny")
     assert first_fault(report) == "another target" and report["figures"] == {}
-    assert "hidden size 256 in the drafter, 32 in the target" in report["records"]["shapes"]
+    assert "hidden size 160 in the drafter, 32 in the target" in report["records"]["shapes"]
     assert report["next"] == "ppow train --target tiny --output-dir run"
 
 
@@ -303,7 +304,7 @@ def test_a_target_of_other_shapes_is_told_before_anything_is_loaded(examine, sav
 def test_a_gguf_target_and_a_drafter_that_knows_nothing(examine, save_target, tiny_config, tiny_tokenizer, tmp_path):
     write_gguf(tmp_path / "target.gguf", save_target(tmp_path / "target"), tiny_tokenizer)
     (tmp_path / "damaged").mkdir()
-    shutil.copy(PAIR / "drafter" / "metrics.json", "damaged")  # which names a target of safetensors
+    (tmp_path / "damaged" / "metrics.json").write_text(json.dumps({"weights": {"target": "0" * 64}}))  # safetensors
     report = examine(PPOWDrafter(PPOWConfig.from_target(tiny_config)), "target.gguf")
     assert report["records"]["the target's weights"].startswith("not comparable")
     assert first_fault(report) == "low acceptance" and report["figures"]["first_draft"] < 0.1

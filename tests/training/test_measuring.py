@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
-from ppow.training import demo, evaluate, figures
+from ppow.training import demo, evaluate, figures, smollm2
 from ppow.training.config import DemoConfig, EvaluateConfig
 from ppow.training.samples import Sample, SampleLog
 from ppow.transcript_ppow import Acceptance
@@ -162,9 +162,34 @@ def test_demo_streams_and_checks(pair, tmp_path, capsys, monkeypatch):
     assert len(answers) == 1 and answers[0]["identical"] and answers[0]["speedup"] > 0
     shown = capsys.readouterr().out
     assert "> Add one and two." in shown and "identical: yes" in shown and "median speedup" in shown
-    monkeypatch.setattr(demo, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match="holds no model"):
+    monkeypatch.setattr(smollm2, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="holds no drafter"):
         demo.main(DemoConfig())
+    monkeypatch.setattr(smollm2, "PROMPTS", tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="name --prompts"):
+        demo.main(DemoConfig(**names))
+
+
+def test_demo_takes_turns_and_tells_the_range_of_its_repetitions(pair, tmp_path, capsys, monkeypatch):
+    """By hand: 8 tokens in 8, 8 and 4 s plain, in 4, 2 and 4 s with the drafter: ratios 2, 4 and 1, medians 1 and 2."""
+    from ppow.training import evaluate as measuring
+
+    original, order, given = measuring.timed, [], {"plain": [0.1, 8, 8, 4], "ours": [4, 2, 4]}
+
+    def timed(target, seed, ids, **arguments):
+        out, _ = original(target, seed, ids, **arguments)
+        order.append("ours" if "assistant_model" in arguments else "plain")
+        return out, given[order[-1]].pop(0)
+
+    monkeypatch.setattr(measuring, "timed", timed)
+    names = {"target": str(pair / "target"), "drafter": str(pair / "drafter"), "prompts": str(pair / "questions.jsonl")}
+    demo.main(DemoConfig(**names, max_new_tokens=8, limit=1, output=str(tmp_path / "out.json")))
+    warm, *turns = order
+    assert warm == "plain" and turns == ["plain", "ours", "ours", "plain", "plain", "ours"]
+    (answer,) = json.loads((tmp_path / "out.json").read_text())["answers"]
+    assert (answer["plain_tokens_per_second"], answer["tokens_per_second"], answer["speedup"]) == (1, 2, 2)
+    assert answer["speedup_range"] == [1, 4]
+    assert "speedup 2.00x (1.00 to 4.00): plain 1 tokens/s, with drafter 2;" in capsys.readouterr().out
 
 
 def test_demo_fails_when_an_answer_differs(pair, monkeypatch, capsys):

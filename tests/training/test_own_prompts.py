@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from ppow.training import cli, own_prompts
 from ppow.training.data import load_rows
 from ppow.training.own_prompts import judged, opening, plain
-
-TARGET = Path(__file__).parents[2] / "bundled" / "target"
+from small_pair import TARGET
 
 
 def command(output, *more):

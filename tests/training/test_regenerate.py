@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from chat_helpers import masked_runs
-from ppow.training import cli, regenerate, writers
+from ppow.training import cli, regenerate, slots, writers
 from ppow.training.config import RegenerateConfig
 from ppow.training.data import encode, load_rows
 
@@ -91,13 +91,13 @@ BY = {"model": "m", "temperature": 0.0, "max_new_tokens": 512}
 OURS = json.dumps({"row": 0, "messages": ANSWERED, "complete": True, "by": BY}) + "\n"
 
 
-def test_a_kill_changes_no_answer(pair, tmp_path):
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_a_kill_changes_no_answer(pair, tmp_path, share):
     """What is sampled follows from the row and the seed, not from the rows beside it."""
     data, whole = tmp_path / "chats.jsonl", tmp_path / "whole.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Add {i} and {'two ' * i}."}) + "\n" for i in range(10)))
-    config = RegenerateConfig(
-        target=str(pair / "target"), data=str(data), output=str(whole), max_new_tokens=8, temperature=1.0, batch_size=4
-    )
+    given = {"target": str(pair / "target"), "data": str(data), "output": str(whole), "max_new_tokens": 8}
+    config = RegenerateConfig(**given, temperature=1.0, greedy_share=share, batch_size=4)
     regenerate.main(config)
     lines = whole.read_bytes().splitlines(keepends=True)
     torn, config = tmp_path / "torn.jsonl", dataclasses.replace(config, resume=True)
@@ -105,6 +105,62 @@ def test_a_kill_changes_no_answer(pair, tmp_path):
         torn.write_bytes(b"".join(lines[i] for i in kept) + lines[8][:30])
         regenerate.main(dataclasses.replace(config, output=str(torn)))
         assert torn.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("reason", [None, "asked for"])
+def test_rows_of_a_mix_are_those_of_a_greedy_and_of_a_sampled_run(pair, tmp_path, monkeypatch, reason):
+    """Whatever the order and the rows beside it; in batches what is sampled depends on those."""
+    monkeypatch.setattr(slots, "obstacle", lambda target: reason)
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"turns": [f"Add {i} and {'two ' * i}.", "Why?"]}) + "\n" for i in range(12)))
+    made = {}
+    for name, size, options in (
+        ("greedy", 3, {}),
+        ("sampled", 4, {"temperature": 0.7}),
+        ("mixed", 5, {"temperature": 0.7, "greedy_share": 0.5}),
+    ):
+        config = local(pair, data, tmp_path / f"{name}.jsonl", batch_size=size, seed=3, **options)
+        regenerate.main(config)
+        made[name] = read(tmp_path / f"{name}.jsonl")
+    ways = ["greedy" if config.temperature_of(row) == 0 else "sampled" for row in range(12)]
+    assert 3 < ways.count("greedy") < 9 and all(one != other for one, other in zip(made["greedy"], made["sampled"]))
+    for row, (way, written) in enumerate(zip(ways, made["mixed"])):
+        assert written["by"] == made[way][row]["by"]
+        if way == "greedy" or reason is None:
+            assert written == made[way][row]
+    with pytest.raises(ValueError, match="mixed.jsonl:.* was written by .*, not by .*give another --output"):
+        regenerate.main(dataclasses.replace(config, greedy_share=0.9, resume=True))
+
+
+def test_the_greedy_share_follows_from_seed_and_row():
+    def greedy(share, seed=0, temperature=0.8):
+        given = {"target": "t", "data": "d", "output": "o", "temperature": temperature}
+        config = RegenerateConfig(**given, greedy_share=share, seed=seed)
+        found = {row for row in range(10_000) if config.temperature_of(row) == 0}
+        assert all(config.temperature_of(row) == temperature for row in range(10_000) if row not in found)
+        return found
+
+    assert greedy(None) == greedy(0.0) == set()
+    assert len(greedy(1.0)) == len(greedy(1.0, temperature=0.0)) == len(greedy(None, temperature=0.0)) == 10_000
+    for share in (0.1, 0.5, 0.75):
+        assert abs(len(greedy(share)) - 10_000 * share) < 4 * (10_000 * share * (1 - share)) ** 0.5
+    assert greedy(0.5) == greedy(0.5) and greedy(0.1) < greedy(0.5), "a larger share keeps those of a smaller one"
+    assert abs(len(greedy(0.5) & greedy(0.5, seed=1)) - 2_500) < 4 * (10_000 * 3 / 16) ** 0.5
+    with pytest.raises(ValueError, match="greedy_share=0.5 leaves .* temperature=0 is greedy: give a --temperature ab"):
+        greedy(0.5, temperature=0.0)
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"greedy_share must be .*got {share}"):
+            greedy(share)
+
+
+def test_an_endpoint_is_told_each_rows_temperature(server, chats, tmp_path):
+    config = dataclasses.replace(endpoint(server[0], chats, tmp_path / "out.jsonl"), temperature=0.7, greedy_share=0.5)
+    seeds = (dataclasses.replace(config, seed=seed) for seed in range(99))
+    config = next(config for config in seeds if [config.temperature_of(row) for row in (0, 1)] == [0.7, 0.0])
+    regenerate.main(config)
+    asked = {body["messages"][-1]["content"]: body["temperature"] for _, body, _ in server[1].seen}
+    assert asked == {"Add one.": 0.7, "What is a fox?": 0.0, "And a dog?": 0.0}
+    assert [row["by"]["temperature"] for row in read(tmp_path / "out.jsonl")] == [0.7, 0.0]
 
 
 @pytest.mark.parametrize(

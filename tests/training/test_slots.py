@@ -62,7 +62,7 @@ def test_greedy_answers_are_those_of_generate(request, name, rows):
     rooms = [40, 1, 33, CHECK, CHECK + 1, 40, 40, 2]
     requests = [Request(key, ids, room, 0) for key, (ids, room) in enumerate(zip(PROMPTS, rooms))]
     done = answer(Slots(target, rows, 64, 0.0, ends), requests)
-    assert done == {key: alone(target, ids, room, ends) for key, ids, room, _ in requests}
+    assert done == {key: alone(target, ids, room, ends) for key, ids, room, *_ in requests}
     assert len({len(ids) for ids in done.values()}) > 3
 
 
@@ -73,6 +73,18 @@ def test_drawn_answers_follow_from_their_seed_alone(llama):
     assert one == other
     again = answer(Slots(llama, 2, 40, 1.0, {0}), [request._replace(seed=request.seed + 1) for request in requests])
     assert sum(again[key] != one[key] for key in one) >= len(one) - 1
+
+
+def test_greedy_and_drawn_rows_side_by_side(llama):
+    """Each is what it is among its like."""
+    requests = [Request(key, ids, 20, 100 + key) for key, ids in enumerate(PROMPTS)]
+    drawn = answer(Slots(llama, 2, 40, 1.0, {0}), requests)
+    greedy = {key: alone(llama, ids, 20, {0}) for key, ids in enumerate(PROMPTS)}
+    assert all(drawn[key] != greedy[key] for key in drawn)
+    for chosen in ({0, 3, 4}, {1, 2, 3, 7}):
+        mixed = [request._replace(greedy=request.key in chosen) for request in requests]
+        done = answer(Slots(llama, 3, 40, 1.0, {0}), mixed)
+        assert done == {key: (greedy if key in chosen else drawn)[key] for key in drawn}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -132,11 +144,8 @@ def test_longer_prompts_are_given_longer_rows(tmp_path, save_target, monkeypatch
     for reason in (None, "asked for"):
         writer = writers.LocalWriter(RegenerateConfig(**given))
         writer.obstacle = reason
-        found, waiting = {}, list(enumerate(prompts))[::-1]
-        while len(found) < len(prompts):
-            while waiting and len(writer.waiting) + len(writer.answering) < writer.size:
-                writer.ask(*waiting.pop(), seed=0)
-            found |= writer.collect()
+        waiting = collections.deque((number, prompt, 0) for number, prompt in enumerate(prompts))
+        found = dict(writers.answers(writer, waiting))
         texts.append([found[number].message["content"] for number in range(len(prompts))])
     assert texts[0] == texts[1]
     capacities = [slots.capacity for slots in laid]

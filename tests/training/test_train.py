@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+import small_pair
 from gguf_target import write_gguf
 from ppow import PPOWDrafter
 from ppow.training import cli, outlook, plan, push, recipes, supervised, train
@@ -130,14 +131,16 @@ def test_without_data_the_target_writes_prompts_and_some_are_held_out(tmp_path, 
     monkeypatch.setattr(recipes, "_PROMPT", 40)
     monkeypatch.setattr(Road, "_supervised", lambda self: signal.raise_signal(signal.SIGTERM))
     batch = {"batch_size": 4, "accumulation": 1}
-    settings = {"prompts": 12, "regenerate": {"max_new_tokens": 8}, "supervised": batch, "reinforce": batch}
+    settings = {"prompts": 12, "supervised": batch, "reinforce": batch}
+    settings["regenerate"] = {"max_new_tokens": 8, "temperature": 1.0, "greedy_share": 0.5}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     out = tmp_path / "run"
-    given = [f"--target={ROOT / 'bundled' / 'target'}", f"--config={tmp_path / 'settings.json'}", f"--output-dir={out}"]
+    given = [f"--target={small_pair.TARGET}", f"--config={tmp_path / 'settings.json'}", f"--output-dir={out}"]
     assert cli.main(["train", *given, *more]) == 143, capsys.readouterr().err
     written, aside, answers = (rows_of(out / f"{name}.jsonl") for name in ("prompts", "heldout", "answers"))
     assert len(written) == count + 1 and aside == written[count:]
     assert [row["messages"][0] for row in answers] == [row["messages"][0] for row in written[:count]]
+    assert {row["by"]["temperature"] for row in answers} == {0.0, 1.0}
     assert sorted(path.name for path in out.iterdir() if path.suffix != ".jsonl") == ["train.json"]
     told = capsys.readouterr().out
     assert ("8 prompts, at " in told and "fewer are worth nothing" in told) == (count == 8)
@@ -277,7 +280,7 @@ def test_the_time_of_a_killed_start_counts(home, whole, tmp_path):
         ("--seed=1", "seed was 0, is 1"),
         ("--prompts=5", "prompts was None, is 5"),
         ("--budget=1h", "budget was None, is '1h'"),
-        ("--target=bundled/target", "is 'bundled/target'"),
+        ("--target=tests/pair/target", "is 'tests/pair/target'"),
         ('--supervised={"steps": 7}', "supervised.steps was 6, is 7"),
     ],
 )
@@ -334,6 +337,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(home, tmp_pa
         (['--reinforce={"window_size": 0}'], "reinforce: window_size must be an integer >= 1, got 0"),
         (['--evaluate={"prompts": ["gsm8k"]}'], "evaluate: `ppow train` sets prompts itself"),
         (['--regenerate={"seed": 1}'], "regenerate: `ppow train` sets seed itself"),
+        (['--regenerate={"greedy_share": 0.5}'], "regenerate: greedy_share=0.5 leaves chats to be sampled"),
         (['--regenerate={"endpoint": "http://x/v1"}'], "regenerate: With --endpoint, name the model"),
         (["--supervised=3"], "supervised must be an object of JSON, got 3"),
         (["--supervised={"], "--supervised must be an object of JSON, got '{'"),

@@ -1,19 +1,14 @@
-"""The bundled pair: loads, is lossless, sells what its cards say."""
+"""The tests' own trained pair: it loads, it drafts, it is lossless."""
 
 import itertools
-import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ppow import PPOWDrafter
-from ppow.model_cards import render
-from ppow.training.card import card
+from small_pair import DRAFTER, TARGET
 
-BUNDLED = Path(__file__).resolve().parents[2] / "bundled"
 QUESTIONS = [
     "Tom has 12 apples. He buys 8 more apples. How many apples does he have?",
     "I want to book a table at a restaurant.",
@@ -25,9 +20,9 @@ DRAFTING += [{"tree_depth": 5, "tree_top_k": 4, "tree_nodes": 20}]
 
 @pytest.fixture(scope="module")
 def pair():
-    target = AutoModelForCausalLM.from_pretrained(BUNDLED / "target", dtype=torch.float32)
-    drafter = PPOWDrafter.from_pretrained(BUNDLED / "drafter", dtype=torch.float32)
-    return AutoTokenizer.from_pretrained(BUNDLED / "target", padding_side="left"), target, drafter
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    drafter = PPOWDrafter.from_pretrained(DRAFTER, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(TARGET, padding_side="left"), target, drafter
 
 
 def encode(tokenizer, questions):
@@ -97,45 +92,6 @@ def three_token_distribution(target, prompt, temperature, top_k):
                 grown[(*answer, token)] = probability * share
         exact = grown
     return exact
-
-
-def test_the_pair_is_small_and_safe():
-    files = [file for file in BUNDLED.rglob("*") if file.is_file()]
-    weights = [file for file in files if file.suffix == ".safetensors"]
-    assert sum(file.stat().st_size for file in weights) < 48e6
-    assert max(file.stat().st_size for file in files) < 16e6
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".jinja", ".md", ".png"}
-
-
-def test_every_figure_on_a_card_comes_from_the_record():
-    """The committed cards are what their templates say of the recorded files; and a missing fact is an error."""
-    for name in ("stage1", "drafter"):
-        assert (BUNDLED / name / "README.md").read_text() == card(BUNDLED / name, f"bundled/{name}", None, "other")
-    facts = {name: json.loads((BUNDLED / "target" / f"{name}.json").read_text()) for name in ("training", "provenance")}
-    assert (BUNDLED / "target/README.md").read_text() == render("target", facts)
-    with pytest.raises(ValueError, match="did not record"):
-        render("target", {"training": facts["training"]})
-
-
-def test_the_card_measures_the_drafting_that_ships():
-    metrics = json.loads((BUNDLED / "drafter" / "metrics.json").read_text())
-    for name, measured in (("drafter", "drafting"), ("stage1", "baseline_drafting")):
-        shipped = GenerationConfig.from_pretrained(BUNDLED / name).to_diff_dict()
-        for option in ("window_size", "draft_threshold"):
-            assert metrics[measured][option] == shipped[option]
-
-
-def test_unknown_card():
-    with pytest.raises(ValueError, match="there are drafter, target"):
-        render("space", {})
-
-
-def test_the_readmes_python_example_runs(monkeypatch, capsys):
-    root = BUNDLED.parent
-    code = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S).group(1)
-    monkeypatch.chdir(root)
-    exec(compile(code, "README.md", "exec"), {})
-    assert "restaurant" in capsys.readouterr().out
 
 
 def test_enumeration_is_a_distribution(pair):
