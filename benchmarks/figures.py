@@ -174,10 +174,6 @@ def cycle(name: str, stage: str) -> float:
     return system(name, "PPOW compiled, chain")["cycle_ms"][stage]
 
 
-def demo(figure: str) -> float:
-    return summary("demo-cpu")["speedup"][figure]
-
-
 def estimator(verification: str, name: str) -> dict:
     return summary(f"gradients-{verification}")["estimators"][name]
 

@@ -101,7 +101,7 @@ def main(argv=None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms: see README.md
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms
     texts = acceptance.kept_texts(arguments, lambda: answers(arguments, device))
     report = opened(arguments, argv, texts)
     if arguments.gpus > 1:
