@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .attention_ppow import pack_window
@@ -89,34 +89,45 @@ def check_kind(target: PreTrainedModel) -> None:
         )
 
 
+def misfits(target: PreTrainedConfig, drafter: PreTrainedConfig) -> list[str]:
+    """What a drafter's configuration says of its target and this one's does not; empty where the two fit together."""
+    config = target.get_text_config(decoder=True)
+    return [
+        f"{name} {ours} in the drafter, {theirs} in the target"
+        for name, ours, theirs in (
+            ("hidden size", drafter.target_hidden_size, config.hidden_size),
+            ("vocabulary", drafter.vocab_size, config.vocab_size),
+            ("layer count", drafter.target_num_layers, config.num_hidden_layers),
+            ("model type", drafter.target_model_type or config.model_type, config.model_type),
+        )
+        if ours != theirs
+    ]
+
+
+def names_another(target: PreTrainedConfig, drafter: PreTrainedConfig) -> bool:
+    """Whether a drafter records the Hub id of another target than this one's."""
+    recorded, given = drafter.target_name_or_path, target._name_or_path
+    both_hub_ids = recorded and given and "/" in given and not os.path.isdir(given)
+    return bool(both_hub_ids) and recorded.lower() != given.lower()
+
+
 def check_pair(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     """Raise a ValueError unless ``drafter`` was made for a target like this one and its cache can be rolled back.
 
     This reads configurations only; :mod:`probe_ppow` asks the loaded target itself.
     """
     check_kind(target)
-    config = target.config.get_text_config(decoder=True)
-    wrong = [
-        f"{name} {ours} in the drafter, {theirs} in the target"
-        for name, ours, theirs in (
-            ("hidden size", drafter.config.target_hidden_size, config.hidden_size),
-            ("vocabulary", drafter.config.vocab_size, config.vocab_size),
-            ("layer count", drafter.config.target_num_layers, config.num_hidden_layers),
-            ("model type", drafter.config.target_model_type or config.model_type, config.model_type),
-        )
-        if ours != theirs
-    ]
+    wrong = misfits(target.config, drafter.config)
     if wrong:
         made_for = drafter.config.target_name_or_path or drafter.config.target_model_type or "another target"
         raise ValueError(
             f"This drafter was made for {made_for}, not for {target.config._name_or_path or type(target).__name__}: "
             f"{'; '.join(wrong)}. Load the drafter that belongs to this target, or train one with `ppow supervised`."
         )
-    recorded, given = drafter.config.target_name_or_path, target.config._name_or_path
-    both_hub_ids = recorded and given and "/" in given and not os.path.isdir(given)
-    if both_hub_ids and recorded.lower() != given.lower():  # same shapes, but another model's features
+    if names_another(target.config, drafter.config):  # same shapes, but another model's features
         raise ValueError(
-            f"This drafter was made for {recorded}, the target is {given}. If the two are interchangeable, say so with "
+            f"This drafter was made for {drafter.config.target_name_or_path}, the target is "
+            f"{target.config._name_or_path}. If the two are interchangeable, say so with "
             "drafter.config.target_name_or_path = target.config._name_or_path."
         )
 

@@ -41,7 +41,7 @@ _RELATED = {
     **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "steps"),
     **dict.fromkeys(("model", "model_name_or_path", "base_model", "target_model", "verifier"), "target"),
     **dict.fromkeys(("draft", "draft_model", "assistant_model", "speculative_model"), "drafter"),
-    **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data", "train_data_path"), "data"),
+    **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data", "train_data_path", "prompts"), "data"),
     **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), "dtype"),
     **dict.fromkeys(("resume_from_checkpoint", "continue"), "resume"),
     **dict.fromkeys(("k", "gamma", "num_speculative_tokens", "num_assistant_tokens"), "window_size"),

@@ -36,10 +36,7 @@ def card(folder: Path, repo: str, revision: str | None, license: str | None) -> 
         json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
         for name in ("config.json", "generation_config.json", METRICS, provenance.FILE)
     )
-    stages: list[dict] = []  # that led to the drafter, oldest first
-    while record:
-        stages.insert(0, record)
-        record = record.get("started_from")
+    stages = provenance.stages(record)
     if metrics:
         check_figures(metrics, folder, config.get("target_name_or_path"), stages)
     facts = {

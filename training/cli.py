@@ -31,6 +31,7 @@ COMMANDS = {
     "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
     "reinforce": Command(".reinforce", "ReinforceConfig", "stage 2: PPOW reinforcement learning"),
     "evaluate": Command(".evaluate", "EvaluateConfig", "measure acceptance length and speedup"),
+    "doctor": Command(".doctor", "DoctorConfig", "find why a drafter accepts less than it should"),
     "push": Command(".push", "PushConfig", "make a drafter a repository of the Hub"),
     "import": Command(".convert", "ImportConfig", "make another trainer's EAGLE-3 drafter usable"),
     "export": Command(".convert", "ExportConfig", "write a drafter for vLLM, SGLang, ..."),

@@ -415,6 +415,22 @@ class EvaluateConfig(DraftingConfig):
             raise ValueError(f"prompts={self.prompts} and temperatures={self.temperatures} must not be empty.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Config):
+    """Find why a drafter accepts less than it should: what is wrong with a pair, and the command to run next."""
+
+    target: str = option("target model: Hub id, folder or GGUF file")
+    drafter: str = option("drafter: Hub id or folder; of another trainer, too")
+    data: list[str] = option("prompts: benchmarks by name or files of rows (docs/data.md); none: the demo's", [])
+    prompts_dir: str | None = option("folder that holds the named benchmarks; none: the Hub", None)
+    limit: int = option("prompts of each of them", 12, at_least=2)
+    max_new_tokens: int = option("tokens per answer", 64, at_least=2)
+    window_size: int | None = option("chain of this many drafted tokens; none: the drafter's own", None, at_least=1)
+    dtype: Literal["float32", "bfloat16"] = option("of target and drafter; the other one is tried, too", "float32")
+    output: str | None = option("write all figures to this .json file", None)
+    threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
+
+
 def _both_or_neither(target: str | None, drafter: str | None) -> None:
     if (target is None) != (drafter is None):
         raise ValueError(

@@ -68,6 +68,15 @@ def read(path: Path) -> dict:
     return content
 
 
+def stages(record: dict) -> list[dict]:
+    """The stages that led to a drafter, oldest first, of the last one's record; empty: none was recorded."""
+    found: list[dict] = []
+    while record:
+        found.insert(0, record)
+        record = record.get("started_from", {})
+    return found
+
+
 def record(config: Config) -> dict:
     """The facts of this process as a JSON-ready dict."""
     options, words = config.to_dict(), config.program().split()

@@ -1,0 +1,342 @@
+"""What ``ppow doctor`` measures of a pair, along answers that the target wrote greedily with this drafter.
+
+Two ways to put a pair together are compared by what a window gains, in tokens with the bonus, if one begins at every
+token of the answers and each draft stands with the chance that sampling's rule gives it, min(1, Q / P). That is
+smoother than greedy's yes or no, one window behind the other (:func:`decoding`), so that few prompts tell more. The
+thresholds are ours.
+"""
+
+import collections
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppow import PPOWDrafter
+from ppow.transcript_ppow import Acceptance
+
+from .acceptance import acceptance_along, first_drafts, reach, walk
+from .config import DoctorConfig
+from .evaluate import generation_configs
+from .figures import ends_in_a_loop
+from .loading import positions
+from .preparation import pad_token
+from .remedies import IN_ORDER, Finding, beside, command, imported_again, mended, trained
+from .target import FrozenTarget
+
+BETTER, SURE = 0.02, 1.645  # share of a window's length, and standard errors over the prompts (95%, one side)
+TEMPLATE = 1.3  # length without the chat template over that with it, from which on a drafter is made for the former
+PARTED = 0.1  # share of what windows gain along the text that generate() may lack: near ties in bfloat16
+MISSING = 0.05  # share of the target's tokens that may be missing from the draft vocabulary
+ENTRIES = 10  # entries of the draft vocabulary that must be drafted often before it is called another run's
+FAR = 0.8  # share of the first drafts that must still stand far from a text's beginning
+FARTHEST, FEWEST = 4096, 32  # tokens of a long text, and of those in it that must lie far enough
+OPENING = 8  # tokens of an answer behind a question without template: alone, chat models often end it at once
+BATCH = 4  # texts of one pass
+Prompts = list[tuple[list[int], str | None]]  # ids, and what was put through the chat template; None: nothing was
+Drafts = tuple[torch.Tensor, torch.Tensor]  # of first_drafts
+
+
+class Text(NamedTuple):
+    """A prompt of ``prompt`` tokens and the target's greedy answer, ``ids`` together, and its windows."""
+
+    ids: list[int]
+    prompt: int
+    question: str | None  # as in Prompts
+    windows: Acceptance
+    whole: bool  # whether windows kept their size where less room was left
+
+    @property
+    def answer(self) -> list[int]:
+        """What there is to draft: the answer but for its first token, which the prompt's forward pass yields."""
+        return self.ids[self.prompt + 1 :]
+
+
+@dataclass
+class Case:
+    """A loaded pair; ``size`` tokens are drafted in each window, and ``bar`` moves with every step."""
+
+    config: DoctorConfig
+    target: FrozenTarget
+    tokenizer: PreTrainedTokenizerBase
+    drafter: PPOWDrafter
+    size: int
+    bar: tqdm
+
+    def answers(self, prompts: Prompts, title: str) -> list[Text]:
+        """Decode behind prompts; without those that leave no room, and answers of one token."""
+        model, found = self.target.model, []
+        drafting = {"window_size": self.size, "draft_threshold": 0.0}
+        _, options = generation_configs(model, 0.0, self.config.max_new_tokens, drafting)
+        room = (positions(model.config) or FARTHEST) - self.config.max_new_tokens
+        self.bar.set_description(title)
+        for prompt, question in prompts:
+            if 0 < len(prompt) <= room:
+                ids = torch.tensor([prompt], device=model.device)
+                given = {"attention_mask": torch.ones_like(ids), "generation_config": options}
+                out = model.generate(ids, **given, assistant_model=self.drafter)
+                whole = bool(out.drafting.cuda_graphs)
+                found.append(Text(out.sequences[0].tolist(), len(prompt), question, out.acceptance, whole))
+            self.bar.update()
+        return [text for text in found if text.answer]
+
+    def along(self, texts: list[Text], drafter: PPOWDrafter, title: str, temperature: float = 1) -> list[torch.Tensor]:
+        """Chances that drafts stand: of each text (tokens of its answer, K), rows of :func:`acceptance_along`."""
+        self.bar.set_description(title)
+        self.target.taps, pad, found = drafter.config.target_taps, pad_token(self.tokenizer), []
+        for start in range(0, len(texts), BATCH):
+            part = texts[start : start + BATCH]
+            ids, prompt = [text.ids for text in part], [text.prompt for text in part]
+            rows = acceptance_along(self.target, drafter, ids, prompt, self.size, temperature, pad)
+            found += [stands[: len(text.answer)] for stands, text in zip(rows, part)]
+        self.bar.update()
+        return found
+
+    def first(self, ids: list[int]) -> Drafts:
+        """:func:`first_drafts` of a text."""
+        self.target.taps = self.drafter.config.target_taps
+        return first_drafts(self.target, self.drafter, ids)
+
+
+def measure(case: Case, prompts: Prompts, trained_length: int) -> tuple[dict, list[Finding]]:
+    """All figures of a pair, and what is wrong by them.
+
+    Args:
+        trained_length: tokens of the longest texts that the drafter knows.
+
+    Raises:
+        ValueError: fewer than two prompts with something to draft, and what ``generate`` refuses.
+    """
+    texts = case.answers(prompts, "answers")
+    if len(texts) < 2:
+        raise ValueError(
+            f"{len(texts)} of {len(prompts)} prompts fit into the target's positions and are answered in two tokens or "
+            "more, and two such prompts are needed. Bring others with --data."
+        )
+    stands, given = case.along(texts, case.drafter, "greedy", 0), case.along(texts, case.drafter, "as given")
+    figures: dict[str, Any] = {"prompts": len(texts), "window_size": case.size}
+    figures |= {"first_draft": float(torch.cat(stands)[:, 0].mean()), "ways": {"as given": _figures(given)}}
+    findings = other_ways(case, texts, given, figures)
+    first = [case.first(text.ids) for text in texts]
+    for found in (
+        draft_vocabulary(case, texts, stands, first, figures),
+        decoding(case, texts, stands, figures),
+        far_from_the_beginning(case, texts, trained_length, first, figures),
+        chat_template(case, texts, given, figures),
+        other_dtype(case, texts, given, figures),  # last: the pair stays in it
+    ):
+        findings += found
+    return figures, findings
+
+
+def length(chances: list[torch.Tensor]) -> float:
+    """Tokens that a window gains if one begins at every token; ``chances`` of each text (tokens, K)."""
+    return float(reach(torch.cat(chances)).mean())
+
+
+def better(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether windows gain more in one way, by a share of ``BETTER`` and by ``SURE`` standard errors over the texts."""
+    if len(one) < 2:
+        return False
+    more = torch.stack([(reach(ours) - reach(theirs)).sum() for ours, theirs in zip(one, other)])
+    sure = more.mean() > SURE * more.std() / len(more) ** 0.5
+    return bool(sure) and length(one) >= (1 + BETTER) * length(other)
+
+
+def _figures(chances: list[torch.Tensor]) -> dict:
+    return {"length": length(chances), "first_draft": float(torch.cat(chances)[:, 0].mean())}
+
+
+def ways(drafter: PPOWDrafter, layers: int) -> Iterator[tuple[str, str, str]]:
+    """Other ways to put a pair together: the name of each, what it would mean, and the statement that leads there."""
+    config = drafter.config
+    for step, side in ((-1, "earlier"), (1, "later")):
+        taps = [tap + step for tap in config.target_taps]
+        if 0 <= taps[0] and taps[-1] < layers:
+            means = "Some count the states that enter a block, some what leaves it"
+            yield f"taps one layer {side}", means, f"drafter.config.target_taps = {taps}"
+    for field in ("norm_output", "norm_before_residual"):
+        value = not getattr(config, field)
+        yield f"{field} {value}", "It was trained with this switch", f"drafter.config.{field} = {value}"
+    if drafter.pruned and not torch.equal(drafter.draft_columns(), drafter.t2d.nonzero()[:, 0]):
+        yield "draft vocabulary in order", "d2t is not the ascending list of the tokens in t2d", IN_ORDER
+
+
+def other_ways(case: Case, texts: list[Text], given: list[torch.Tensor], figures: dict) -> list[Finding]:
+    """The way in which windows reach furthest, if it is better than what is given: such ways exclude each other."""
+    found, layers = [], case.target.model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, means, statement in ways(case.drafter, layers):
+        other = copy.deepcopy(case.drafter)
+        exec(statement, {"drafter": other})  # what is tried is what a user is told to run
+        for layer in other.layers:
+            layer.norm_before_residual = other.config.norm_before_residual
+        chances = case.along(texts, other, name)
+        figures["ways"][name] = _figures(chances)
+        if better(chances, given):
+            words = f"With {name} a window gains {length(chances):.2f} tokens, as given {length(given):.2f}. {means}."
+            found.append(Finding(name, words, mended(case.config, statement), length(chances) - length(given)))
+    return sorted(found, key=lambda finding: -finding.gain)[:1]
+
+
+def draft_vocabulary(
+    case: Case, texts: list[Text], stands: list[torch.Tensor], first: list[Drafts], figures: dict
+) -> Iterator[Finding]:
+    """How many of the target's own tokens can be drafted, the ceiling that follows, and whether tokens are misnamed.
+
+    Lengths are greedy here: a draft of a missing token never stands.
+    """
+    size, held = case.drafter.config.vocab_size, case.drafter.config.draft_vocab_size
+    known = torch.zeros(size, dtype=torch.bool).index_fill_(0, case.drafter.draft_columns().cpu(), True)
+    inside = [known[text.answer] for text in texts]
+    behind = torch.zeros(case.size, dtype=torch.bool)  # of windows that reach beyond the end
+    can, cannot = (
+        [torch.cat((rows == yes, behind)).unfold(0, case.size, 1)[:-1] for rows in inside] for yes in (True, False)
+    )
+    drafted = [draft for text, (drafts, _) in zip(texts, first) for draft in drafts[text.prompt - 1 :].tolist()]
+    said = [token for text in texts for token in text.answer]
+    wrong, often = misnamed((draft, token) for draft, token in zip(drafted, said) if known[token])
+    figures["draft vocabulary"] = found = {
+        "coverage": float(torch.cat(inside).float().mean()),
+        "ceiling": length(can),
+        "length": length(stands),
+        "length_with_the_missing": length([torch.maximum(rows, gaps.float()) for rows, gaps in zip(stands, cannot)]),
+        "misnamed": wrong,
+        "drafted_often": often,
+    }
+    if 1 - found["coverage"] > MISSING:
+        words = (
+            f"{1 - found['coverage']:.0%} of the target's own tokens are not in the draft vocabulary. A window gains "
+            f"{found['ceiling']:.2f} tokens at most; drafted right, the missing ones would lift it from "
+            f"{found['length']:.2f} to {found['length_with_the_missing']:.2f}."
+        )
+        again = trained(case.config, "--draft-vocab-size", str(min(size, 2 * held)), fresh=True)
+        gain = found["length_with_the_missing"] - found["length"]
+        yield Finding("coverage of the draft vocabulary", words, again, gain)
+    if often >= ENTRIES and wrong > often / 2 and "draft vocabulary in order" not in figures["ways"]:
+        words = (
+            f"{wrong} of the {often} tokens that are drafted more than once mostly meet one other token: d2t and t2d "
+            "are not those that it was trained with."
+        )
+        yield Finding("draft vocabulary of another run", words, imported_again(case.config), first=True)
+
+
+def misnamed(places: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Of the tokens that are drafted at two places (draft, token) or more: how many mostly meet one other, and all."""
+    met: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
+    for draft, token in places:
+        met[draft][token] += 1
+    often = [(draft, tokens.total(), *tokens.most_common(1)[0]) for draft, tokens in met.items() if tokens.total() > 1]
+    return sum(draft != token and 2 * count > total for draft, total, token, count in often), len(often)
+
+
+def decoding(case: Case, texts: list[Text], stands: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
+    """What generate() gained, against the same windows along the text, per draft position, and where the two part."""
+    rows = [[row for text in texts for row in getattr(text.windows, n)] for n in ("drafted", "accepted", "gained")]
+    got, read = Acceptance(*rows), walk(stands, case.size, None if texts[0].whole else case.config.max_new_tokens)
+    parts = []
+    for prompt, (ours, theirs) in enumerate(zip(got.gained, read.gained), 1):
+        if ours != theirs:
+            window = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+            where = {"prompt": prompt, "window": window + 1, "token": sum(ours[:window]) + 2}
+            parts.append(where | {"generate": ours[window], "along_the_text": theirs[window]})
+    figures["decoding"] = {"parts": parts} | {
+        name: {"length": found.acceptance_length, "per_position": found.per_position()}
+        for name, found in (("generate", got), ("along the text", read))
+    }
+    if got.acceptance_length < (1 - PARTED) * read.acceptance_length:
+        draft = min(min(part["generate"], part["along_the_text"]) for part in parts)
+        words = (
+            f"generate() gains {got.acceptance_length:.2f} tokens in a window, the same windows along the text "
+            f"{read.acceptance_length:.2f}. They part from draft {draft} on, first at token {parts[0]['token']} of "
+            f"answer {parts[0]['prompt']}: decoding feeds the drafter something else than training."
+        )
+        check = command(case.config, "evaluate", "--no-cuda-graphs", "--output-dir", beside(case.config, "figures"))
+        yield Finding("decoding", words, check, read.acceptance_length - got.acceptance_length)
+
+
+def far_from_the_beginning(
+    case: Case, texts: list[Text], limit: int, first: list[Drafts], figures: dict
+) -> Iterator[Finding]:
+    """First drafts behind ``limit`` tokens: of answers alone, and at the end of a text that holds all of them.
+
+    A draft stands if the target would choose it there: far from the beginning it may choose otherwise than alone.
+    """
+    end = min(limit + sum(len(text.ids) for text in texts), FARTHEST, positions(case.target.model.config) or FARTHEST)
+    ids: list[int] = []
+    alone, places = [], []
+    while len(ids) < end:
+        for text, drafts in zip(texts, first):
+            there = [t for t in range(text.prompt - 1, len(text.ids) - 2) if limit <= len(ids) + t + 2 < end]
+            alone += torch.eq(*drafts)[there].tolist()
+            places += [len(ids) + t for t in there]
+            ids += text.ids
+    figures["far"] = {"limit": limit, "tokens": end, "places": len(places)}
+    if len(places) < FEWEST:
+        return
+    case.bar.set_description(f"behind {limit} tokens")
+    far, near = float(torch.eq(*case.first(ids[:end]))[places].float().mean()), sum(alone) / len(alone)
+    figures["far"] |= {"first_draft": far, "first_draft_alone": near}
+    if far < FAR * near and near - far > SURE * (0.5 / len(places)) ** 0.5:  # each of the two deviates by 0.5 at most
+        words = (
+            f"{far:.0%} of its first drafts stand behind {limit} tokens; {near:.0%} in the same answers, each alone."
+        )
+        yield Finding("long texts", words, trained(case.config, "--max-length", str(end)), near - far)
+
+
+def chat_template(case: Case, texts: list[Text], given: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
+    """What windows gain in answers to the same questions without the chat template; loops count on neither side."""
+    tokenizer = case.tokenizer
+    bare: Prompts = []
+    for text in texts:
+        if text.question is not None:
+            opening = tokenizer.decode(text.ids[text.prompt :][:OPENING], skip_special_tokens=True)
+            bare.append((tokenizer(f"{text.question}\n{opening}")["input_ids"], None))
+    plain = case.answers(bare, "without template")
+    if not plain:
+        return
+    chances = case.along(plain, case.drafter, "without template")
+    figures["ways"]["without the chat template"] = _figures(chances)
+    sides = [(text, rows) for text, rows in zip(texts, given) if text.question is not None], zip(plain, chances)
+    within, without = ([rows for text, rows in side if not ends_in_a_loop(text.ids)] for side in sides)
+    if min(len(within), len(without)) < 2:
+        return
+    ours, theirs = _figures(within), _figures(without)
+    if theirs["length"] > TEMPLATE * ours["length"] and theirs["first_draft"] > ours["first_draft"]:
+        words = (
+            f"A window gains {theirs['length']:.2f} tokens without the chat template and {ours['length']:.2f} with it, "
+            "as with a drafter that was trained without it."
+        )
+        yield Finding("chat template", words, trained(case.config), theirs["length"] - ours["length"])
+
+
+def other_dtype(case: Case, texts: list[Text], given: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
+    """The same texts in the other of float32 and bfloat16, where the machine has room for it."""
+    name = "bfloat16" if case.config.dtype == "float32" else "float32"
+    models: tuple[PreTrainedModel, ...] = (case.target.model, case.drafter)
+    parameters = [parameter for model in models for parameter in model.parameters()]  # tied ones come once
+    if name == "float32" and 2 * sum(p.numel() for p in parameters) > free_bytes(case.target.model.device):
+        return
+    for parameter in parameters:  # buffers stay: rotary frequencies keep their precision
+        parameter.data = parameter.data.to(getattr(torch, name))
+    chances = case.along(texts, case.drafter, name)
+    figures["ways"][name] = _figures(chances)
+    wide, narrow = (given, chances) if name == "bfloat16" else (chances, given)
+    if better(wide, narrow):
+        words = (
+            f"A window gains {length(narrow):.2f} tokens in bfloat16 and {length(wide):.2f} in float32: serve the pair "
+            "in float32, or train the drafter on in bfloat16."
+        )
+        again = trained(case.config, "--dtype", "bfloat16")
+        yield Finding("bfloat16", words, again, length(wide) - length(narrow))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
