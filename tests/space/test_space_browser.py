@@ -34,6 +34,7 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 pytest_plugins = ["space_helpers"]
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs" / "space.png"
+SPEEDS = (PLAIN, 14.0), ("PPOW", 7.0)  # tokens per second of a race that was slower with the drafter
 
 
 @pytest.fixture(scope="module")
@@ -423,15 +424,28 @@ def look() -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
+def above_the_fold(page) -> None:
+    for part in ("#status .big", "#panes .pane:last-child .answer"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] + box["height"] <= 768, f"{part} is below the fold"
+
+
 def take_picture(page, place: Path) -> None:
     """A race of the first prompt, as it stands when its replay is over, in a window of 1366 by 768."""
     page.set_viewport_size({"width": 1366, "height": 768})
     page.click("#race")
     page.wait_for_selector("#status [data-replay]")
     page.evaluate("() => { ppow.draw?.(Infinity); ppow.halt(); scrollTo(0, 0); }")
-    for part in ("#status .big", "#panes .pane:last-child .answer"):
-        box = page.locator(part).bounding_box()
-        assert box["y"] + box["height"] <= 768, f"{part} is below the fold"
+    swap = """html => {
+        const verdict = document.querySelector('#status .verdict'), before = verdict.outerHTML;
+        verdict.outerHTML = html;
+        return before;
+    }"""
+    plain, slow = (Run(name, [(0.1, [1]), (0.2, [2, 3])], 0.2, [2], [1], [2], rates=[n, n]) for name, n in SPEEDS)
+    shown = page.evaluate(swap, render.verdict([plain, slow], 0.0, True))  # says most: it was slower
+    above_the_fold(page)
+    page.evaluate(swap, shown)
+    above_the_fold(page)
     page.screenshot(path=place)
     target = page.locator(".masthead .hint").inner_text().partition(":")[0]  # as the picture itself names it
     kept = PngImagePlugin.PngInfo()
