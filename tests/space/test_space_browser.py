@@ -427,7 +427,8 @@ def look() -> str:
 def above_the_fold(page) -> None:
     for part in ("#status .big", "#panes .pane:last-child .answer"):
         box = page.locator(part).bounding_box()
-        assert box["y"] + box["height"] <= 768, f"{part} is below the fold"
+        said = page.locator("#status").inner_text()
+        assert box["y"] + box["height"] <= 768, f"{part} is below the fold, behind: {said}"
 
 
 def take_picture(page, place: Path) -> None:
