@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 MOST_ROWS = 16  # of more, the library's order is as fast
 FEWEST_WEIGHTS = 1 << 16  # of smaller matrices a product costs less than to think about it
+FEWEST_IN_ALL = 1 << 25  # of smaller models caches hold the weights, and other things cost more than products
 WORTH = 0.9  # the other order is taken where it needs less than this share of the time
 _REPEATS = 3
 _MEASURED_WEIGHTS = 8  # of a shape: in turns, so that no cache holds them
@@ -44,7 +45,10 @@ def few_rows(*models: nn.Module) -> Iterator[None]:
     Touched are plain ``nn.Linear`` modules with plain float32 or bfloat16 weights; at the end they are as before.
     """
     with _LOCK:
-        layers = {id(layer): layer for model in models for layer in model.modules() if _fits(layer)}.values()
+        found = {id(layer): layer for model in models for layer in model.modules() if _fits(layer)}
+        layers = list(found.values())
+        if sum(layer.weight.numel() for layer in layers) < FEWEST_IN_ALL:
+            layers = []
         alike: dict[tuple, list[torch.Tensor]] = {}
         for layer in layers:
             alike.setdefault((layer.weight.shape, layer.weight.dtype), []).append(layer.weight)

@@ -16,8 +16,9 @@ WIDE = FEWEST_WEIGHTS // 256
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
-    """No product has been measured; -> those that are."""
+    """No product has been measured, and small models count; -> those that are."""
     chosen = {}
+    monkeypatch.setattr(products_ppow, "FEWEST_IN_ALL", 0)
     monkeypatch.setattr(products_ppow, "_CHOSEN", chosen)
     return chosen
 
@@ -115,6 +116,15 @@ def test_only_plain_layers_of_some_size_are_touched(faster, orders):
         assert [dict(vars(layer)) for layer in model] == before
         small(torch.ones(2, 8)), other(torch.ones(2, 256)), double(torch.ones(2, 256).double())
     assert orders == []
+
+
+def test_small_models_are_left_alone(faster, orders, monkeypatch):
+    faster(True)
+    layers = [nn.Linear(256, WIDE) for _ in range(2)]
+    for least, touched in ((2 * 256 * WIDE, True), (2 * 256 * WIDE + 1, False)):
+        monkeypatch.setattr(products_ppow, "FEWEST_IN_ALL", least)
+        with few_rows(*layers):
+            assert ("forward" in vars(layers[0])) is touched
 
 
 def test_with_gradients_or_autocast_a_layer_is_the_librarys(faster, orders):
