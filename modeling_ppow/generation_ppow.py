@@ -87,8 +87,8 @@ def decode(
     most = prompt.end + text.remaining() + 2 * options.slots
     with (
         without_cudnn_attention(),
-        few_rows(target, drafter),
         fast_path(target, drafter, options, prompt, most) as fast,
+        few_rows(*(() if fast else (target, drafter))),
     ):
         pair = Pair(target, drafter, options, prompt, text, verifier, fast)
         text.commit(pair.prefill(config.prefill_chunk_size), drafted=None)

@@ -16,6 +16,7 @@ gone afterwards.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import io
 import json
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from . import evaluate, own_prompts, plan, push, regenerate, reinforce, supervised
 from .config import PushConfig, ReinforceConfig, SupervisedConfig, TrainConfig
@@ -242,6 +243,12 @@ class Road:
         rest = sum(part.share for part in list(PARTS.values())[first:])
         return max(0.0, budget - spent) * sum(PARTS[name].share for name in names) / rest if rest else 0.0
 
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The target's, read once: of a GGUF file that takes seconds."""
+        with named("target", self.config.target):
+            return load_tokenizer(self.config.target)
+
     def _at(self, *path: str) -> str:
         return str(self.folder.joinpath(*path))
 
@@ -374,10 +381,8 @@ class Road:
         """Whether a held-out answer is long enough for a window; else the stages go without them."""
         place = self._at("heldout-answers.jsonl")
         config = self.command("supervised", data=place, output_dir="-", steps=10**9)
-        with named("target", self.config.target):
-            tokenizer = load_tokenizer(self.config.target)
         try:
-            load_examples(config, place, tokenizer, EVAL_WINDOW)
+            load_examples(config, place, self.tokenizer, EVAL_WINDOW)
         except ValueError as error:
             say(f"the stages are not measured along the way: {error}")
             return False
@@ -446,8 +451,7 @@ class Road:
         """Seconds to load the answers beyond those that a timing was limited to, by how long these take."""
         assert config.limit is not None
         rows = self.decided("regenerate")["limit"]
-        with named("target", self.config.target):
-            tokenizer = load_tokenizer(self.config.target)
+        tokenizer = self.tokenizer
         began = time.perf_counter()
         encode(load_rows(config.data, limit=config.limit, bad=BadRows(True)), tokenizer, config.max_length, True)
         return (time.perf_counter() - began) / config.limit * max(0, rows - config.limit)

@@ -1,15 +1,17 @@
 """The fast path of the decoding loop. Off the GPU its functions run directly instead of from graphs: everything but the
 capture itself is tested here, the capture in test_gpu.py."""
 
+import contextlib
 import copy
 import importlib.util
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from attention_cases import SHAPES, attention_cases
 from decoding_helpers import MODES, generate_with, prompt_batches, trained_pair
-from ppow import graphs_ppow, recording_ppow
+from ppow import PPOWConfig, PPOWDrafter, generation_ppow, graphs_ppow, recording_ppow
 
 
 @pytest.fixture
@@ -231,3 +233,15 @@ def test_the_kernel_in_tritons_interpreter(tmp_path):
         "PATH": "/usr/bin:/bin",
     }
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
+
+
+def test_no_layer_is_touched_for_products_of_few_rows(anywhere, tiny_config, monkeypatch):
+    """Its products have one shape and keep the library's order; what it records is not to change between calls."""
+    touched = []
+    monkeypatch.setattr(generation_ppow, "few_rows", lambda *models: touched.extend(models) or contextlib.nullcontext())
+    target = LlamaForCausalLM(tiny_config).eval()
+    drafter = PPOWDrafter(PPOWConfig.from_target(tiny_config)).eval()
+    for graphs, models in ((True, []), (False, [target, drafter])):
+        drafter.generation_config.cuda_graphs = graphs
+        target.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=4, assistant_model=drafter)
+        assert touched == models

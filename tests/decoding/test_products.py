@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ppow import PPOWConfig, PPOWDrafter, products_ppow
 from ppow.products_ppow import FEWEST_WEIGHTS, MOST_ROWS, few_rows, swapped
@@ -181,21 +181,13 @@ def test_another_thread_keeps_the_librarys_order(faster, orders):
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_generate_gives_the_targets_own_answer_in_either_order(ours, faster, orders):
+def test_generate_gives_the_targets_own_answer_in_either_order(ours, faster, orders, tiny_config, monkeypatch):
+    monkeypatch.setattr(products_ppow, "FEWEST_WEIGHTS", 1)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    target = LlamaForCausalLM(config).eval()
-    drafter = PPOWDrafter(PPOWConfig.from_target(config)).eval()
-    ids = torch.randint(1, 512, (1, 9))
+    target = LlamaForCausalLM(tiny_config).eval()
+    target.generation_config.eos_token_id = None
+    drafter = PPOWDrafter(PPOWConfig.from_target(tiny_config)).eval()
+    ids = torch.randint(1, tiny_config.vocab_size, (1, 9))
     expected = target.generate(ids, max_new_tokens=24, do_sample=False)
     faster(ours)
     assert torch.equal(target.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=drafter), expected)
