@@ -30,11 +30,12 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from ppow.training.config import ReinforceConfig
+from ppow.training import supervised
+from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.data import batch_indices, make_batch
 from ppow.training.objectives import objective_of
-from ppow.training.optimizers import BETAS
-from ppow.training.preparation import load_examples, pad_token
+from ppow.training.optimizers import make_optimizer
+from ppow.training.preparation import load_examples, pad_token, prepare_drafter
 from ppow.training.reinforce import loss
 from ppow.training.rollout import roll_out
 from ppow.training.target import FrozenTarget
@@ -50,10 +51,11 @@ WARMUP = 0.03  # share of the budget in which the learning rate rises
 
 _PUBLISHED = {"preset": "published"}
 _CST, _LK = {"preset": "cst"}, {"preset": "lk"}
+_MUON = {"optimizer": "muon", "learning_rate": 2e-3, "average_from": 0.5}  # as stage 1 ends
 # name -> (changes to the defaults of `ppow reinforce`, seeds); the most important first. An arm has its last weights,
 # at a rate that falls, unless it says average_from. "exact" is the closed form, "+ 3 lk" the weight of LK's loss beside
 # it. "alternated" is no option of `ppow reinforce`: steps of the objective and of CST take turns
-ARMS = {
+ARMS: dict[str, tuple[dict | None, int]] = {
     "stage1": (None, 1),
     "cst 3e-4": (_CST, 3),
     "exact text-rule + 3 lk": ({}, 3),
@@ -93,6 +95,31 @@ ARMS = {
     "cst 3e-3 averaged": ({**_CST, "learning_rate": 3e-3, "average_from": 0.5}, 1),
     "lk 3e-3 averaged": ({**_LK, "learning_rate": 3e-3, "average_from": 0.5}, 1),
     "exact text-rule + 3 lk 1e-4": ({"learning_rate": 1e-4}, 1),
+    "exact text-rule + 3 lk 3e-4 averaged": ({"learning_rate": 3e-4, "average_from": 0.5}, 1),
+    "cst muon": (_CST | _MUON, 3),
+    "lk muon": (_LK | _MUON, 3),
+    "exact text-rule + 3 lk muon": (_MUON, 3),
+    "exact text-rule + 3 lk muon 1e-3": (_MUON | {"learning_rate": 1e-3}, 1),
+    "exact text-rule + 3 lk muon 5e-4": (_MUON | {"learning_rate": 5e-4}, 1),
+    "exact text-rule muon": (_MUON | {"supervised_coef": 0.0}, 1),
+    "exact greedy + 3 lk muon": (_MUON | {"verification": "greedy"}, 1),
+    "exact sampling + 3 lk muon": (_MUON | {"verification": "sampling"}, 1),
+}
+# Arms that train a fresh drafter, by stage 1: (changes to what `ppow train` does at 0.1B, seeds)
+_FRESH = {"optimizer": "muon", "learning_rate": 2e-3, "norm_before_fc": True, "norm_output": True}
+_FRESH |= {"share_embeddings": True, "average_from": 0.5, "stage": 1}
+ARMS |= {
+    "fresh": (_FRESH, 3),
+    "fresh adamw": ({**_FRESH, "optimizer": "adamw"}, 2),
+    "fresh without norms": ({**_FRESH, "norm_before_fc": False, "norm_output": False}, 2),
+    "fresh qk-norm": ({**_FRESH, "qk_norm": True}, 3),
+    "fresh mixed": ({**_FRESH, "mixed": True}, 3),  # on --mixed, the same prompts' answers, half of them sampled
+    "fresh wide": ({**_FRESH, "intermediate_size": 4608}, 1),
+    "fresh half of the windows": ({**_FRESH, "window_share": 0.5}, 1),
+    "fresh quarter of the windows": ({**_FRESH, "window_share": 0.25}, 1),
+    "fresh eighth of the windows": ({**_FRESH, "window_share": 0.125}, 1),
+    "fresh 1e-3": ({**_FRESH, "learning_rate": 1e-3}, 1),
+    "fresh 4e-3": ({**_FRESH, "learning_rate": 4e-3}, 1),
 }
 
 
@@ -123,12 +150,16 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
     tokenizer, target, drafter = load(arguments, device)
     pad, lasted = pad_token(tokenizer), 0.0 if arguments.steps else arguments.seconds
     base = make_config(arguments, {}, 0)
-    examples = load_examples(base, arguments.data, tokenizer, base.window_size, answer=base.window_size)
+
+    @functools.cache
+    def examples(data: str) -> list:
+        return load_examples(base, data, tokenizer, base.window_size, answer=base.window_size)
+
     if device == "cuda":  # the first steps on a device are slow, and no arm shall pay for them
         short = argparse.Namespace(**{**vars(arguments), "steps": 3})
         for name in ("cst 3e-4", "ppow"):
             warmed = make_config(arguments, ARMS[name][0], 0)
-            train(warmed, short, target, copy.deepcopy(drafter), examples, pad)
+            train(warmed, short, target, copy.deepcopy(drafter), examples(arguments.data), pad)
     for key, changes, seed in todo:
         if time.perf_counter() - started + lasted > arguments.budget_seconds:
             print(f"stopped before {key}: the next arm would not end within {arguments.budget_seconds:.0f} s")
@@ -138,7 +169,11 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         if changes is not None:
             config = make_config(arguments, changes, seed)
             row["config"] = recipe(config)
-            row |= train(config, arguments, target, trained, examples, pad, changes.get("alternated", False))
+            known = examples(config.data)
+            if isinstance(config, SupervisedConfig):
+                torch.manual_seed(seed)
+                trained = prepare_drafter(config, target.model, known).to(device)
+            row |= train(config, arguments, target, trained, known, pad, changes.get("alternated", False))
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -215,9 +250,11 @@ def parse(argv):
     parser.add_argument("--seconds", type=float, default=75.0, help="training time of an arm")
     parser.add_argument("--steps", type=int, help="instead: optimizer steps of an arm")
     parser.add_argument("--budget-seconds", type=float, default=math.inf, help="start no arm that would end later")
-    parser.add_argument("--arms", help="comma separated names of arms; none: all")
+    parser.add_argument("--arms", help="comma separated names of arms; none: all of stage 2")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many seeds for the leading arms")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step")
+    parser.add_argument("--mixed", help="the file that arms called mixed learn from instead of --data")
+    parser.add_argument("--draft-vocab-size", type=int, help="of fresh drafters; none: all")
     parser.add_argument("--train-limit", type=int, help="read at most so many training texts")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a training text that are kept")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -249,8 +286,20 @@ def answers(arguments, device: str) -> dict:
     return acceptance.write_texts(target.model, tokenizer, arguments, pad_token(tokenizer))
 
 
-def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
-    """The defaults of `ppow reinforce`, but for last weights and a rate that falls, with an arm's changes."""
+def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | SupervisedConfig:
+    """The defaults of `ppow reinforce`, but for last weights and a rate that falls, or stage 1's, with an arm's changes.
+
+    Raises:
+        ValueError: an arm that needs an option which is not given.
+    """
+    if changes.get("stage") == 1:
+        own = {name: value for name, value in changes.items() if name not in ("stage", "mixed")}
+        data = arguments.mixed if "mixed" in changes else arguments.data
+        if data is None:
+            raise ValueError("Arms called mixed learn from a file of their own: name it with --mixed.")
+        shared = {name: getattr(arguments, name) for name in ("target", "batch_size", "max_length", "dtype")}
+        shared |= {"data": data, "output_dir": "-", "steps": STEPS, "draft_vocab_size": arguments.draft_vocab_size}
+        return SupervisedConfig.from_dict({**shared, "limit": arguments.train_limit, "seed": seed, **own})
     shared = {
         "steps": STEPS,
         "batch_size": arguments.batch_size,
@@ -265,7 +314,8 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig:
 
 def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
     """(key, changes, seed) in the order to run: first every arm once, then further seeds of the leading ones."""
-    chosen = {name: ARMS[name] for name in arguments.arms.split(",")} if arguments.arms else ARMS
+    every = (name for name, (changes, _) in ARMS.items() if not changes or "stage" not in changes)
+    chosen = {name: ARMS[name] for name in (arguments.arms.split(",") if arguments.arms else every)}
     rounds = max(seeds for _, seeds in chosen.values())
     arms = [
         (f"{name}/{seed}", changes, arguments.seed + seed)
@@ -281,7 +331,7 @@ def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
 
 
 def train(
-    config: ReinforceConfig,
+    config: ReinforceConfig | SupervisedConfig,
     arguments,
     target: FrozenTarget,
     drafter,
@@ -296,10 +346,12 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     drafter.train()
     parameters = [p for p in drafter.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=BETAS, weight_decay=0.0)
+    optimizer = make_optimizer(config, drafter)
     turns = [config, dataclasses.replace(config, objective="cst", supervised_coef=0.0)] if alternated else [config]
     roll = roll_out
-    if config.objective == "gto":  # rewards a tree by what it gains over that of the drafter as it starts
+    if (
+        getattr(config, "objective", None) == "gto"
+    ):  # rewards a tree by what it gains over that of the drafter as it starts
         reference = copy.deepcopy(drafter).eval().requires_grad_(False)
         roll = functools.partial(gto_rollout, reference=reference)
     mean = AveragedModel(drafter) if config.average_from < 1 else None
@@ -322,9 +374,12 @@ def train(
         tokens += sum(len(examples[i].input_ids) for i in chosen)
         metrics, rollout = {}, None
         with autocast:
-            if objective_of(turn).batch == "rollouts":
-                rollout, metrics = roll(turn, target, drafter, batch=batch, step=virtual)
-            value, found = loss(turn, target, drafter, batch, rollout)
+            if isinstance(turn, SupervisedConfig):
+                value, found = supervised.loss_of(turn, target, drafter, batch)
+            else:
+                if objective_of(turn).batch == "rollouts":
+                    rollout, metrics = roll(turn, target, drafter, batch=batch, step=virtual)
+                value, found = loss(turn, target, drafter, batch, rollout)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

@@ -55,6 +55,7 @@ class StageConfig(Config):
         at_most=1,
     )
     max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
+    optimizer: Literal["adamw", "muon"] = option("muon: matrices by Muon, the rest by AdamW", "adamw")
 
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
     dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
@@ -84,8 +85,12 @@ class SupervisedConfig(StageConfig):
     step_weight: float = option(
         "draft step i weighs step_weight ** i in the loss (EAGLE-3: 0.8)", 0.8, above=0, at_most=1
     )
-
-    optimizer: Literal["adamw", "muon"] = option("muon: matrices by Muon, the rest by AdamW", "adamw")
+    window_share: float = option(
+        "share of a text's windows that a step learns from, drawn at random: less work for each text (ours)",
+        1.0,
+        above=0,
+        at_most=1,
+    )
 
     draft_vocab_size: int | None = option(
         "draft vocabulary, most frequent answer tokens; none: all", None, at_least=1, group="shape of a fresh drafter"

@@ -6,7 +6,7 @@ import torch
 
 from ppow import PPOWDrafter
 
-from .config import StageConfig, SupervisedConfig
+from .config import StageConfig
 
 BETAS = (0.9, 0.95)  # AdamW's averaging factors (ours)
 
@@ -71,7 +71,7 @@ def make_optimizer(config: StageConfig, drafter: PPOWDrafter) -> torch.optim.Opt
         ValueError: for Muon with a torch that has none.
     """
     trained = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    if not isinstance(config, SupervisedConfig) or config.optimizer == "adamw":
+    if config.optimizer == "adamw":
         weights = [p for _, p in trained]
         return torch.optim.AdamW(weights, lr=config.learning_rate, betas=BETAS, weight_decay=0.0)
     if not hasattr(torch.optim, "Muon"):

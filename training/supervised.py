@@ -55,18 +55,27 @@ def train(config: SupervisedConfig, accelerator: Accelerator, tokenizer: PreTrai
     trainer.announce(target.model, held_out)
 
     for step in trainer.steps():
-        losses = [
-            functools.partial(loss, target, drafter, batch, config.ttt_steps, config.step_weight)
-            for batch in trainer.batches(step)
-        ]
+        losses = [functools.partial(loss_of, config, target, drafter, batch) for batch in trainer.batches(step)]
         metrics = trainer.update(step, losses)
         if held_out and (step % config.eval_every == 0 or step == config.steps):
             metrics |= evaluate(target, drafter, held_out, pad, trainer, config.step_weight)
         trainer.record(step, metrics)
 
 
+def loss_of(
+    config: SupervisedConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch
+) -> tuple[torch.Tensor, dict]:
+    """:func:`loss` as a run's options want it."""
+    return loss(target, drafter, batch, config.ttt_steps, config.step_weight, config.window_share)
+
+
 def loss(
-    target: FrozenTarget, drafter: PPOWDrafter, batch: Batch, ttt_steps: int, step_weight: float
+    target: FrozenTarget,
+    drafter: PPOWDrafter,
+    batch: Batch,
+    ttt_steps: int,
+    step_weight: float,
+    window_share: float = 1.0,
 ) -> tuple[torch.Tensor, dict]:
     """The training-time test on one batch of texts of at least ``ttt_steps`` + 2 tokens: -> loss (), metrics.
 
@@ -80,6 +89,8 @@ def loss(
     asked = batch.loss_mask[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
     for i in range(1, ttt_steps):
         asked[:, :-i] |= batch.loss_mask[:, 2 + i :]
+    if window_share < 1:
+        asked &= (torch.rand(asked.shape, generator=batch.generator()) < window_share).to(ids.device)
     starts, exists = wanted_windows(asked)
     place = starts[:, :, None] + 2 + torch.arange(ttt_steps, device=ids.device)  # (B, R, steps) of the drafted tokens
     inside, place = place < length, place.clamp(max=length - 1)

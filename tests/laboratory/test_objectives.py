@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from ppow.training import evaluate
-from ppow.training.config import EvaluateConfig
+from ppow.training.config import EvaluateConfig, SupervisedConfig
 from ppow.training.data import Example
 from ppow.training.objectives import objective_of
 from small_pair import DRAFTER, TARGET
@@ -260,6 +260,20 @@ def test_averaged_weights_are_the_mean_of_the_second_half(benchmark, monkeypatch
     torch.testing.assert_close(drafter.fc.weight.detach(), (seen[2] + seen[3]) / 2)
 
 
+def test_fresh_drafters_are_compared_as_well(benchmark, prompts, tmp_path):
+    """Stage 1 in the same time: from nothing, so that nothing of the given drafter is left."""
+    given = arguments(prompts, "--tree-prompts", "0", "--output", str(tmp_path / "fresh.json"))
+    more = ["--draft-vocab-size=100", f"--mixed={prompts.parent / 'train.jsonl'}", "--seeds=1"]
+    names = ["fresh", "fresh mixed", "fresh half of the windows", "fresh qk-norm"]
+    report = benchmark.main([*given, *more, "--arms", ",".join(["stage1", *names])])
+    chains = {name: report["arms"][f"{name}/0"]["results"]["questions T=0"]["chain"] for name in names}
+    assert chains["fresh"] == chains["fresh mixed"]  # the same texts here
+    losses = {name: [row["loss"] for row in report["arms"][f"{name}/0"]["curve"]] for name in names}
+    assert losses["fresh"] == losses["fresh mixed"] and len({*map(tuple, losses.values())}) == 3
+    with pytest.raises(ValueError, match="name it with --mixed"):
+        benchmark.main(arguments(prompts, "--draft-vocab-size=100", "--arms", "fresh mixed"))
+
+
 def test_a_spent_budget_stops_before_the_next_arm(benchmark, prompts, capsys):
     report = benchmark.main(arguments(prompts, "--budget-seconds", "0", "--arms", "stage1", "--tree-prompts", "0"))
     assert report["arms"] == {} and "stopped before stage1/0" in capsys.readouterr().out
@@ -269,10 +283,12 @@ def test_every_arm_is_a_valid_configuration(benchmark, prompts):
     given = benchmark.parse(arguments(prompts))
     for name, (changes, _) in benchmark.ARMS.items():
         if changes is not None:
-            config = benchmark.make_config(given, changes, 0)
+            config = benchmark.make_config(argparse.Namespace(**vars(given) | {"mixed": given.data}), changes, 0)
+            if isinstance(config, SupervisedConfig):
+                continue
             rolls = objective_of(config).batch == "rollouts"  # then every arm rolls out 64 times from a text
             assert not rolls or config.group_size * config.windows_per_sequence == 64, name
     keys = [key for key, _, _ in benchmark.arm_list(given)]
-    assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index(f"{list(benchmark.ARMS)[-1]}/0")
+    assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index("exact text-rule + 3 lk 1e-4/0")
     with pytest.raises(SystemExit):
         benchmark.parse(arguments(prompts, "--arms", "no such arm"))
