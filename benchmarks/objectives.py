@@ -287,7 +287,7 @@ def answers(arguments, device: str) -> dict:
 
 
 def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | SupervisedConfig:
-    """The defaults of `ppow reinforce`, but for last weights and a rate that falls, or stage 1's, with an arm's changes.
+    """What an arm trains by: `ppow reinforce` with last weights at a rate that falls, or stage 1, and its changes.
 
     Raises:
         ValueError: an arm that needs an option which is not given.
