@@ -300,7 +300,12 @@ def fast_path(
     if options.cuda_graphs is False:
         yield None
         return
-    reason = place_obstacle(target, drafter) or call_obstacle(target, prompt) or attention_obstacle(target)
+    reason = (
+        drafter_obstacle(drafter)
+        or place_obstacle(target, drafter)
+        or call_obstacle(target, prompt)
+        or attention_obstacle(target)
+    )
     path = None
     claim = vars(drafter).setdefault("_fast_claim", Claim())
     taken = reason is None and claim.take(wait=bool(options.cuda_graphs))
@@ -343,6 +348,11 @@ def _path_of(
     vars(drafter)["_fast_path"] = path
     logger.warning_once("PPOW decodes from CUDA graphs, recorded at the first call (cuda_graphs=False: never).")
     return path, None
+
+
+def drafter_obstacle(drafter: PreTrainedModel) -> str | None:
+    """Why a drafter cannot be recorded; None if it can."""
+    return "a block drafter runs on the plain path" if drafter.config.is_block else None
 
 
 def place_obstacle(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:

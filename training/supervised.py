@@ -25,11 +25,12 @@ from . import preparation
 from .config import SupervisedConfig
 from .data import Batch, Example, make_batch
 from .loop import Trainer
-from .objectives import supervised_step_loss
+from .objectives import block_loss, supervised_step_loss
 from .preparation import load_examples, load_target, pad_token, prepare_drafter
 from .target import FrozenTarget
+from .text_windows import read_windows
 from .unrolled import Unrolled
-from .windows import wanted_windows
+from .windows import sample_windows, wanted_windows
 
 EVAL_WINDOW = DEFAULT_WINDOW_SIZE  # the same in both stages, so that their curves compare
 
@@ -55,14 +56,46 @@ def train(config: SupervisedConfig, accelerator: Accelerator, tokenizer: PreTrai
     trainer.announce(target.model, held_out)
 
     for step in trainer.steps():
-        losses = [
-            functools.partial(loss, target, drafter, batch, config.ttt_steps, config.step_weight)
-            for batch in trainer.batches(step)
-        ]
+        losses = [functools.partial(loss_of, config, target, drafter, batch) for batch in trainer.batches(step)]
         metrics = trainer.update(step, losses)
         if held_out and (step % config.eval_every == 0 or step == config.steps):
             metrics |= evaluate(target, drafter, held_out, pad, trainer, config.step_weight)
         trainer.record(step, metrics)
+
+
+def loss_of(
+    config: SupervisedConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch
+) -> tuple[torch.Tensor, dict]:
+    """The configured loss of a drafter of either kind on one batch: -> loss (), metrics."""
+    if drafter.config.is_block:
+        return block_step(target, drafter, batch, config.step_weight, config.block_loss, config.anchors)
+    return loss(target, drafter, batch, config.ttt_steps, config.step_weight)
+
+
+def block_step(
+    target: FrozenTarget,
+    drafter: PPOWDrafter,
+    batch: Batch,
+    step_weight: float,
+    kind: str = "dspark",
+    anchors: int | None = None,
+    size: int | None = None,
+) -> tuple[torch.Tensor, dict]:
+    """Blocks of a block drafter along one batch of texts: -> loss (), metrics as of :func:`loss`.
+
+    Args:
+        kind: see :func:`ppow.training.objectives.block_loss`.
+        anchors: windows drawn from each text; None: all that begin at an answer's token.
+        size: K, slots that learn; None: all.
+    """
+    chosen = None
+    if anchors is not None:
+        chosen = sample_windows(None, batch.loss_mask[:, 2:], anchors, batch.generator(), adaptive=False)
+    windows, _ = read_windows(target, drafter, batch, size or drafter.config.longest_window, chosen)
+    value, metrics = block_loss(windows, kind, step_weight)
+    hit, count = windows.states.hit & windows.mask, windows.mask.sum(0).clamp(min=1)
+    reached = hit.long().cumprod(-1).sum(0) / count  # (K,)
+    return value, metrics | {"agreement": hit.sum(0) / count, "acceptance_length": 1 + reached.sum()}
 
 
 def loss(
@@ -72,7 +105,10 @@ def loss(
 
     ``agreement`` (steps,) is how often the drafter's first choice is the target's at each draft step;
     ``acceptance_length`` what that means for greedy windows of ``ttt_steps`` tokens along the text, bonus included.
+    A block drafter takes :func:`block_step` instead, of so many slots or as many as it has.
     """
+    if drafter.config.is_block:
+        return block_step(target, drafter, batch, step_weight, size=min(ttt_steps, drafter.config.longest_window))
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     reading = target.read(ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)
