@@ -89,7 +89,7 @@ class PPOWBlockDrafter(PPOWDrafter):
     def block(self, anchors: torch.Tensor, words: TargetWords) -> torch.Tensor:
         """Anchor tokens (..) -> the rows (.., block_size, H) that their blocks begin with."""
         known = words(anchors).to(self.dtype)[..., None, :]
-        mask = words(anchors.new_tensor([self.config.mask_token_id])).to(self.dtype)
+        mask = words(anchors.new_full((1,), self.config.mask_token_id)).to(self.dtype)
         return torch.cat((known, mask.expand(*anchors.shape, self.config.block_size - 1, -1)), -2)
 
     def step(
@@ -178,7 +178,7 @@ class BlockState(DrafterState):
 
 
 class GraphBlock(GraphDrafter, BlockState):
-    """The same, replayed from graphs."""
+    """The same, replayed from graphs: one for what is kept, one for the next window."""
 
 
 PPOWBlockDrafter.state_kind, PPOWBlockDrafter.graph_kind = BlockState, GraphBlock

@@ -23,7 +23,7 @@ from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow, Sampler
 from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
-from .recording_ppow import GATE, Replay, Twin, held
+from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
 from .target_ppow import LayerMasks, TargetState, decoder_layers
 
 logger = logging.get_logger(__name__)
@@ -222,11 +222,13 @@ class FastPath:
     ):
         self.capacity, self.made_for = capacity, (batch, compile_layers)
         replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
-        twins = target_twin(target, compile_layers), Twin(drafter, lambda model: model.layers, compile_layers)
+        siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
+        own = Twin(drafter, lambda model: model.layers, compile_layers, siblings)
+        twins = target_twin(target, compile_layers), own
         cache, embed = WindowCache(len(layers), capacity), drafter.embedding_for(target)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = WindowCache(len(drafter.layers), capacity)
-        self.drafter_state = GraphDrafter(drafter, embed, cache, batch, replay, capacity, twins[1])
+        self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
         self.weights = _weights(target, drafter)
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
@@ -300,12 +302,7 @@ def fast_path(
     if options.cuda_graphs is False:
         yield None
         return
-    reason = (
-        drafter_obstacle(drafter)
-        or place_obstacle(target, drafter)
-        or call_obstacle(target, prompt)
-        or attention_obstacle(target)
-    )
+    reason = place_obstacle(target, drafter) or call_obstacle(target, prompt) or attention_obstacle(target)
     path = None
     claim = vars(drafter).setdefault("_fast_claim", Claim())
     taken = reason is None and claim.take(wait=bool(options.cuda_graphs))
@@ -348,11 +345,6 @@ def _path_of(
     vars(drafter)["_fast_path"] = path
     logger.warning_once("PPOW decodes from CUDA graphs, recorded at the first call (cuda_graphs=False: never).")
     return path, None
-
-
-def drafter_obstacle(drafter: PreTrainedModel) -> str | None:
-    """Why a drafter cannot be recorded; None if it can."""
-    return "a block drafter runs on the plain path" if drafter.config.is_block else None
 
 
 def place_obstacle(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:

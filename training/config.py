@@ -65,6 +65,7 @@ class StageConfig(Config):
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
     dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
     shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
+    compile_loss: bool = option("on a GPU let torch.compile fuse what compares logits along windows of a text", False)
     save_every: int = option("steps between checkpoints", 200, at_least=1)
     keep_last: int = option("checkpoints to keep", 2, at_least=1)
     eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)

@@ -88,7 +88,7 @@ def loss(
         chosen = None
         if drafter.config.is_block:
             chosen = sample_windows(None, batch.loss_mask[:, 2:], config.anchors, batch.generator(), adaptive=False)
-        windows, metrics = read_windows(target, drafter, batch, config.window_size, chosen)
+        windows, metrics = read_windows(target, drafter, batch, config.window_size, chosen, config.compile_loss)
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
             value = value + config.supervised_coef * lk_loss(windows)[0]

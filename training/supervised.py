@@ -68,7 +68,9 @@ def loss_of(
 ) -> tuple[torch.Tensor, dict]:
     """The configured loss of a drafter of either kind on one batch: -> loss (), metrics."""
     if drafter.config.is_block:
-        return block_step(target, drafter, batch, config.step_weight, config.block_loss, config.anchors)
+        return block_step(
+            target, drafter, batch, config.step_weight, config.block_loss, config.anchors, fused=config.compile_loss
+        )
     return loss(target, drafter, batch, config.ttt_steps, config.step_weight)
 
 
@@ -80,6 +82,7 @@ def block_step(
     kind: str = "dspark",
     anchors: int | None = None,
     size: int | None = None,
+    fused: bool = False,
 ) -> tuple[torch.Tensor, dict]:
     """Blocks of a block drafter along one batch of texts: -> loss (), metrics as of :func:`loss`.
 
@@ -87,11 +90,12 @@ def block_step(
         kind: see :func:`ppow.training.objectives.block_loss`.
         anchors: windows drawn from each text; None: all that begin at an answer's token.
         size: K, slots that learn; None: all.
+        fused: see :func:`ppow.training.text_windows.read_windows`.
     """
     chosen = None
     if anchors is not None:
         chosen = sample_windows(None, batch.loss_mask[:, 2:], anchors, batch.generator(), adaptive=False)
-    windows, _ = read_windows(target, drafter, batch, size or drafter.config.longest_window, chosen)
+    windows, _ = read_windows(target, drafter, batch, size or drafter.config.longest_window, chosen, fused)
     value, metrics = block_loss(windows, kind, step_weight)
     hit, count = windows.states.hit & windows.mask, windows.mask.sum(0).clamp(min=1)
     reached = hit.long().cumprod(-1).sum(0) / count  # (K,)

@@ -5,6 +5,9 @@ The drafter is unrolled over windows of the text with the text's own tokens (tra
 time on the way back (ours), so that no (W, K, D) tensor is kept.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +31,7 @@ def read_windows(
     batch: Batch,
     size: int,
     chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+    fused: bool = False,
 ) -> tuple[TextWindows, dict]:
     """Compare drafter and target along windows of a batch of texts: -> windows with gradients, metrics.
 
@@ -35,6 +39,7 @@ def read_windows(
         size: K, the longest window.
         chosen: starts (B, R) and which of them exist (B, R) bool; none: every position from which an answer's token is
             predicted.
+        fused: let torch.compile fuse the comparison: for GPUs, where it otherwise waits for memory most of the time.
     """
     ids = batch.input_ids
     reading = target.read(ids)
@@ -66,7 +71,7 @@ def read_windows(
         best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
     facts = (row, place, norm, best, text)
-    states, confidence = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts)
+    states, confidence = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
     sampled = (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists]
     windows = TextWindows(mask[exists], states, greedy[exists], sampled, confidence)
     accepted = count_accepted(windows.states.hit & windows.mask).float()
@@ -79,6 +84,12 @@ def read_windows(
     }
 
 
+@functools.cache
+def compiled() -> Callable[..., Compared]:
+    """:func:`compare`, compiled once for any number of states."""
+    return torch.compile(compare, dynamic=True)
+
+
 def _compare_states(
     drafter: PPOWDrafter,
     unrolled: Unrolled | Blocks,
@@ -88,6 +99,7 @@ def _compare_states(
     mask: torch.Tensor,
     labels: torch.Tensor,
     facts: tuple[torch.Tensor, ...],
+    fused: bool,
 ) -> tuple[Compared, torch.Tensor | None]:
     """Unroll the drafter over the windows and reduce every state; nothing of size D survives.
 
@@ -106,7 +118,8 @@ def _compare_states(
     def reduced(
         features: torch.Tensor, previous: torch.Tensor, row: torch.Tensor, place: torch.Tensor, *given: torch.Tensor
     ) -> Compared:
-        return compare(unrolled.logits(features, previous), labels[row, place], *given)
+        figures = compiled() if fused and len(features) > 1 else compare  # one row would be compiled on its own
+        return figures(unrolled.logits(features, previous), labels[row, place], *given)
 
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):

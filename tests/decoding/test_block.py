@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel
 
 from decoding_helpers import FAMILIES, PAD, block_drafter, build_target, generate_with, prompt_batches, trained_block
-from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
+from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter, graphs_ppow
 from ppow.cache_ppow import SlotCache
 from ppow.training.blocks import Blocks
 from ppow.training.target import FrozenTarget
@@ -180,3 +180,26 @@ def test_taps_are_those_of_dflash():
     for layers in (4, 7, 8, 12, 30, 80):
         taps = PPOWConfig(**shape, target_num_layers=layers).target_taps
         assert len(taps) == (5 if layers >= 8 else 3) and taps[-1] <= layers - 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_path_serves_block_drafters(kind, mode, monkeypatch):
+    """Without the graphs themselves, which test_gpu.py records."""
+    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(graphs_ppow, "shortage", lambda *args: None)
+    target, drafter = (copy.deepcopy(model) for model in trained_block(**KINDS[kind]))
+    for batch in (1, 3):
+        for ids, mask in prompt_batches(batch, 2, seed=batch):
+            config = {**MODES[mode], "max_new_tokens": 20, "cuda_graphs": True}
+            out = generate_with(target, drafter, ids, mask, config)
+            plain = generate_with(target, drafter, ids, mask, {**config, "cuda_graphs": False})
+            assert out.drafting.cuda_graphs and torch.equal(out.sequences, plain.sequences)
+            for fast_row, plain_row in zip(out.acceptance.accepted, plain.acceptance.accepted):
+                assert fast_row[:3] == plain_row[:3]  # the plain path drafts less where less room is left
+    fast, slow = (
+        generate_with(target, drafter, torch.arange(1, 7)[None], config={**config, "do_sample": True})
+        for config in ({**CHAIN, "max_new_tokens": 9, "cuda_graphs": graphs} for graphs in (True, False))
+        if torch.manual_seed(3)
+    )
+    torch.testing.assert_close(fast.sequences[:, :11], slow.sequences[:, :11])
