@@ -223,8 +223,10 @@ class FastPath:
         self.capacity, self.made_for = capacity, (batch, compile_layers)
         replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
         siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
-        own = Twin(drafter, lambda model: model.layers, compile_layers, siblings)
-        twins = target_twin(target, compile_layers), own
+        twins = (
+            target_twin(target, compile_layers),
+            Twin(drafter, lambda model: model.layers, compile_layers, siblings),
+        )
         cache, embed = WindowCache(len(layers), capacity), drafter.embedding_for(target)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = WindowCache(len(drafter.layers), capacity)
