@@ -25,6 +25,7 @@ from ppow.training.objectives import (
     TextWindows,
     batch_mean,
     check_rollouts,
+    d_pace_weights,
     full_precision,
     step_mean,
 )
@@ -55,13 +56,8 @@ def eal_loss(windows: TextWindows, verification: str) -> tuple[torch.Tensor, dic
 
 
 def d_pace_loss(windows: TextWindows, floor: float = 0.5) -> tuple[torch.Tensor, dict]:
-    """D-PACE: cross-entropy of step i weighed by w_i = sum_{k>=i} prod_{j<=k} ((1 - a) q_j + a), detached, a = 0.5.
-
-    q_j = Q of the text's token. Ours: soft labels, as in stage 1, and the division by K.
-    """
-    stands = torch.where(windows.mask, (1 - floor) * windows.states.text.detach() + floor, 0.0).cumprod(-1)
-    weights = stands.flip(-1).cumsum(-1).flip(-1)  # (W, K)
-    return batch_mean((weights * windows.states.kl).sum(-1) / windows.mask.shape[-1]), {}
+    """D-PACE: cross-entropy weighed by ``d_pace_weights``. Ours: soft labels, as in stage 1, and the division by K."""
+    return batch_mean((d_pace_weights(windows, floor) * windows.states.kl).sum(-1) / windows.mask.shape[-1]), {}
 
 
 def vat_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:

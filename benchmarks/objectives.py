@@ -108,6 +108,8 @@ ARMS: dict[str, tuple[dict | None, int]] = {
 # Arms that train a fresh drafter, by stage 1: (changes to what `ppow train` does at 0.1B, seeds)
 _FRESH = {"optimizer": "muon", "learning_rate": 2e-3, "norm_before_fc": True, "norm_output": True}
 _FRESH |= {"share_embeddings": True, "average_from": 0.5, "stage": 1}
+_BLOCK = {"architecture": "block", "optimizer": "muon", "learning_rate": 2e-3, "average_from": 0.5, "stage": 1}
+_BLOCK |= {"share_embeddings": True}
 ARMS |= {
     "fresh": (_FRESH, 3),
     "fresh adamw": ({**_FRESH, "optimizer": "adamw"}, 2),
@@ -115,11 +117,15 @@ ARMS |= {
     "fresh qk-norm": ({**_FRESH, "qk_norm": True}, 3),
     "fresh mixed": ({**_FRESH, "mixed": True}, 3),  # on --mixed, the same prompts' answers, half of them sampled
     "fresh wide": ({**_FRESH, "intermediate_size": 4608}, 1),
-    "fresh half of the windows": ({**_FRESH, "window_share": 0.5}, 1),
-    "fresh quarter of the windows": ({**_FRESH, "window_share": 0.25}, 1),
-    "fresh eighth of the windows": ({**_FRESH, "window_share": 0.125}, 1),
+    "fresh 100 windows": ({**_FRESH, "anchors": 100}, 3),
+    "fresh 50 windows": ({**_FRESH, "anchors": 50}, 1),
+    "fresh 50 windows 4e-3": ({**_FRESH, "anchors": 50, "learning_rate": 4e-3}, 3),
+    "fresh 50 windows 4e-3 qk-norm": ({**_FRESH, "anchors": 50, "learning_rate": 4e-3, "qk_norm": True}, 3),
+    "fresh 50 windows 8e-3": ({**_FRESH, "anchors": 50, "learning_rate": 8e-3}, 1),
+    "fresh block": ({**_BLOCK, "anchors": 50}, 3),
+    "fresh block without markov": ({**_BLOCK, "anchors": 50, "markov_rank": 0}, 1),
     "fresh 1e-3": ({**_FRESH, "learning_rate": 1e-3}, 1),
-    "fresh 4e-3": ({**_FRESH, "learning_rate": 4e-3}, 1),
+    "fresh 4e-3": ({**_FRESH, "learning_rate": 4e-3}, 3),
 }
 
 
@@ -173,7 +179,9 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
             if isinstance(config, SupervisedConfig):
                 torch.manual_seed(seed)
                 trained = prepare_drafter(config, target.model, known).to(device)
+            target.taps = trained.config.target_taps
             row |= train(config, arguments, target, trained, known, pad, changes.get("alternated", False))
+        target.taps = trained.config.target_taps
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -298,7 +306,9 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
         if data is None:
             raise ValueError("Arms called mixed learn from a file of their own: name it with --mixed.")
         shared = {name: getattr(arguments, name) for name in ("target", "batch_size", "max_length", "dtype")}
-        shared |= {"data": data, "output_dir": "-", "steps": STEPS, "draft_vocab_size": arguments.draft_vocab_size}
+        shared |= {"data": data, "output_dir": "-", "steps": STEPS}
+        if "architecture" not in own:
+            shared["draft_vocab_size"] = arguments.draft_vocab_size
         return SupervisedConfig.from_dict({**shared, "limit": arguments.train_limit, "seed": seed, **own})
     shared = {
         "steps": STEPS,

@@ -7,14 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run ``__getattr__``
+    from .block_ppow import PPOWBlockDrafter
     from .configuration_ppow import PPOWConfig
     from .modeling_ppow import PPOWDrafter
 
 __version__ = "0.1.0"
 
-_HOME = {"PPOWConfig": "configuration_ppow", "PPOWDrafter": "modeling_ppow"}
+_HOME = {
+    "PPOWBlockDrafter": "block_ppow",
+    "PPOWConfig": "configuration_ppow",
+    "PPOWDrafter": "modeling_ppow",
+}
 
-__all__ = ["PPOWConfig", "PPOWDrafter", "__version__"]
+__all__ = ["PPOWBlockDrafter", "PPOWConfig", "PPOWDrafter", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

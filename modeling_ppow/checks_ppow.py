@@ -64,6 +64,12 @@ def check_call(
             f"A drafter reads token ids and their mask only, and cannot honour {', '.join(sorted(unknown))}: leave "
             "them out, or generate without a drafter."
         )
+    longest = drafter.config.longest_window
+    if longest is not None and options.longest > longest:
+        raise ValueError(
+            f"Windows of {options.longest} tokens were asked for, and this block drafter drafts {longest} at once: set "
+            f"{'tree_depth' if options.is_tree else 'window_size'}={longest} or less."
+        )
     check_attention(target, options, model_kwargs.get("attention_mask"), batch)
     check_places(target, drafter)
     warn_of_other_drafting(config, drafter.generation_config, options)
@@ -100,7 +106,7 @@ def check_attention(target: PreTrainedModel, options: DraftOptions, mask: torch.
 
 def check_places(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     """Raise a ValueError unless drafter and target meet on one device (the target's layers may be spread)."""
-    here, there = device_of(target), drafter.lm_head.weight.device
+    here, there = device_of(target), drafter.fc.weight.device
     for name, place in (("target", here), ("drafter", there)):
         if place.type == "meta":
             raise ValueError(f"The {name}'s weights are not loaded (device meta). Load it before generating.")

@@ -1,4 +1,4 @@
-"""Configuration of a PPOW drafter: an EAGLE-3 style feature drafter and the target it was made for.
+"""Configuration of a PPOW drafter: an EAGLE-3 style feature drafter or a block drafter, and the target it was made for.
 
 The drafter reads hidden states of its target ("taps") and drafts windows of tokens that the target verifies.
 Taps are stored as Hugging Face hidden-state indices: index ``i`` is the residual stream that enters block ``i`` of the
@@ -59,10 +59,32 @@ def default_taps(num_layers: int) -> list[int]:
     return taps
 
 
+def block_taps(num_layers: int) -> list[int]:
+    """The taps of a block drafter: five, spread evenly over the outputs of the layers 1 to L - 3, as in DFlash.
+
+    Index i here is what enters block i, so it is one more than the layer that DFlash names. Targets of fewer than 8
+    layers, which have no five such layers, get :func:`default_taps` (ours).
+    """
+    if num_layers < 8:
+        return default_taps(num_layers)
+    return [1 + round(1 + i * (num_layers - 4) / 4) for i in range(5)]
+
+
 class PPOWConfig(PreTrainedConfig):
-    """Configuration of :class:`PPOWDrafter`.
+    """Configuration of :class:`PPOWDrafter`, and with ``architecture="block"`` of :class:`PPOWBlockDrafter`.
+
+    A block drafter always shares its target's embedding and head, speaks its whole vocabulary, and norms queries and
+    keys; the EAGLE-3.1 variants of the norms are not for it.
 
     Args:
+        architecture: eagle3 (K steps for a window) or block (one forward for a window).
+        block_size: rows of a block, the anchor's among them (block drafters).
+        predict_from_anchor: whether the anchor's row predicts, so that a block of B rows drafts B tokens (DSpark);
+            without it row j predicts the token at its own place and the anchor's nothing: B - 1 tokens (DFlash).
+        mask_token_id: the row of the target's embedding that stands for tokens not yet known (block drafters); default
+            the last one.
+        markov_rank: rank of the head that conditions a slot on the token before it; 0: none (block drafters).
+        confidence_head: whether a head estimates each slot's chance of acceptance (block drafters).
         vocab_size: V, the target's vocabulary (what ``generate`` compares).
         draft_vocab_size: D <= V, the tokens the drafter can draft. Tensors ``d2t``/``t2d`` exist when D < V.
         hidden_size: H, width of the drafter.
@@ -91,6 +113,12 @@ class PPOWConfig(PreTrainedConfig):
     model_type = "ppow"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
+    architecture: str = "eagle3"
+    block_size: int = 10
+    predict_from_anchor: bool = True
+    mask_token_id: int | None = None
+    markov_rank: int = 0
+    confidence_head: bool = False
     vocab_size: int = 32000
     draft_vocab_size: int | None = None
     hidden_size: int = 4096
@@ -131,13 +159,27 @@ class PPOWConfig(PreTrainedConfig):
             self.draft_vocab_size = self.vocab_size
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.is_block:
+            self.share_target_embeddings = self.qk_norm = True
+            if self.mask_token_id is None:
+                self.mask_token_id = self.vocab_size - 1
         if self.target_taps is None:
-            self.target_taps = default_taps(self.target_num_layers)
+            self.target_taps = (block_taps if self.is_block else default_taps)(self.target_num_layers)
         self.target_taps = [int(tap) for tap in self.target_taps]
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": kwargs.pop("rope_theta", 10000.0)}
         super().__post_init__(**kwargs)
         self._check()
+
+    @property
+    def is_block(self) -> bool:
+        """Whether this is a block drafter's."""
+        return self.architecture == "block"
+
+    @property
+    def longest_window(self) -> int | None:
+        """Tokens that a drafter can draft at once; None: as many as it is asked for."""
+        return self.block_size - (not self.predict_from_anchor) if self.is_block else None
 
     def _reject_unknown_keys(self, kwargs: dict[str, Any]) -> None:
         # Old configurations carry generation parameters; transformers drops those itself.
@@ -158,6 +200,10 @@ class PPOWConfig(PreTrainedConfig):
                 f"draft_vocab_size={self.draft_vocab_size} must lie in 1..vocab_size={self.vocab_size}: the drafter "
                 "drafts a subset of the target's vocabulary."
             )
+        if self.architecture not in ("eagle3", "block"):
+            raise ValueError(f"architecture={self.architecture!r}: expected 'eagle3' or 'block'.")
+        if self.is_block:
+            self._check_block()
         taps = self.target_taps
         if not taps or sorted(set(taps)) != taps or taps[0] < 0 or taps[-1] >= self.target_num_layers:
             raise ValueError(
@@ -180,6 +226,21 @@ class PPOWConfig(PreTrainedConfig):
             )
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not supported: lm_head speaks the draft vocabulary.")
+
+    def _check_block(self) -> None:
+        assert self.longest_window is not None and self.mask_token_id is not None
+        if self.longest_window < 1 or self.markov_rank < 0:
+            raise ValueError(
+                f"block_size={self.block_size} leaves {self.longest_window} tokens to draft and markov_rank="
+                f"{self.markov_rank}: expected at least 1 token and a rank of 0 or more."
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id={self.mask_token_id} is no row of an embedding of {self.vocab_size}.")
+        others = ("norm_before_fc", "fc_norm", "norm_before_residual", "norm_output")
+        wrong = [name for name in others if getattr(self, name)]
+        wrong += ["draft_vocab_size"] if self.draft_vocab_size != self.vocab_size else []
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: not for a block drafter, which has its target's whole head.")
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "PPOWConfig":

@@ -7,7 +7,7 @@ probability, then keep the ``tree_nodes`` most probable of all that were expande
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from .cache_ppow import SlotCache
 from .masks_ppow import additive_mask, ancestors_of, window_allowed
 
 DEFAULT_WINDOW_SIZE = 10  # K of the paper
+# Yields the logits of one token or level after the other, and is sent what was chosen there.
+Steps = Generator[torch.Tensor, Any, None]
 # logits (B, D) -> the draft ids (B,) drawn and the distributions (B, D) they were drawn from
 Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 DEFAULT_TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}  # EAGLE's protocol
@@ -251,7 +253,7 @@ class DrafterState:
     """
 
     whole_windows = False  # whether windows keep their full size where less room is left
-    hidden: torch.Tensor  # (B, 1, H) output at the newest pair, once there is one
+    hidden: torch.Tensor  # (B, 1, H) output at the newest pair, once there is one (block drafters go without)
     positions: torch.Tensor  # (B,) RoPE position of the newest pair
 
     def __init__(
@@ -346,12 +348,9 @@ class DrafterState:
         """
         tokens, ids, probs = [root], [], []
         joint: torch.Tensor | float = 1.0
-        hidden, batch = self.hidden, root.shape[0]
-        steps = torch.arange(1, size + 1, device=root.device)
-        cos, sin = self.drafter.rotary(hidden, self.positions[:, None] + steps)  # (B, size, d)
-        itself = torch.ones(batch, 1, 1, dtype=torch.bool, device=root.device)
+        steps = self._chain_steps(root, size)
+        logits = next(steps)  # (B, D)
         for i in range(size):
-            logits = self.drafter.logits(hidden[:, -1])  # (B, D)
             if sample is None:
                 draft = logits.argmax(-1)
             else:
@@ -365,35 +364,41 @@ class DrafterState:
                 if bool((joint < threshold).all()):
                     break
             if i + 1 < size:
-                base = self.lengths + i  # below it lie the committed pairs and those of the earlier steps
-                rotary = cos[:, i : i + 1], sin[:, i : i + 1]
-                embeds = self.embed(tokens[-1])[:, None].to(hidden)
-                hidden = self._step(embeds, hidden[:, -1:], rotary, base[:, None], base, itself, i + 1)
+                logits = steps.send(tokens[-1])
         if not ids:
             return DraftWindow.chain(torch.stack(tokens, 1))
         return DraftWindow.chain(torch.stack(tokens, 1), torch.stack(ids, 1), torch.stack(probs, 1))
+
+    def first_logits(self, root: torch.Tensor) -> torch.Tensor:
+        """Logits (B, D) of the first token after ``root`` (B,)."""
+        return next(self._chain_steps(root, 1))
+
+    def _chain_steps(self, root: torch.Tensor, size: int) -> Steps:
+        """Logits (B, D) of one token after the other; each but the last is sent the token (B,) that was chosen."""
+        hidden, batch = self.hidden, root.shape[0]
+        steps = torch.arange(1, size + 1, device=root.device)
+        cos, sin = self.drafter.rotary(hidden, self.positions[:, None] + steps)  # (B, size, d)
+        itself = torch.ones(batch, 1, 1, dtype=torch.bool, device=root.device)
+        for i in range(size):
+            token = yield self.drafter.logits(hidden[:, -1])
+            base = self.lengths + i  # below it lie the committed pairs and those of the earlier steps
+            rotary = cos[:, i : i + 1], sin[:, i : i + 1]
+            embeds = self.embed(token)[:, None].to(hidden)
+            hidden = self._step(embeds, hidden[:, -1:], rotary, base[:, None], base, itself, i + 1)
 
     def tree(self, root: torch.Tensor, depth: int, top_k: int, nodes: int) -> DraftWindow:
         """Draft a dynamic tree of at most ``nodes`` nodes under ``root`` (B,); see EAGLE-2, section 4."""
         drafter, device, batch = self.drafter, root.device, root.shape[0]
         width = min(top_k, drafter.config.draft_vocab_size)
-        span = (depth - 1) * width
-        score, draft = drafter.logits(self.hidden[:, -1]).float().log_softmax(-1).topk(width)  # (B, width)
+        steps = self._tree_steps(root, depth, width)
+        score, draft = next(steps)[:, 0].float().log_softmax(-1).topk(width)  # (B, width)
         token = drafter.to_target_ids(draft)
-        hidden = self.hidden[:, -1:].expand(-1, width, -1)  # every first-level node continues the same features
+        parent = torch.arange(width, device=device).expand(batch, -1)
         # candidates in order of creation, number 0 being the root
-        ids, scores, tokens = torch.arange(1, width + 1, device=device).expand(batch, -1), [score], [token]
+        ids, scores, tokens = parent + 1, [score], [token]
         parents, total = [torch.zeros_like(ids)], width
-        seen = torch.zeros(batch, width, max(span, 1), dtype=torch.bool, device=device)  # expanded ancestors
-        for level in range(1, depth):
-            first = (level - 1) * width
-            own = torch.arange(first, first + width, device=device)
-            seen.scatter_(2, own.expand(batch, -1)[:, :, None], True)
-            slots = self.lengths[:, None] + own
-            position = (self.positions + level)[:, None].expand(-1, width)
-            rotary = drafter.rotary(hidden, position)
-            hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, self.lengths, seen, span)
-            child_score, child = drafter.logits(hidden).float().log_softmax(-1).topk(width)  # (B, width, width)
+        for _ in range(1, depth):
+            child_score, child = steps.send((token, parent)).float().log_softmax(-1).topk(width)  # (B, width, width)
             child_score = (score[:, :, None] + child_score).flatten(1)
             child = drafter.to_target_ids(child).flatten(1)
             scores.append(child_score)
@@ -402,11 +407,32 @@ class DrafterState:
             score, best = child_score.topk(width)  # the next frontier
             token, ids, total = child.gather(1, best), total + 1 + best, total + width * width
             parent = best // width
-            seen = seen.gather(1, parent[:, :, None].expand_as(seen))
-            hidden = hidden.gather(1, parent[:, :, None].expand(-1, -1, hidden.shape[-1]))
         # the first level has `width` candidates, every later one width * width
         level = (torch.arange(total, device=device) - width).div(width * width, rounding_mode="floor") + 2
         return _best_nodes(root, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1), level, depth, nodes)
+
+    def _tree_steps(self, root: torch.Tensor, depth: int, width: int) -> Steps:
+        """Logits of the children of the nodes of one level after the other, the root's (B, 1, D) first.
+
+        Each but the last is sent the next level's tokens (B, width) and which node of this level each of them hangs on
+        (B, width); the first level's nodes all hang on the root, and are their own parents here.
+        """
+        batch, device = root.shape[0], root.device
+        span = (depth - 1) * width
+        token, parent = yield self.drafter.logits(self.hidden)
+        hidden = self.hidden[:, -1:].expand(-1, width, -1)  # every first-level node continues the same features
+        seen = torch.zeros(batch, width, max(span, 1), dtype=torch.bool, device=device)  # expanded ancestors
+        for level in range(1, depth):
+            seen = seen.gather(1, parent[:, :, None].expand_as(seen))
+            hidden = hidden.gather(1, parent[:, :, None].expand(-1, -1, hidden.shape[-1]))
+            first = (level - 1) * width
+            own = torch.arange(first, first + width, device=device)
+            seen.scatter_(2, own.expand(batch, -1)[:, :, None], True)
+            slots = self.lengths[:, None] + own
+            position = (self.positions + level)[:, None].expand(-1, width)
+            rotary = self.drafter.rotary(hidden, position)
+            hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, self.lengths, seen, span)
+            token, parent = yield self.drafter.logits(hidden)
 
 
 def _best_nodes(

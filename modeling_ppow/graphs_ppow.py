@@ -23,7 +23,7 @@ from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow, Sampler
 from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
-from .recording_ppow import GATE, Replay, Twin, held
+from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
 from .target_ppow import LayerMasks, TargetState, decoder_layers
 
 logger = logging.get_logger(__name__)
@@ -222,11 +222,15 @@ class FastPath:
     ):
         self.capacity, self.made_for = capacity, (batch, compile_layers)
         replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
-        twins = target_twin(target, compile_layers), Twin(drafter, lambda model: model.layers, compile_layers)
+        siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
+        twins = (
+            target_twin(target, compile_layers),
+            Twin(drafter, lambda model: model.layers, compile_layers, siblings),
+        )
         cache, embed = WindowCache(len(layers), capacity), drafter.embedding_for(target)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = WindowCache(len(drafter.layers), capacity)
-        self.drafter_state = GraphDrafter(drafter, embed, cache, batch, replay, capacity, twins[1])
+        self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
         self.weights = _weights(target, drafter)
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 

@@ -34,9 +34,10 @@ from transformers.utils import ModelOutput
 from .attention_ppow import attend_window
 from .cache_ppow import SlotCache
 from .configuration_ppow import PPOWConfig
-from .drafting_ppow import DEFAULT_WINDOW_SIZE, DraftOptions
+from .drafting_ppow import DEFAULT_WINDOW_SIZE, DrafterState, DraftOptions
 from .entrances_ppow import register_assisted_decoding
 from .generation_ppow import PPOWGenerateOutput, decode
+from .graphs_ppow import GraphDrafter
 from .lossless_ppow import Difference, explain
 from .masks_ppow import additive_mask
 from .paths_ppow import check_path
@@ -107,7 +108,7 @@ class PPOWAttention(nn.Module):
         assert config.num_key_value_heads is not None and config.head_dim is not None
         self.layer_index = layer_index
         self.head_dim = config.head_dim
-        width_in = config.hidden_size * (2 if layer_index == 0 else 1)
+        width_in = config.hidden_size * (2 if layer_index == 0 and not config.is_block else 1)
         width_q = config.num_attention_heads * config.head_dim
         width_kv = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(width_in, width_q, bias=config.attention_bias)
@@ -151,7 +152,7 @@ class PPOWDecoderLayer(nn.Module):
 
     def __init__(self, config: PPOWConfig, layer_index: int):
         super().__init__()
-        self.first = layer_index == 0
+        self.first = layer_index == 0 and not config.is_block
         self.norm_before_residual = config.norm_before_residual
         self.self_attn = PPOWAttention(config, layer_index)
         self.mlp = PPOWMLP(config)
@@ -200,9 +201,12 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["PPOWDecoderLayer"]
     _supports_sdpa = True
     draft_options = tuple(field.name for field in dataclasses.fields(DraftOptions))  # what custom_generate= also takes
+    state_kind, graph_kind = DrafterState, GraphDrafter  # its side of a running generation, on either path
 
     def __init__(self, config: PPOWConfig):
         super().__init__(config)
+        if config.is_block:
+            raise ValueError("This configuration is a block drafter's: use PPOWBlockDrafter, or from_pretrained.")
         assert config.target_hidden_size is not None and config.target_taps is not None
         assert config.draft_vocab_size is not None
         width = config.target_hidden_size
@@ -405,6 +409,9 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             return super().from_pretrained(source, *args, **kwargs)
         check_path(source)
         config, _ = PPOWConfig.get_config_dict(source, **hub)
+        kind = drafter_class(config.get("architecture"))
+        if not issubclass(cls, kind):
+            return kind.from_pretrained(source, *args, target=target, **kwargs)
         if not config or config.get("model_type") == PPOWConfig.model_type:  # without one, transformers says so
             return super().from_pretrained(source, *args, **kwargs)
         try:  # by name: a drafter's repository carries no other trainers' formats, and must not ask for the package
@@ -444,6 +451,19 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             # through `initialization`, which leaves tensors alone that a checkpoint has filled
             initialization.zeros_(module.d2t)
             initialization.copy_(module.t2d, torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
+
+
+def drafter_class(architecture: str | None) -> type[PPOWDrafter]:
+    """The class of drafters of an architecture; block drafters' is found by name, since it builds on this module."""
+    if architecture != "block":
+        return PPOWDrafter
+    try:
+        return importlib.import_module(".block_ppow", __package__).PPOWBlockDrafter
+    except ImportError as error:
+        raise ValueError(
+            f"This is a block drafter, whose class these modules do not bring along ({error}): load it with "
+            "AutoModel.from_pretrained(..., trust_remote_code=True), or install the package `ppow`."
+        ) from error
 
 
 PPOWDrafter.register_for_auto_class("AutoModel")

@@ -82,7 +82,7 @@ class Pair:
             tokens = torch.cat((prompt.ids[:, 1:], self.root[:, None]), 1)
             counts = torch.full_like(self.root, tokens.shape[1])
             self.drafter_state.extend(taps, tokens, prompt.position_ids, counts)
-            if not torch.isfinite(self.drafter.logits(self.drafter_state.hidden)).all():
+            if not torch.isfinite(self.drafter_state.first_logits(self.root)).all():
                 raise ValueError(
                     "The drafter's logits are not finite (NaN or infinity), so its weights are damaged or its dtype "
                     "overflows. Load the checkpoint again, or use bfloat16 or float32."
@@ -150,7 +150,7 @@ class Pair:
         state.lengths, state.next_position = lengths, target_state.next_position - surplus
         state.last_position = target_state.last_position
         valid = self.prompt.valid if drafter_state.valid is None else drafter_state.valid
-        mine = DrafterState(self.drafter, drafter_state.embed, memory, lengths, valid)
+        mine = self.drafter.state_kind(self.drafter, drafter_state.embed, memory, lengths, valid)
         while int(state.lengths.min()) < length:
             counts = (length - state.lengths).clamp(max=CATCH_UP)
             steps = torch.arange(int(counts.max()), device=ids.device)
@@ -198,7 +198,7 @@ class Pair:
             valid = torch.ones(batch, prompt.end, dtype=torch.bool, device=device) if valid is None else valid.clone()
             valid[:, known : prompt.start] = False
         lengths = torch.full((batch,), prompt.start, dtype=torch.long, device=device)
-        return DrafterState(drafter, drafter.embedding_for(self.target), cache, lengths, valid)
+        return drafter.state_kind(drafter, drafter.embedding_for(self.target), cache, lengths, valid)
 
 
 def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:

@@ -147,9 +147,9 @@ class Product:
         return whole
 
     @classmethod
-    def find(cls, layers: list[nn.Module]) -> list["Product"]:
+    def find(cls, layers: list[nn.Module], siblings: Sequence[tuple[str, ...]] = SIBLINGS) -> list["Product"]:
         """All that the layers' modules allow; quantized and adapted modules stay as they are."""
-        candidates = itertools.product((module for layer in layers for module in layer.modules()), SIBLINGS)
+        candidates = itertools.product((module for layer in layers for module in layer.modules()), siblings)
         groups: Iterator[list] = ([getattr(module, name, None) for name in names] for module, names in candidates)
         return [cls(linears) for linears in groups if _alike(linears)]
 
@@ -198,12 +198,19 @@ class Twin:
         model: the model to copy.
         layers_of: its decoder layers, of a model.
         compile_layers: whether torch.compile fuses what lies between the products.
+        siblings: names of modules that are always called together, on one input.
     """
 
-    def __init__(self, model: PreTrainedModel, layers_of: Callable, compile_layers: bool):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers_of: Callable,
+        compile_layers: bool,
+        siblings: Sequence[tuple[str, ...]] = SIBLINGS,
+    ):
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors_of(model)})
         layers: list[nn.Module] = list(layers_of(self.model))
-        self.products = Product.find(layers)
+        self.products = Product.find(layers, siblings)
         for product in self.products:
             for linear, part in product.parts:
                 # another class, not another `forward`: a compilation is bound to a function, and serves all layers

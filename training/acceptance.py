@@ -12,8 +12,8 @@ import torch
 from ppow import PPOWDrafter
 from ppow.transcript_ppow import Acceptance
 
+from .blocks import unroll
 from .target import FrozenTarget, log_norm
-from .unrolled import Unrolled
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def acceptance_along(
     batch = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device)
     lengths, begun = torch.tensor([len(row) for row in ids], device=device), torch.tensor(prompt, device=device)
     reading = target.read(batch)
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch, reading.taps)
+    unrolled = unroll(drafter, target.model, batch, reading.taps)
     windows = torch.arange(int((lengths - begun).max()) - 1, device=device)
     starts = (begun[:, None] - 1 + windows).clamp(max=width - 2)  # the pair with the newest committed token
     norm = log_norm(reading.logits)  # (B, T)
@@ -55,7 +55,7 @@ def acceptance_along(
         inside = place < lengths[:, None]
         place = place.clamp(max=width - 1)
         token = batch.gather(1, place)
-        logits = drafter.logits(hidden).float()  # (B, R, D)
+        logits = unrolled.logits(hidden, unrolled.previous).float()  # (B, R, D)
         if temperature == 0:
             stands = (drafter.to_target_ids(logits.argmax(-1)) == token).float()
         else:
@@ -126,6 +126,7 @@ def first_drafts(target: FrozenTarget, drafter: PPOWDrafter, ids: list[int]) -> 
     """
     batch = torch.tensor([ids], device=target.model.device)
     reading = target.read(batch)
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch, reading.taps)
-    drafts = drafter.to_target_ids(drafter.logits(unrolled.features[0, :-1]).argmax(-1))
+    unrolled = unroll(drafter, target.model, batch, reading.taps)
+    features = unrolled.begin(torch.arange(len(ids) - 2, device=batch.device)[None])
+    drafts = drafter.to_target_ids(unrolled.logits(features, unrolled.previous)[0].argmax(-1))
     return drafts.cpu(), reading.logits[0, 1:-1].argmax(-1).cpu()

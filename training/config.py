@@ -46,7 +46,13 @@ class StageConfig(Config):
     drop_long: bool = option("drop rows whose answer starts beyond max_length instead of stopping", False)
     skip_bad_rows: bool = option(SKIP_BAD_ROWS, False)
 
-    warmup_steps: int = option("steps of linear warm-up", 0, at_least=0, group="method")
+    anchors: int | None = option(
+        "windows drawn from a text in a step; none: all of them (EAGLE-3), of a block drafter 64 (ours)",
+        None,
+        at_least=1,
+        group="method",
+    )
+    warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
     average_from: float = option(
         "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
         "fall then; 1: the last weights, with a rate that falls to 0 (ours)",
@@ -60,6 +66,7 @@ class StageConfig(Config):
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
     dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
     shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
+    compile_loss: bool = option("on a GPU let torch.compile fuse what compares logits along windows of a text", False)
     save_every: int = option("steps between checkpoints", 200, at_least=1)
     keep_last: int = option("checkpoints to keep", 2, at_least=1)
     eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
@@ -73,30 +80,47 @@ class StageConfig(Config):
                 f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}: the peak is never reached."
             )
 
+    def windows_of(self, block: bool) -> int | None:
+        """Windows drawn from each text in a step, of a block drafter or another; None: all of them."""
+        return self.anchors or (BLOCKS if block else None)
+
+
+BLOCKS = 64  # windows of a text in a step of a block drafter (ours)
+# What shapes drafters of one architecture alone.
+BLOCK_SHAPE = ["block_size", "predict_from_anchor", "mask_token_id", "markov_rank", "confidence_head"]
+_NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_output"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(StageConfig):
-    """Stage 1: train an EAGLE-3 style drafter on the target's answers with the training-time test."""
+    """Stage 1: train a drafter on the target's answers: EAGLE-3's training-time test, or blocks of one forward."""
 
     drafter: str | None = option("drafter to start from instead of a fresh one", None, group="basics")
+    architecture: Literal["eagle3", "block"] = option(
+        "a fresh drafter takes K steps for a window (eagle3) or one forward (block: DFlash's layout)", "eagle3"
+    )
     ttt_steps: int = option(
         "draft steps unrolled by the training-time test (EAGLE-3: 7)", 7, at_least=1, group="method"
     )
     step_weight: float = option(
-        "draft step i weighs step_weight ** i in the loss (EAGLE-3: 0.8)", 0.8, above=0, at_most=1
-    )
-    window_share: float = option(
-        "share of a text's windows that a step learns from, drawn at random: less work for each text (ours)",
-        1.0,
+        "draft step or slot i weighs step_weight ** i in the loss (EAGLE-3: 0.8; DFlash: 0.78 to 0.87)",
+        0.8,
         above=0,
         at_most=1,
+    )
+    block_loss: Literal["ce", "d_pace", "dspark"] = option(
+        "what a block drafter learns: the text (DFlash), the text by D-PACE's weights, or mostly the target's "
+        "distribution (DSpark)",
+        "dspark",
     )
 
     draft_vocab_size: int | None = option(
         "draft vocabulary, most frequent answer tokens; none: all", None, at_least=1, group="shape of a fresh drafter"
     )
-    num_layers: int = option("decoder layers of a fresh drafter", 1, at_least=1)
-    taps: list[int] | None = option("hidden-state indices of the target to read; none: EAGLE-3's", None, at_least=0)
+    num_layers: int | None = option("its decoder layers; none: 1, of a block drafter 3", None, at_least=1)
+    taps: list[int] | None = option(
+        "hidden-state indices of the target to read; none: EAGLE-3's, of a block drafter DFlash's", None, at_least=0
+    )
     hidden_size: int | None = option("width of a fresh drafter; none: the target's", None, at_least=1)
     intermediate_size: int | None = option("width of its MLPs; none: the target's", None, at_least=1)
     num_attention_heads: int | None = option("its attention heads; none: the target's", None, at_least=1)
@@ -106,16 +130,42 @@ class SupervisedConfig(StageConfig):
     qk_norm: bool = option("normalise queries and keys (Qwen3)", False)
     share_embeddings: bool = option("read the target's embedding instead of keeping a copy of it (equal widths)", False)
 
+    block_size: int = option(
+        "rows of a block, the anchor's among them", 10, at_least=1, group="shape of a fresh block drafter"
+    )
+    predict_from_anchor: bool = option(
+        "the anchor's row predicts: B tokens of a block of B (DSpark), not B - 1 (DFlash)", True
+    )
+    mask_token_id: int | None = option(
+        "token whose embedding stands for what is not known yet; none: the last one that no text holds",
+        None,
+        at_least=0,
+    )
+    markov_rank: int = option("rank of the head that knows the token before a slot (DSpark); 0: none", 64, at_least=0)
+    confidence_head: bool = option("estimate every slot's chance of acceptance (DSpark)", False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_architecture()
         if self.drafter is None:
             return
         shape = ["draft_vocab_size", "num_layers", "taps", "hidden_size", "intermediate_size", "num_attention_heads"]
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
         shape += ["num_key_value_heads", "norm_before_fc", "norm_output", "qk_norm", "share_embeddings"]
+        shape += ["architecture", *BLOCK_SHAPE]
         given = [name for name in shape if getattr(self, name) != fresh[name]]
         if given:
             raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
+
+    def _check_architecture(self) -> None:
+        fresh = {field.name: field.default for field in dataclasses.fields(self)}
+        others = BLOCK_SHAPE if self.architecture == "eagle3" else _NOT_OF_BLOCKS
+        given = [name for name in others if getattr(self, name) != fresh[name]]
+        if given and self.drafter is None:
+            raise ValueError(
+                f"{', '.join(given)}: not for a fresh drafter of architecture {self.architecture}; leave it out, or "
+                f"choose --architecture {'block' if self.architecture == 'eagle3' else 'eagle3'}."
+            )
 
 
 # What `ppow reinforce --preset NAME` sets where an option is not given: the best settings found for each way to learn

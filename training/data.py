@@ -241,6 +241,14 @@ def fingerprint(examples: Sequence[Example]) -> str:
 # -- draft vocabulary --------------------------------------------------------------------------------------------------
 
 
+def rarest_token(examples: Sequence[Example], vocab_size: int) -> int:
+    """The last id that no text holds; where all occur, the last of the rarest."""
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for example in examples:
+        counts += torch.bincount(torch.tensor(example.input_ids), minlength=vocab_size)
+    return vocab_size - 1 - int(counts.flip(0).argmin())
+
+
 def draft_vocabulary(
     examples: Sequence[Example], draft_vocab_size: int, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

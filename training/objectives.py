@@ -194,12 +194,14 @@ class TextWindows:
         states: drafter and target compared at each step.
         greedy: bool, whether every token of the window before this step is the target's argmax.
         sampled: (W,) bool, whether the target sampled this text (else it wrote it greedily).
+        confidence: log-odds of acceptance that a block drafter's head gives each step; None where it has no such head.
     """
 
     mask: torch.Tensor
     states: Compared
     greedy: torch.Tensor
     sampled: torch.Tensor
+    confidence: torch.Tensor | None = None
 
 
 def compare(
@@ -243,6 +245,51 @@ def cst_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[to
 def lk_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:
     """LK (arXiv 2602.23881), first form: -log alpha, alpha = sum_v min(P, Q). Step weights as in stage 1 (ours)."""
     return step_mean(-windows.states.overlap.clamp(min=1e-6).log(), windows.mask, step_weight), {}
+
+
+def d_pace_weights(windows: TextWindows, floor: float = 0.5) -> torch.Tensor:
+    """D-PACE's weights (W, K) of cross-entropies: w_i = sum_{k>=i} prod_{j<=k} ((1 - a) q_j + a), detached, a = 0.5.
+
+    q_j = Q of the text's token. Steps that do not count weigh nothing.
+    """
+    stands = torch.where(windows.mask, (1 - floor) * windows.states.text.detach() + floor, 0.0).cumprod(-1)
+    return stands.flip(-1).cumsum(-1).flip(-1)
+
+
+def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[torch.Tensor, dict]:
+    """What stage 1 teaches a block drafter along texts of its target.
+
+    Slot i weighs ``step_weight ** i``, which is the exponential decay exp(-i / g) of DFlash (arXiv 2602.06036) with
+    g = -1 / ln(step_weight), in every kind but d_pace:
+
+    * ce: cross-entropy with the text's tokens (DFlash);
+    * d_pace: the same under :func:`d_pace_weights` instead of the decay; the division by K is ours;
+    * dspark: 0.1 cross-entropy + 0.9 L1 distance of Q and P + cross-entropy of the confidence, where there is one, with
+      the chance of acceptance sum_v min(P, Q), detached (DSpark, arXiv 2607.05147).
+
+    Returns:
+        loss (), and detached metrics: step_losses (K,), the unweighted mean loss of each slot.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in ("ce", "d_pace", "dspark"):
+        raise ValueError(f"block_loss must be ce, d_pace or dspark, got {kind!r}.")
+    states = windows.states
+    values = -states.text.clamp(min=1e-37).log()  # (W, K)
+    if kind == "dspark":
+        values = 0.1 * values + 0.9 * 2 * (1 - states.overlap)
+        if windows.confidence is not None:
+            chance = states.overlap.detach().clamp(0, 1).to(windows.confidence.dtype)
+            values = values + torch.nn.functional.binary_cross_entropy_with_logits(
+                windows.confidence, chance, reduction="none"
+            )
+    count = windows.mask.sum(0).clamp(min=1)
+    metrics = {"step_losses": torch.where(windows.mask, values, 0.0).detach().sum(0) / count}
+    if kind == "d_pace":
+        weighted = torch.where(windows.mask, d_pace_weights(windows) * values, 0.0)
+        return batch_mean(weighted.sum(-1) / windows.mask.shape[-1]), metrics
+    return step_mean(values, windows.mask, step_weight), metrics
 
 
 def exact_loss(

@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
 from ppow.probe_ppow import check_target
 from ppow.target_ppow import check_pair
 
 from . import plan
-from .config import ReinforceConfig, StageConfig, SupervisedConfig
-from .data import BadRows, Example, draft_vocabulary, encode, load_rows
+from .config import BLOCK_SHAPE, ReinforceConfig, StageConfig, SupervisedConfig
+from .data import BadRows, Example, draft_vocabulary, encode, load_rows, rarest_token
 from .files import claim_folder
 from .loading import check_model, load_tokenizer, named, place_of, positions
 from .loop import on_main
@@ -32,7 +32,10 @@ def run(
         ValueError: a name that is no model or repository, a folder that is no folder or another run's.
     """
     if config.plan is not None:
-        plan.show(config, *configs(config))
+        shapes = configs(config)
+        if shapes[1].is_block:
+            raise ValueError("--plan knows EAGLE-3 drafters only; a block drafter's step is not counted yet.")
+        plan.show(config, *shapes)
         return
     if config.push_to_hub:
         from .hub import check_repository_name
@@ -123,7 +126,12 @@ def prepare_drafter(
             drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32)
         check_pair(target, drafter)
         return freeze_embedding(drafter)
-    drafter = PPOWDrafter(fresh_config(config, target.config))
+    shape = fresh_config(config, target.config)
+    if shape.is_block:
+        if config.mask_token_id is None:
+            shape.mask_token_id = rarest_token(examples, shape.vocab_size)
+        return PPOWBlockDrafter(shape)
+    drafter = PPOWDrafter(shape)
     if drafter.pruned:
         drafter.set_draft_vocabulary(
             *draft_vocabulary(examples, drafter.config.draft_vocab_size, drafter.config.vocab_size)
@@ -138,9 +146,11 @@ def prepare_drafter(
 
 def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> PPOWConfig:
     """Of a drafter in the shape of the target, but for what the options say."""
+    block = config.architecture == "block"
     chosen = {
+        "architecture": config.architecture,
         "draft_vocab_size": config.draft_vocab_size,
-        "num_hidden_layers": config.num_layers,
+        "num_hidden_layers": config.num_layers or (3 if block else None),
         "target_taps": config.taps,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -149,6 +159,8 @@ def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> P
         **{name: True for name in ("norm_before_fc", "norm_output", "qk_norm") if getattr(config, name)},
         "share_target_embeddings": config.share_embeddings or None,
     }
+    if block:
+        chosen |= {name: getattr(config, name) for name in BLOCK_SHAPE}
     chosen = {key: value for key, value in chosen.items() if value is not None}
     if {"hidden_size", "num_attention_heads"} & set(chosen):
         chosen.setdefault("head_dim", None)

@@ -34,6 +34,7 @@ from .rollout import Rollout, policy_logits, roll_out
 from .supervised import EVAL_WINDOW, evaluate
 from .target import FrozenTarget
 from .text_windows import read_windows
+from .windows import sample_windows
 
 
 def main(config: ReinforceConfig) -> None:
@@ -84,7 +85,10 @@ def loss(
     k = torch.arange(config.window_size + 1, device=batch.input_ids.device)
     rewards = speedup_reward(k, config.cost_ratio)  # (K + 1,)
     if rollout is None:
-        windows, metrics = read_windows(target, drafter, batch, config.window_size)
+        chosen, anchors = None, config.windows_of(drafter.config.is_block)
+        if anchors is not None:
+            chosen = sample_windows(None, batch.loss_mask[:, 2:], anchors, batch.generator(), adaptive=False)
+        windows, metrics = read_windows(target, drafter, batch, config.window_size, chosen, config.compile_loss)
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
             value = value + config.supervised_coef * lk_loss(windows)[0]

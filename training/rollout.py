@@ -14,6 +14,7 @@ from ppow import PPOWDrafter
 from ppow.acceptance_ppow import accepted_greedy, accepted_sampling
 
 from . import rewards
+from .blocks import Blocks, unroll
 from .config import ReinforceConfig
 from .data import Batch
 from .target import FrozenTarget, Reading, log_norm
@@ -99,7 +100,7 @@ def draw(
         raise ValueError("Rollouts are verified by greedy or sampling, got verification='text'.")
     generator, device = batch.generator(), batch.input_ids.device
     reading = target.read(batch.input_ids, room=forest_rows(config, len(batch.lengths)) * config.window_size)
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), batch.input_ids, reading.taps)
+    unrolled = unroll(drafter, target.model, batch.input_ids, reading.taps)
     columns = drafter.draft_columns()
 
     critical, valid = text_criticality(drafter, unrolled, reading, batch, columns)
@@ -166,7 +167,11 @@ def proximity(config: ReinforceConfig, target: FrozenTarget, batch: Batch, drawn
 
 
 def draft(
-    config: ReinforceConfig, drafter: PPOWDrafter, unrolled: Unrolled, rows: torch.Tensor, uniforms: torch.Tensor
+    config: ReinforceConfig,
+    drafter: PPOWDrafter,
+    unrolled: Unrolled | Blocks,
+    rows: torch.Tensor,
+    uniforms: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw K tokens per row from the drafter at the rollout temperature, by inverting its distribution.
 
@@ -183,7 +188,7 @@ def draft(
     for i in range(config.window_size):
         if i:
             hidden = unrolled.advance(drafter.to_target_ids(ids[-1]))
-        logits = drafter.logits(hidden).float()
+        logits = unrolled.logits(hidden, unrolled.previous).float()
         tempered = (logits / config.rollout_temperature).log_softmax(-1)
         below = tempered.exp().cumsum(-1) < uniforms[:, :, i : i + 1]
         chosen = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # (B, R, 1)
@@ -269,10 +274,10 @@ def policy_logits(
     config: ReinforceConfig, target: FrozenTarget, drafter: PPOWDrafter, rollout: Rollout
 ) -> torch.Tensor:
     """The drafter's present logits (B, W, G, K, D) along the drafted windows, with gradients."""
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), rollout.input_ids, rollout.taps)
+    unrolled = unroll(drafter, target.model, rollout.input_ids, rollout.taps)
     tokens = drafter.to_target_ids(rollout.draft_ids.flatten(1, 2))  # (B, R, K)
     hidden = unrolled.begin(rollout.starts.repeat_interleave(config.group_size, dim=1))
-    logits = [drafter.logits(hidden)]
+    logits = [unrolled.logits(hidden, unrolled.previous)]
     for i in range(config.window_size - 1):
-        logits.append(drafter.logits(unrolled.advance(tokens[:, :, i])))
+        logits.append(unrolled.logits(unrolled.advance(tokens[:, :, i]), unrolled.previous))
     return torch.stack(logits, 2).unflatten(1, rollout.draft_ids.shape[1:3])

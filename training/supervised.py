@@ -12,7 +12,7 @@ embedding and from the rows of its head that belong to the draft vocabulary; the
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -25,13 +25,20 @@ from . import preparation
 from .config import SupervisedConfig
 from .data import Batch, Example, make_batch
 from .loop import Trainer
-from .objectives import supervised_step_loss
+from .objectives import block_loss, supervised_step_loss
 from .preparation import load_examples, load_target, pad_token, prepare_drafter
 from .target import FrozenTarget
+from .text_windows import read_windows
 from .unrolled import Unrolled
-from .windows import wanted_windows
+from .windows import sample_windows, wanted_windows
 
 EVAL_WINDOW = DEFAULT_WINDOW_SIZE  # the same in both stages, so that their curves compare
+
+
+@functools.cache
+def compiled() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """:func:`supervised_step_loss`, compiled once for any number of positions."""
+    return torch.compile(supervised_step_loss, dynamic=True)
 
 
 def main(config: SupervisedConfig) -> None:
@@ -65,8 +72,39 @@ def train(config: SupervisedConfig, accelerator: Accelerator, tokenizer: PreTrai
 def loss_of(
     config: SupervisedConfig, target: FrozenTarget, drafter: PPOWDrafter, batch: Batch
 ) -> tuple[torch.Tensor, dict]:
-    """:func:`loss` as a run's options want it."""
-    return loss(target, drafter, batch, config.ttt_steps, config.step_weight, config.window_share)
+    """The configured loss of a drafter of either kind on one batch: -> loss (), metrics."""
+    anchors, fused = config.windows_of(drafter.config.is_block), config.compile_loss
+    if drafter.config.is_block:
+        return block_step(target, drafter, batch, config.step_weight, config.block_loss, anchors, fused=fused)
+    return loss(target, drafter, batch, config.ttt_steps, config.step_weight, anchors, fused)
+
+
+def block_step(
+    target: FrozenTarget,
+    drafter: PPOWDrafter,
+    batch: Batch,
+    step_weight: float,
+    kind: str = "dspark",
+    anchors: int | None = None,
+    size: int | None = None,
+    fused: bool = False,
+) -> tuple[torch.Tensor, dict]:
+    """Blocks of a block drafter along one batch of texts: -> loss (), metrics as of :func:`loss`.
+
+    Args:
+        kind: see :func:`ppow.training.objectives.block_loss`.
+        anchors: windows drawn from each text; None: all that begin at an answer's token.
+        size: K, slots that learn; None: all.
+        fused: see :func:`ppow.training.text_windows.read_windows`.
+    """
+    chosen = None
+    if anchors is not None:
+        chosen = sample_windows(None, batch.loss_mask[:, 2:], anchors, batch.generator(), adaptive=False)
+    windows, _ = read_windows(target, drafter, batch, size or drafter.config.longest_window, chosen, fused)
+    value, metrics = block_loss(windows, kind, step_weight)
+    hit, count = windows.states.hit & windows.mask, windows.mask.sum(0).clamp(min=1)
+    reached = hit.long().cumprod(-1).sum(0) / count  # (K,)
+    return value, metrics | {"agreement": hit.sum(0) / count, "acceptance_length": 1 + reached.sum()}
 
 
 def loss(
@@ -75,13 +113,17 @@ def loss(
     batch: Batch,
     ttt_steps: int,
     step_weight: float,
-    window_share: float = 1.0,
+    anchors: int | None = None,
+    fused: bool = False,
 ) -> tuple[torch.Tensor, dict]:
     """The training-time test on one batch of texts of at least ``ttt_steps`` + 2 tokens: -> loss (), metrics.
 
     ``agreement`` (steps,) is how often the drafter's first choice is the target's at each draft step;
     ``acceptance_length`` what that means for greedy windows of ``ttt_steps`` tokens along the text, bonus included.
+    A block drafter takes :func:`block_step` instead, of so many slots or as many as it has.
     """
+    if drafter.config.is_block:
+        return block_step(target, drafter, batch, step_weight, size=min(ttt_steps, drafter.config.longest_window))
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     reading = target.read(ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)
@@ -89,9 +131,11 @@ def loss(
     asked = batch.loss_mask[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
     for i in range(1, ttt_steps):
         asked[:, :-i] |= batch.loss_mask[:, 2 + i :]
-    if window_share < 1:
-        asked &= (torch.rand(asked.shape, generator=batch.generator()) < window_share).to(ids.device)
-    starts, exists = wanted_windows(asked)
+    if anchors is None:
+        starts, exists = wanted_windows(asked)
+    else:
+        starts, exists = sample_windows(None, asked, anchors, batch.generator(), adaptive=False)
+    step_loss_of = compiled() if fused else supervised_step_loss
     place = starts[:, :, None] + 2 + torch.arange(ttt_steps, device=ids.device)  # (B, R, steps) of the drafted tokens
     inside, place = place < length, place.clamp(max=length - 1)
     tokens, answers = (values.gather(1, place.flatten(1)).view(place.shape) for values in (ids, batch.loss_mask))
@@ -110,7 +154,7 @@ def loss(
             features = unrolled.advance(tokens[:, :, i - 1])
         row, column = text.flatten()[here], place[:, :, i].flatten()[here] - 1  # of the target's word
         logits = drafter.logits(features.flatten(0, 1).index_select(0, here))  # (n, D)
-        step_loss = supervised_step_loss(logits, labels[row, column])
+        step_loss = step_loss_of(logits, labels[row, column])
         total = total + step_weight**i * step_loss
         weights += step_weight**i
         right = drafter.to_target_ids(logits.detach().argmax(-1)) == best[row, column]

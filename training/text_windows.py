@@ -5,18 +5,23 @@ The drafter is unrolled over windows of the text with the text's own tokens (tra
 time on the way back (ours), so that no (W, K, D) tensor is kept.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from ppow import PPOWDrafter
 from ppow.acceptance_ppow import count_accepted
 
+from .blocks import Blocks, unroll
 from .data import Batch
 from .objectives import Compared, TextWindows, compare
 from .target import FrozenTarget, log_norm
 from .unrolled import Unrolled
 from .windows import wanted_windows
 
+LOGITS = 1 << 28  # compared together; a float32 tensor of them takes 1 GiB
 GREEDY_SHARE = 0.99  # of a text's answer tokens that are the target's argmax, from which on it counts as greedy (ours)
 
 
@@ -26,6 +31,7 @@ def read_windows(
     batch: Batch,
     size: int,
     chosen: tuple[torch.Tensor, torch.Tensor] | None = None,
+    fused: bool = False,
 ) -> tuple[TextWindows, dict]:
     """Compare drafter and target along windows of a batch of texts: -> windows with gradients, metrics.
 
@@ -33,15 +39,17 @@ def read_windows(
         size: K, the longest window.
         chosen: starts (B, R) and which of them exist (B, R) bool; none: every position from which an answer's token is
             predicted.
+        fused: let torch.compile fuse the comparison: for GPUs, where it otherwise waits for memory most of the time.
     """
     ids = batch.input_ids
     reading = target.read(ids)
     columns = drafter.draft_columns()
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), ids, reading.taps)
+    unrolled = unroll(drafter, target.model, ids, reading.taps)
     with torch.no_grad():
         norm = log_norm(reading.logits)  # (B, T)
         best = reading.logits.argmax(-1)  # (B, T)
-        labels = reading.logits.index_select(-1, columns)  # (B, T, D)
+        whole = len(columns) == reading.logits.shape[-1]
+        labels = reading.logits if whole else reading.logits.index_select(-1, columns)  # (B, T, D)
         to_draft = torch.full((reading.logits.shape[-1],), -1, device=ids.device)
         to_draft[columns] = torch.arange(len(columns), device=ids.device)
         argmax_next = best[:, :-1] == ids[:, 1:]  # (B, T - 1): x_{t+1} is what the target would have chosen
@@ -63,12 +71,9 @@ def read_windows(
         best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
     facts = (row, place, norm, best, text)
-    windows = TextWindows(
-        mask[exists],
-        _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts),
-        greedy[exists],
-        (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists],
-    )
+    states, confidence = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
+    sampled = (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists]
+    windows = TextWindows(mask[exists], states, greedy[exists], sampled, confidence)
     accepted = count_accepted(windows.states.hit & windows.mask).float()
     count = windows.mask.sum().clamp(min=1)
     return windows, {
@@ -79,16 +84,23 @@ def read_windows(
     }
 
 
+@functools.cache
+def compiled() -> Callable[..., Compared]:
+    """:func:`compare`, compiled once for any number of states."""
+    return torch.compile(compare, dynamic=True)
+
+
 def _compare_states(
     drafter: PPOWDrafter,
-    unrolled: Unrolled,
+    unrolled: Unrolled | Blocks,
     starts: torch.Tensor,
     exists: torch.Tensor,
     tokens: torch.Tensor,
     mask: torch.Tensor,
     labels: torch.Tensor,
     facts: tuple[torch.Tensor, ...],
-) -> Compared:
+    fused: bool,
+) -> tuple[Compared, torch.Tensor | None]:
     """Unroll the drafter over the windows and reduce every state; nothing of size D survives.
 
     Args:
@@ -97,24 +109,34 @@ def _compare_states(
         facts: text, place in it, and the further arguments of :func:`compare`, each (B, R, K).
 
     Returns:
-        (W, K) each, for the W windows that exist.
+        (W, K) each, for the W windows that exist; and the log-odds of the confidence head, if there is one.
     """
     # found before the drafter runs, since that waits for the device
     states = [mask[:, :, i].flatten().nonzero()[:, 0] for i in range(mask.shape[-1])]  # places in (B * R)
     kept = exists.flatten().nonzero()[:, 0]
 
-    def reduced(features: torch.Tensor, *given: torch.Tensor) -> Compared:
-        return compare(drafter.logits(features), *given)
+    def reduced(
+        features: torch.Tensor, previous: torch.Tensor, row: torch.Tensor, place: torch.Tensor, *given: torch.Tensor
+    ) -> Compared:
+        figures = compiled() if fused and len(features) > 1 else compare  # one row would be compiled on its own
+        return figures(unrolled.logits(features, previous), labels[row, place], *given)
 
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):
         if i:
             hidden = unrolled.advance(tokens[:, :, i - 1])
-        row, place, *given = (values[:, :, i].flatten().index_select(0, here) for values in facts)
         features = hidden.flatten(0, 1).index_select(0, here)
-        figures = checkpoint(
-            reduced, features, labels[row, place], *given, use_reentrant=False, preserve_rng_state=False
-        )
-        full = [values.new_zeros(exists.numel()).index_copy(0, here, values) for values in figures]
+        known = (unrolled.previous, *(values[:, :, i] for values in facts))
+        arguments = (features, *(values.flatten().index_select(0, here) for values in known))
+        figures = [
+            checkpoint(reduced, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*(values.split(max(1, LOGITS // labels.shape[-1])) for values in arguments))
+        ]
+        columns = [torch.cat(values) for values in zip(*figures)]
+        if drafter.config.confidence_head:
+            columns.append(drafter.acceptance_logit(*arguments[:2]))
+        full = [values.new_zeros(exists.numel()).index_copy(0, here, values) for values in columns]
         steps.append([values.index_select(0, kept) for values in full])
-    return Compared(*(torch.stack(values, -1) for values in zip(*steps)))
+    found = [torch.stack(values, -1) for values in zip(*steps)]
+    confidence = found.pop() if drafter.config.confidence_head else None
+    return Compared(*found), confidence

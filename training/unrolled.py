@@ -66,13 +66,14 @@ class Unrolled:
         features: (B, T - 1, H) after pair t = (taps of x_t, x_{t+1}); its logits predict x_{t+2}.
     """
 
-    # the windows that are open: where they start, the steps they have taken, their features
+    # the windows that are open: where they start, the steps they have taken, their features and newest tokens
     starts: torch.Tensor
     steps: int
     hidden: torch.Tensor
+    previous: torch.Tensor
 
     def __init__(self, drafter: PPOWDrafter, embed: nn.Module, input_ids: torch.Tensor, taps: torch.Tensor):
-        self.drafter, self.embed, self.attention = drafter, embed, PrefixAttention()
+        self.drafter, self.embed, self.attention, self.input_ids = drafter, embed, PrefixAttention(), input_ids
         pairs = input_ids.shape[1] - 1
         hidden = drafter.fuse(taps[:, :pairs].to(drafter.dtype))
         positions = torch.arange(pairs, device=input_ids.device).expand(input_ids.shape[0], -1)
@@ -82,14 +83,18 @@ class Unrolled:
     def begin(self, starts: torch.Tensor) -> torch.Tensor:
         """Open windows at pairs ``starts`` (B, R): -> features (B, R, H) whose logits give each first drafted token."""
         self.attention.begin(starts)
-        self.starts, self.steps = starts, 0
+        self.starts, self.steps, self.previous = starts, 0, self.input_ids.gather(1, starts + 1)
         self.hidden = self.features.gather(1, starts[:, :, None].expand(-1, -1, self.features.shape[-1]))
         return self.hidden
 
     def advance(self, tokens: torch.Tensor) -> torch.Tensor:
         """Give each window its next token (B, R): -> features (B, R, H) for the token after it."""
-        self.steps += 1
+        self.steps, self.previous = self.steps + 1, tokens
         rotary = self.drafter.rotary(self.hidden, self.starts + self.steps)
         embeds = self.embed(tokens).to(self.hidden.dtype)
         self.hidden = self.drafter.step(embeds, self.hidden, rotary, self.attention)
         return self.hidden
+
+    def logits(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Features (.., H) and the tokens (..) before what they predict -> logits (.., D)."""
+        return self.drafter.logits(features)  # which know that token already

@@ -4,6 +4,7 @@ import torch
 
 from ppow import PPOWDrafter
 
+from .blocks import Blocks
 from .config import ReinforceConfig
 from .data import Batch
 from .target import Reading
@@ -14,17 +15,20 @@ CRITICALITY_LOGITS = 1 << 26  # looked at together; a float32 tensor of them tak
 
 
 def text_criticality(
-    drafter: PPOWDrafter, unrolled: Unrolled, reading: Reading, batch: Batch, columns: torch.Tensor
+    drafter: PPOWDrafter, unrolled: Unrolled | Blocks, reading: Reading, batch: Batch, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Criticality (B, T - 1) of each pair's prediction, and which pairs predict a token of the answers."""
     critical = []
     # pair t predicts x_{t+2}, on which the target's own word is its distribution at t + 1; a few texts at a time, since
     # this takes several float32 tensors of their size times the draft vocabulary
-    texts = max(1, CRITICALITY_LOGITS // (unrolled.features.shape[1] * len(columns)))
-    for features, logits in zip(unrolled.features.split(texts), reading.logits[:, 1:].split(texts)):
-        draft_logprobs = drafter.logits(features).float().log_softmax(-1)  # (texts, T - 1, D)
+    pairs = batch.input_ids.shape[1] - 1
+    texts = max(1, CRITICALITY_LOGITS // (pairs * len(columns)))
+    every = unrolled.begin(torch.arange(pairs, device=columns.device).expand(len(batch.input_ids), -1))
+    parts = (values.split(texts) for values in (every, unrolled.previous, reading.logits[:, 1:]))
+    for features, previous, logits in zip(*parts):
+        draft_logprobs = unrolled.logits(features, previous).float().log_softmax(-1)  # (texts, T - 1, D)
         critical.append(criticality(logits.index_select(-1, columns).float().log_softmax(-1), draft_logprobs))
-    valid = torch.zeros(unrolled.features.shape[:2], dtype=torch.bool, device=columns.device)
+    valid = torch.zeros(every.shape[:2], dtype=torch.bool, device=columns.device)
     valid[:, :-1] = batch.loss_mask[:, 2:]
     return torch.cat(critical), valid
 

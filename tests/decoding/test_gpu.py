@@ -16,6 +16,7 @@ from decoding_helpers import (
     generate_with,
     prompt_batches,
     random_drafter,
+    trained_block,
     trained_pair,
 )
 from ppow import pair_ppow
@@ -23,6 +24,9 @@ from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftWindow, call_config
 from ppow.lossless_ppow import first_difference, without_drafts
 from ppow.probe_ppow import check_target
+from ppow.training.data import Batch
+from ppow.training.supervised import block_step
+from ppow.training.target import FrozenTarget
 from ppow.transcript_ppow import Acceptance
 from tiny_targets import build
 
@@ -70,6 +74,36 @@ def test_the_fast_path_makes_the_same_tokens(family, mode):
             out = generate_with(target, drafter, ids, mask, config)
             torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
     assert out.acceptance.acceptance_length > 1.3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [{"markov_rank": 4}, {"predict_from_anchor": False}], ids=str)
+def test_the_fast_path_of_block_drafters_makes_the_same_tokens(kind, mode):
+    target, drafter = (copy.deepcopy(model).to("cuda", torch.float32) for model in trained_block(**kind))
+    for batch in (1, 4):
+        for ids, mask in prompt_batches(batch, 4, seed=batch):
+            ids, mask = ids.cuda(), mask.cuda()
+            expected = target.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=PAD)
+            config = {**MODES[mode], "max_new_tokens": 24, "cuda_graphs": True, "compile_layers": batch == 4}
+            out = generate_with(target, drafter, ids, mask, config)
+            torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+    assert out.acceptance.acceptance_length > 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_drafter_learns_the_same_whether_the_comparison_is_compiled_or_not(dtype):
+    target, drafter = (copy.deepcopy(model).to("cuda", torch.float32) for model in trained_block(markov_rank=4))
+    drafter.requires_grad_(True)
+    frozen = FrozenTarget(target.to(dtype), drafter.config.target_taps)
+    ids = torch.randint(1, 48, (8, 40), device="cuda")
+    batch = Batch(ids, torch.ones_like(ids).bool(), torch.full((8,), 40), seed=0)
+    found = []
+    for fused in (False, True):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, metrics = block_step(frozen, drafter, batch, 0.8, anchors=16, fused=fused)
+        found.append((loss, metrics["step_losses"], *torch.autograd.grad(loss, list(drafter.layers.parameters()))))
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(eager, compiled, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())

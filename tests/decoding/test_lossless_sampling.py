@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from decoding_helpers import PAD, build_target, generate_with, random_drafter
+from decoding_helpers import PAD, block_drafter, build_target, generate_with, random_drafter
 from ppow import acceptance_ppow, verifier_ppow
 
 VOCAB, LENGTH, SAMPLES = 5, 3, 4_000
@@ -201,6 +201,23 @@ def test_sampling_is_exact_at_batch_size_1(target, pruned, case, options):
 
 def test_early_stopping_of_chains_keeps_the_distribution(target, pruned):
     assert min(p_values(target, pruned, "plain", EARLY)) > 0.001
+
+
+@pytest.mark.parametrize(
+    "case, options, rows, kind",
+    [
+        ("warpers", CHAIN, SAMPLES, {"markov_rank": 3}),
+        ("plain", EARLY, SAMPLES, {"predict_from_anchor": False}),
+        ("temperature", TREE, SAMPLES, {"markov_rank": 3}),
+        ("repetition-penalty", CHAIN, 500, {"markov_rank": 3}),
+    ],
+    ids=str,
+)
+def test_sampling_is_exact_with_a_block_drafter(target, case, options, rows, kind):
+    """Its drafts are drawn from one forward; with a low-rank head each knows the one before it."""
+    drafter = block_drafter(target, block_size=4, **kind)
+    prompts, samples = (PROMPTS, SAMPLES) if rows == SAMPLES else (EVEN, 1_500)
+    assert min(p_values(target, drafter, case, options, rows, samples, prompts=prompts, least=1.1)) > 0.001
 
 
 # -- the power of the test ---------------------------------------------------------------------------------------------

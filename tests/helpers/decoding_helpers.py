@@ -4,6 +4,7 @@ A random drafter accepts nearly nothing, so the accepting half of the loop would
 one to its target's greedy choices in about a second.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -12,9 +13,12 @@ import transformers
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
 from ppow.cache_ppow import SlotCache
 from ppow.modeling_ppow import CachedAttention
+from ppow.training.data import Batch
+from ppow.training.supervised import block_step
+from ppow.training.target import FrozenTarget
 
 VOCAB = 48
 PAD = 0
@@ -198,3 +202,36 @@ def generate_with(
         assistant_model=drafter,
         **kwargs,
     )
+
+
+def block_drafter(target, seed: int = 0, **overrides) -> PPOWBlockDrafter:
+    """An untrained block drafter in its target's dtype, its Markov head with weights that show."""
+    shape = {"architecture": "block", "block_size": 6, "num_hidden_layers": 2, "initializer_range": 0.1, **overrides}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        drafter = PPOWBlockDrafter(PPOWConfig.from_target(target.config, **shape))
+        if drafter.config.markov_rank:
+            torch.nn.init.normal_(drafter.markov_in.weight, std=0.7)
+            torch.nn.init.normal_(drafter.markov_out.weight, std=0.7)
+    return drafter.to(target.dtype).eval()
+
+
+@functools.cache
+def trained_block(**overrides):
+    """A target and a block drafter that drafts well for it. Treat both as read-only."""
+    target = build_target()
+    drafter = block_drafter(target, **overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prompts = torch.randint(1, VOCAB, (32, 6))
+    text = target.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, do_sample=False)
+    mask = torch.arange(text.shape[1]).expand_as(text) >= 3
+    batch = Batch(text, mask, torch.full((32,), text.shape[1]), seed=0)
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=5e-3)
+    frozen = FrozenTarget(copy.deepcopy(target), drafter.config.target_taps)
+    with torch.enable_grad():
+        for _ in range(40):
+            optimizer.zero_grad()
+            block_step(frozen, drafter, batch, 0.9, "ce", anchors=12)[0].backward()
+            optimizer.step()
+    return target, drafter.requires_grad_(False)
