@@ -200,6 +200,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
     input_modalities = ("text",)
     _no_split_modules = ["PPOWDecoderLayer"]
     _supports_sdpa = True
+    _vocabulary_is_right: int | None = None  # where the d2t lies that was found to be right
     draft_options = tuple(field.name for field in dataclasses.fields(DraftOptions))  # what custom_generate= also takes
     state_kind, graph_kind = DrafterState, GraphDrafter  # its side of a running generation, on either path
 
@@ -345,6 +346,25 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             )
         self.d2t.copy_(d2t)
         self.t2d.copy_(t2d.bool())
+
+    def check_draft_vocabulary(self) -> None:
+        """Raise a ValueError where ``d2t`` and ``t2d`` name different tokens; looked at until they agree.
+
+        So they do in a checkpoint whose tensors were all converted to a 16-bit dtype: its offsets are rounded.
+        """
+        if not self.pruned or self._vocabulary_is_right == self.d2t.data_ptr():
+            return
+        ids, size, vocabulary = self.draft_columns().long(), self.config.draft_vocab_size, self.config.vocab_size
+        inside = ids[(ids >= 0) & (ids < vocabulary)]
+        named = torch.zeros_like(self.t2d, dtype=torch.bool).index_fill(0, inside, True)
+        found = int((named & self.t2d.bool()).sum())
+        if not found == int(named.sum()) == int(self.t2d.sum()) == size:
+            raise ValueError(
+                f"This drafter drafts {size} tokens of {vocabulary}, but d2t (target id = i + d2t[i], int64) and t2d "
+                f"(membership) agree on {found} of them: the checkpoint is damaged, as by converting every tensor to a "
+                "16-bit dtype. Convert it again without these two; `ppow doctor` says whether t2d alone can mend it."
+            )
+        self._vocabulary_is_right = self.d2t.data_ptr()
 
     def embedding_for(self, target: PreTrainedModel) -> nn.Module:
         """The module that embeds tokens: the drafter's own, or the target's when they are shared."""

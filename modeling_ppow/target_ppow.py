@@ -114,7 +114,7 @@ def names_another(target: PreTrainedConfig, drafter: PreTrainedConfig) -> bool:
 def check_pair(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
     """Raise a ValueError unless ``drafter`` was made for a target like this one and its cache can be rolled back.
 
-    This reads configurations only; :mod:`probe_ppow` asks the loaded target itself.
+    This reads configurations and the draft vocabulary; :mod:`probe_ppow` asks the loaded target itself.
     """
     check_kind(target)
     wrong = misfits(target.config, drafter.config)
@@ -130,6 +130,7 @@ def check_pair(target: PreTrainedModel, drafter: PreTrainedModel) -> None:
             f"{target.config._name_or_path}. If the two are interchangeable, say so with "
             "drafter.config.target_name_or_path = target.config._name_or_path."
         )
+    drafter.check_draft_vocabulary()
 
 
 class WindowMasks:

@@ -147,10 +147,11 @@ def read_records(
         words = f"The drafter has {room} positions, the target {most}: behind them servers draft badly or not at all."
         mend = mended(config, f"drafter.config.max_position_embeddings = {most}")
         findings.append(Finding("positions", words, mend))
-    ids, held = drafter.draft_columns(), own.draft_vocab_size
-    if not (0 <= int(ids.min()) <= int(ids.max()) < own.vocab_size and len(ids.unique()) == held):
-        words = f"d2t does not name {held} tokens of the target's {own.vocab_size}: it holds offsets (target id = i + "
-        words += "d2t[i]), and here these lead to no token, or to one token twice. Nothing can be drafted."
+    held = own.draft_vocab_size
+    try:
+        drafter.check_draft_vocabulary()
+    except ValueError as error:
+        words = str(error).partition(";")[0] + "."
         mend = mended(config, IN_ORDER) if int(drafter.t2d.sum()) == held else imported_again(config)
         findings.append(Finding("draft vocabulary", words, mend, first=True))
     longest = max((stage.get("config", {}).get("max_length") or 0 for stage in stages), default=0)

@@ -5,6 +5,7 @@ Token identity over families of targets is test_families.py, exact distributions
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     DynamicCache,
@@ -27,6 +28,7 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
+from ppow import PPOWDrafter
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.drafting_ppow import DrafterState, DraftOptions
 from ppow.entrances_ppow import generate
@@ -335,6 +337,19 @@ def test_a_drafter_of_another_vocabulary():
     with pytest.raises(ValueError, match="vocabulary 50 in the drafter, 48 in the target"):
         tokenizers = {"tokenizer": object(), "assistant_tokenizer": object()}  # as it asks for
         generate(target, assistant_model=drafter, inputs=PROMPT, max_new_tokens=5, **tokenizers)
+
+
+def test_a_rounded_draft_vocabulary_is_refused(tmp_path):
+    """All tensors converted to bfloat16, the offsets among them: tokens of every other text would be drafted."""
+    target = build_target(vocab_size=3000)
+    drafter = random_drafter(target, draft_vocab_size=1000)
+    generate_with(target, drafter, PROMPT, config={"max_new_tokens": 3})
+    drafter.save_pretrained(tmp_path)
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rounded = PPOWDrafter.from_pretrained(tmp_path, dtype=torch.float32)
+    with pytest.raises(ValueError, match="drafts 1000 tokens of 3000, but d2t .* agree on"):
+        generate_with(target, rounded, PROMPT, config={"max_new_tokens": 3})
 
 
 def test_a_recorded_target_id_must_match():

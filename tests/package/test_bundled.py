@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 import small_pair
-from ppow import PPOWConfig
+from ppow import PPOWConfig, PPOWDrafter
 from ppow.model_cards import render
 from ppow.training.card import card
 from ppow.training.smollm2 import TARGET
@@ -29,6 +29,7 @@ def test_the_weights_are_safe_and_of_the_drafter_alone():
         assert config.target_name_or_path == TARGET and config.target_hidden_size == 576
         with safe_open(BUNDLED / name / "model.safetensors", "pt") as weights:
             assert "embed_tokens.weight" not in set(weights.keys())  # the target's own serve
+        PPOWDrafter.from_pretrained(BUNDLED / name).check_draft_vocabulary()
 
 
 @pytest.mark.parametrize("name", HELD)

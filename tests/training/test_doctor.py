@@ -162,9 +162,10 @@ def test_a_permuted_draft_vocabulary(examine, drafter):
     assert torch.equal(mended(report).d2t, right)
 
 
-def test_absolute_ids_need_no_forward_pass(examine, drafter):
+@pytest.mark.parametrize("damaged", [lambda d: d.draft_columns(), lambda d: d.d2t.bfloat16().long()])
+def test_absolute_ids_and_rounded_offsets_need_no_forward_pass(examine, drafter, damaged):
     right = drafter.d2t.clone()
-    drafter.d2t.copy_(drafter.draft_columns())
+    drafter.d2t.copy_(damaged(drafter))
     report = examine(drafter)
     assert first_fault(report) == "draft vocabulary" and report["figures"] == {}
     assert torch.equal(mended(report).d2t, right)
