@@ -26,11 +26,6 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
-    def processor_seconds(self) -> float:
-        """Time of a processor that the server has used until now."""
-        spent = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-        return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
-
 
 @contextmanager
 def serve(log: Path, *options: str, threads: int | None = 1):

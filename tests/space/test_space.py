@@ -421,6 +421,16 @@ def test_a_pair_that_does_not_run_here_is_said(monkeypatch):
     assert len(tried) == 2 and "CUDA out of memory" in app.Page(app.load).header()
 
 
+def test_what_is_shown_first_is_the_first_that_is_generated(pair, monkeypatch):
+    calls, generate = [], pair.target.generate
+    monkeypatch.setattr(pair.target, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    settings = Settings("Name three colours.", temperature=2.0, max_new_tokens=200)
+    runs = race(pair, settings, StopFlag())
+    shown = next(run for shown in runs for run in shown if run.tokens)
+    assert shown.name == PLAIN and shown.seconds is None and len(calls) == 1
+    runs.close()
+
+
 def test_a_stopped_race_keeps_what_was_written(pair):
     stop, settings = StopFlag(), Settings(QUESTIONS[0], max_new_tokens=256).check()
     for runs in race(pair, settings, stop):

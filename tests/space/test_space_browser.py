@@ -110,22 +110,18 @@ WATCH = """
 
 
 def test_the_first_tokens_are_seen_within_two_seconds(visit, server, shots):
-    """While the answer is still being written, and with what was written in its first two seconds. What comes before
-    the writing is counted in the server's own processor time, since other work on the machine is no property of the
-    page."""
+    """While the answer is still being written, and with what was written in its first two seconds; test_space.py has that
+    nothing comes before the writing."""
     page = visit()
     number(page, "temperature", 2)  # such texts do not come to an end by themselves
     number(page, "max_new_tokens", 256)
     page.evaluate(WATCH)
-    before = server.processor_seconds()
     page.click("#race")
-    page.wait_for_selector("#panes .pane .t")
-    used = server.processor_seconds() - before
     page.wait_for_function("window.first")
     page.screenshot(path=shots / "running.png")
     found = page.evaluate("window.first")
-    print(f"first tokens {found['seconds']:.2f} s after the start, with {used:.2f} s of the processor")
-    assert found["running"] and found["seconds"] < 2 and used < 2
+    print(f"first tokens {found['seconds']:.2f} s after the start")
+    assert found["running"] and found["seconds"] < 2
 
 
 def test_a_race_shows_its_facts_and_replays(visit, shots):
