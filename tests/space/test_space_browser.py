@@ -110,8 +110,8 @@ WATCH = """
 
 
 def test_the_first_tokens_are_seen_within_two_seconds(visit, server, shots):
-    """While the answer is still being written, and with what was written in its first two seconds; test_space.py has that
-    nothing comes before the writing."""
+    """While the answer is still being written, and with what was written in its first two seconds; that nothing comes
+    before the writing is tested in test_space.py."""
     page = visit()
     number(page, "temperature", 2)  # such texts do not come to an end by themselves
     number(page, "max_new_tokens", 256)
