@@ -336,7 +336,8 @@ class PromptsConfig(Config):
 
 _SECTIONS = {  # of TrainConfig -> what `ppow train` sets there itself
     "regenerate": {"data", "output", "target", "limit"},
-    "supervised": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"},
+    "supervised": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"}
+    | {"architecture"},
     "reinforce": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"},
     "evaluate": {"output_dir", "target", "drafter", "baseline", "prompts", "prompts_dir"},
 }
@@ -354,6 +355,9 @@ class TrainConfig(Config):
         "wall time for everything, such as 2h, 30m, 90s or 1h30m; none: as much as docs/train.md has for the target's "
         "size",
         None,
+    )
+    architecture: Literal["eagle3", "block"] = option(
+        "the drafter takes K steps for a window (eagle3) or one forward (block)", "eagle3"
     )
     plan: Literal["here", "a100", "h100", "h200"] | None = option(
         "print what each part takes on this or that device, and stop", None
@@ -405,6 +409,8 @@ class TrainConfig(Config):
         if mine := sorted(section.keys() & (_SECTIONS[name] | _THE_ROADS)):
             raise ValueError(f"{name}: `ppow train` sets {', '.join(mine)} itself; leave it out there.")
         filled: dict = dict.fromkeys(kind._required(), "-")
+        if name == "supervised":
+            filled["architecture"] = self.architecture
         if name == "regenerate" and "endpoint" not in section:
             filled["target"] = "-"
         if isinstance(warmup := section.get("warmup_steps"), int):

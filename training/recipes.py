@@ -141,13 +141,17 @@ class Choices:
         length = min(recipe.length, self.given + answer, positions(target) or recipe.length)
         rate = rate_for(text.hidden_size)
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
-        first = {"optimizer": _optimizer(), "norm_before_fc": True, "norm_output": True, "learning_rate": rate}
-        if config.supervised.get("hidden_size") in (None, text.hidden_size):
-            first["share_embeddings"] = True  # a copy of it would not be trained, and a repository is half as large
-        if text.vocab_size > recipe.draft_vocabulary:
-            first["draft_vocab_size"] = recipe.draft_vocabulary
+        first = {"architecture": config.architecture, "optimizer": _optimizer(), "learning_rate": rate}
+        if config.architecture == "eagle3":
+            first |= {"norm_before_fc": True, "norm_output": True}
+            if config.supervised.get("hidden_size") in (None, text.hidden_size):
+                first["share_embeddings"] = True  # a copy of it would not be trained, and a repository is half as large
+            if text.vocab_size > recipe.draft_vocabulary:
+                first["draft_vocab_size"] = recipe.draft_vocabulary
         second = {} if "preset" in config.reinforce else {"learning_rate": float(f"{_REINFORCE * rate:.2g}")}
         self.stages = {"supervised": shared | first, "reinforce": shared | second}
+        if (longest := self.drafter(self.stages["supervised"] | config.supervised).longest_window) is not None:
+            self.stages["reinforce"]["window_size"] = longest
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Options by command, those of ``config`` among them; steps and counts only where no budget decides them."""
