@@ -532,7 +532,7 @@ class SpaceConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig(Config):
-    """Turn an EAGLE-3 drafter of another trainer into a PPOW drafter for plain transformers and `ppow reinforce`."""
+    """Turn another trainer's EAGLE-3 or DFlash drafter into one for plain transformers and `ppow reinforce`."""
 
     _positional = "source"
 
@@ -549,7 +549,9 @@ class ExportConfig(Config):
     _positional = "drafter"
 
     drafter: str = option("PPOW drafter: Hub id or folder")
-    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle"] = option("who is to read it")
+    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle", "dflash"] = option(
+        "who is to read it; dflash: z-lab, vLLM and SGLang, a block drafter"
+    )
     target: str | None = option("its target: Hub id, folder or GGUF file; none: as the drafter records it", None)
     out: str | None = option("folder to write; none: the drafter's name with the format, here", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ppow import PPOWConfig
-from ppow.modeling_ppow import drafter_class
+from ppow import PPOWConfig, PPOWDrafter
 from ppow.probe_ppow import check_rope
 from ppow.target_ppow import check_kind, decoder_layers
 
@@ -91,7 +90,7 @@ class Shape:
         config = target_config.get_text_config(decoder=True)
         with torch.device("meta"):
             target = AutoModelForCausalLM.from_config(target_config)
-            drafter = drafter_class(drafter_config.architecture)(drafter_config)
+            drafter = PPOWDrafter.class_for(drafter_config.architecture)(drafter_config)
         check_kind(target)
         self.target_parameters = sum(p.numel() for p in target.parameters())
         used = sum(p.numel() for p in decoder_layers(target).parameters() if p.dim() >= 2)
