@@ -151,7 +151,8 @@ class Choices:
         second = {} if "preset" in config.reinforce else {"learning_rate": float(f"{_REINFORCE * rate:.2g}")}
         self.stages = {"supervised": shared | first, "reinforce": shared | second}
         if (longest := self.drafter(self.stages["supervised"] | config.supervised).longest_window) is not None:
-            self.stages["reinforce"]["window_size"] = longest
+            # a block costs the same however much of it is accepted, so its reward is that count
+            self.stages["reinforce"] |= {"window_size": longest, "cost_ratio": 0.0}
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Options by command, those of ``config`` among them; steps and counts only where no budget decides them."""
