@@ -171,7 +171,7 @@ class BlockState(DrafterState):
         return words.logits(features).to(features.device)
 
     def _chain_steps(self, root: torch.Tensor, size: int) -> Steps:
-        features = self._slots(root)
+        features = self._slots(root)[:, :size]
         logits = self._logits(features)
         for i in range(size):
             self.standing = features[:, i], root
@@ -183,7 +183,7 @@ class BlockState(DrafterState):
         return self.drafter.acceptance_logit(*self.standing).float().sigmoid()[:, None]
 
     def _tree_steps(self, root: torch.Tensor, depth: int, width: int) -> Steps:
-        logits, tokens = self._logits(self._slots(root)), root[:, None]
+        logits, tokens = self._logits(self._slots(root)[:, :depth]), root[:, None]
         for i in range(depth):
             slot = logits[:, i : i + 1].expand(-1, tokens.shape[1], -1)
             tokens, _ = yield self.drafter.conditioned(slot, tokens)

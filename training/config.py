@@ -65,7 +65,9 @@ class StageConfig(Config):
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
     dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
     shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
-    compile_loss: bool = option("on a GPU let torch.compile fuse what compares logits along windows of a text", False)
+    compile_loss: bool = option(
+        "on a GPU let torch.compile fuse the comparison of logits along texts (not in EAGLE-3's stage 1)", False
+    )
     save_every: int = option("steps between checkpoints", 200, at_least=1)
     keep_last: int = option("checkpoints to keep", 2, at_least=1)
     eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
@@ -82,7 +84,7 @@ class StageConfig(Config):
 
 # What shapes drafters of one architecture alone.
 BLOCK_SHAPE = ["block_size", "predict_from_anchor", "mask_token_id", "markov_rank", "confidence_head"]
-_NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_output"]
+_NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_output", "ttt_steps"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ class SupervisedConfig(StageConfig):
 
     def _check_architecture(self) -> None:
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
-        others = BLOCK_SHAPE if self.architecture == "eagle3" else _NOT_OF_BLOCKS
+        others = [*BLOCK_SHAPE, "anchors", "block_loss"] if self.architecture == "eagle3" else _NOT_OF_BLOCKS
         given = [name for name in others if getattr(self, name) != fresh[name]]
         if given and self.drafter is None:
             raise ValueError(
