@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 from decoding_helpers import block_drafter, build_target
 from ppow import PPOWConfig, PPOWDrafter
-from ppow.training import blocks, supervised
+from ppow.training import blocks, supervised, text_windows
 from ppow.training.cli import main as ppow
 from ppow.training.config import SupervisedConfig, TrainConfig
 from ppow.training.data import Batch, Example, rarest_token
 from ppow.training.objectives import TextWindows, block_loss, exact_loss
+from ppow.training.plan import DEVICES
+from ppow.training.recipes import Choices
 from ppow.training.target import FrozenTarget
 from ppow.training.text_windows import read_windows
 from training_helpers import by_steps, make_windows
@@ -117,6 +119,30 @@ def test_a_step_learns_from_as_many_windows_as_were_asked_for_and_draws_anew(mon
     for starts in drawn:
         assert starts.shape == (2, 5) and int(starts.min()) >= 8  # the first token of a window is an answer's
         assert all(len(set(row)) == 5 for row in starts.tolist())
+
+
+def test_a_compiled_comparison_is_used_where_it_is_asked_for(monkeypatch):
+    target = build_target()
+    drafter = block_drafter(target)
+    frozen = FrozenTarget(target, drafter.config.target_taps)
+    ids = torch.randint(1, 48, (2, 24), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, torch.ones_like(ids).bool(), torch.full((2,), 24), seed=5)
+    rows, compare = [], text_windows.compare
+    stand_in = lambda *given: rows.append(len(given[0])) or compare(*given)  # noqa: E731
+    monkeypatch.setattr(text_windows, "compiled", lambda: stand_in)
+    found = [supervised.block_step(frozen, drafter, batch, 0.8, anchors=3, fused=fused)[0] for fused in (False, True)]
+    assert torch.equal(*found) and len(rows) == 6 and max(rows) == 6
+
+
+def test_the_whole_road_chooses_what_suits_a_block_drafter():
+    config = build_target().config
+    names = {"target": "-", "output_dir": "-", "architecture": "block"}
+    choices = Choices(TrainConfig.from_dict(names | {"supervised": {"block_size": 7}}), config, DEVICES["h200"], True)
+    found = choices.all()
+    assert found["supervised"]["architecture"] == "block" and "draft_vocab_size" not in found["supervised"]
+    assert found["reinforce"]["window_size"] == 7 and found["reinforce"]["cost_ratio"] == 0
+    eagle = Choices(TrainConfig.from_dict(names | {"architecture": "eagle3"}), config, DEVICES["h200"], True).all()
+    assert eagle["supervised"]["norm_output"] and "window_size" not in eagle["reinforce"]
 
 
 @pytest.mark.parametrize("rank", [0, 3])
