@@ -142,6 +142,8 @@ class PPOWBlockDrafter(PPOWDrafter):
 class BlockState(DrafterState):
     """The block drafter's side of a running generation: keys and values of the context, one for every slot kept."""
 
+    standing: tuple[torch.Tensor, torch.Tensor]  # features (B, H) of a chain's present slot, the tokens (B,) before it
+
     def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """As in :class:`DrafterState`; the block's own entries are written behind and never kept."""
         drafter = self.drafter
@@ -154,24 +156,34 @@ class BlockState(DrafterState):
         self.positions = positions.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.lengths, self._longest = self.lengths + counts, None
 
-    def _slot_logits(self, root: torch.Tensor) -> torch.Tensor:
-        """One forward of the block behind ``root`` (B,): -> logits (B, K, V) of every slot, unconditioned."""
+    def _slots(self, root: torch.Tensor) -> torch.Tensor:
+        """One forward of the block behind ``root`` (B,): -> features (B, K, H) of every slot."""
         block = self.drafter.block(root, self.embed)
         place = torch.arange(block.shape[1], device=root.device)
         rotary = self.drafter.rotary(block, self.positions[:, None] + 1 + place)
         seen = torch.ones(len(root), len(place), len(place), dtype=torch.bool, device=root.device)
         slots = self.lengths[:, None] + place
-        features = self._step(block, block, rotary, slots, self.lengths, seen, len(place))
+        return self.drafter.drafting_rows(self._step(block, block, rotary, slots, self.lengths, seen, len(place)))
+
+    def _logits(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, K, H) -> logits (B, K, V), unconditioned."""
         words: Any = self.embed
-        return words.logits(self.drafter.drafting_rows(features)).to(root.device)
+        return words.logits(features).to(features.device)
 
     def _chain_steps(self, root: torch.Tensor, size: int) -> Steps:
-        logits = self._slot_logits(root)
+        features = self._slots(root)[:, :size]
+        logits = self._logits(features)
         for i in range(size):
+            self.standing = features[:, i], root
             root = yield self.drafter.conditioned(logits[:, i], root)
 
+    def _chance(self, distribution: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        if not self.drafter.config.confidence_head:
+            return super()._chance(distribution, draft)
+        return self.drafter.acceptance_logit(*self.standing).float().sigmoid()[:, None]
+
     def _tree_steps(self, root: torch.Tensor, depth: int, width: int) -> Steps:
-        logits, tokens = self._slot_logits(root), root[:, None]
+        logits, tokens = self._logits(self._slots(root)[:, :depth]), root[:, None]
         for i in range(depth):
             slot = logits[:, i : i + 1].expand(-1, tokens.shape[1], -1)
             tokens, _ = yield self.drafter.conditioned(slot, tokens)

@@ -36,7 +36,7 @@ class DraftOptions:
         tree_nodes: drafted nodes verified per cycle (the root comes on top).
         draft_threshold: end a chain early once its joint draft probability is below this (0: never). Saves draft steps
             that would hardly be accepted, at the price of one host synchronisation per step; meant for CPUs, and
-            without effect on the fast path.
+            without effect on the fast path. A block drafter with a confidence head goes by that; it saves verification.
         cuda_graphs: take the fast path of :mod:`graphs_ppow`. None: where the hardware and the target allow it; True:
             or else raise; False: never.
         compile_layers: let torch.compile fuse the layers' small kernels before the fast path records them. Faster
@@ -360,7 +360,7 @@ class DrafterState:
             tokens.append(self.drafter.to_target_ids(draft))
             if threshold > 0:
                 distribution = logits.float().softmax(-1) if sample is None else distribution
-                joint = joint * distribution.gather(1, draft[:, None])
+                joint = joint * self._chance(distribution, draft)
                 if bool((joint < threshold).all()):
                     break
             if i + 1 < size:
@@ -368,6 +368,10 @@ class DrafterState:
         if not ids:
             return DraftWindow.chain(torch.stack(tokens, 1))
         return DraftWindow.chain(torch.stack(tokens, 1), torch.stack(ids, 1), torch.stack(probs, 1))
+
+    def _chance(self, distribution: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        """How likely drafts (B,) from distributions (B, D) are thought to stand: -> (B, 1)."""
+        return distribution.gather(1, draft[:, None])
 
     def first_logits(self, root: torch.Tensor) -> torch.Tensor:
         """Logits (B, D) of the first token after ``root`` (B,)."""

@@ -404,6 +404,15 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             "Call target.generate(**inputs, assistant_model=drafter)."
         )
 
+    @staticmethod
+    def class_for(architecture: str | None) -> "type[PPOWDrafter]":
+        """The class of drafters of an architecture."""
+        if architecture != "block":
+            return PPOWDrafter
+        from .block_ppow import PPOWBlockDrafter  # which builds on this module
+
+        return PPOWBlockDrafter
+
     @classmethod
     def from_pretrained(
         cls,
@@ -429,7 +438,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             return super().from_pretrained(source, *args, **kwargs)
         check_path(source)
         config, _ = PPOWConfig.get_config_dict(source, **hub)
-        kind = drafter_class(config.get("architecture"))
+        kind = cls.class_for(config.get("architecture"))
         if not issubclass(cls, kind):
             return kind.from_pretrained(source, *args, target=target, **kwargs)
         if not config or config.get("model_type") == PPOWConfig.model_type:  # without one, transformers says so
@@ -449,7 +458,10 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             )
         imported = foreign.import_checkpoint(str(source), target, PPOWDrafter, **hub)
         rest = {key: value for key, value in kwargs.items() if key not in hub}
-        return super().from_pretrained(None, *args, config=imported.config, state_dict=imported.tensors, **rest)
+        kind = cls.class_for(imported.config.architecture)
+        return super(PPOWDrafter, kind).from_pretrained(
+            None, *args, config=imported.config, state_dict=imported.tensors, **rest
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """Save weights, configuration, code, and ``custom_generate/``, so that the folder serves every entrance."""
@@ -471,19 +483,6 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             # through `initialization`, which leaves tensors alone that a checkpoint has filled
             initialization.zeros_(module.d2t)
             initialization.copy_(module.t2d, torch.arange(module.config.vocab_size) < module.config.draft_vocab_size)
-
-
-def drafter_class(architecture: str | None) -> type[PPOWDrafter]:
-    """The class of drafters of an architecture; block drafters' is found by name, since it builds on this module."""
-    if architecture != "block":
-        return PPOWDrafter
-    try:
-        return importlib.import_module(".block_ppow", __package__).PPOWBlockDrafter
-    except ImportError as error:
-        raise ValueError(
-            f"This is a block drafter, whose class these modules do not bring along ({error}): load it with "
-            "AutoModel.from_pretrained(..., trust_remote_code=True), or install the package `ppow`."
-        ) from error
 
 
 PPOWDrafter.register_for_auto_class("AutoModel")

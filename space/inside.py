@@ -54,12 +54,13 @@ class Text:
         self.sampled = temperature > 0
         self.columns = drafter.draft_columns().to(ids.device)  # (D,) target ids of the draft vocabulary
         embed = drafter.embedding_for(pair.target)
-        if ids.shape[1] > 1:
+        self.critical = None
+        if ids.shape[1] > 1 and not drafter.config.is_block:  # whose windows tell it
             read = drafter(ids[:, 1:], taps[:, :-1], inputs_embeds=embed(ids[:, 1:]).to(drafter.dtype))
             self.critical = criticality(logits[1:][:, self.columns], read.logits[0].float())  # entry t: token t + 2
         cache = pair.part("cache_ppow").SlotCache(len(drafter.layers), ids.shape[1] + 256)
         lengths = torch.zeros(1, dtype=torch.long, device=ids.device)
-        self.state = pair.part("drafting_ppow").DrafterState(drafter, embed, cache, lengths, None)
+        self.state = drafter.state_kind(drafter, embed, cache, lengths, None)
         self._read(0, start)
 
     def _read(self, first: int, count: int) -> None:
@@ -87,6 +88,13 @@ class Text:
                 nodes, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
         end = self.start + len(kept)  # the target's row that decides on the token behind the accepted ones
         known = min(len(kept) + 1, len(following))
+        if self.critical is not None:
+            critical = self.critical[self.start - 1 : self.start - 1 + known]
+        elif said := steps[:known]:
+            wanted = self.logits[self.start : self.start + len(said)][:, self.columns]
+            critical = criticality(wanted, torch.stack(said).clamp(min=1e-30).log())
+        else:
+            critical = torch.empty(0)
         return {
             "nodes": nodes,
             "parents": parents,
@@ -97,7 +105,7 @@ class Text:
             "own": following[accepted] if gained > accepted else None,
             "target_top": top(self.logits[end].softmax(-1)),
             "draft_top": top(steps[len(kept)], self.columns) if broke and len(kept) < len(steps) else [],
-            "criticality": self.critical[self.start - 1 : self.start - 1 + known].tolist(),
+            "criticality": critical.tolist(),
             "exact": settings.drafting == "tree" or not self.sampled,
         }
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppow import PPOWBlockDrafter, PPOWDrafter
+from ppow.attention_ppow import without_cudnn_attention
 from ppow.block_ppow import TargetWords
 
 from .unrolled import Unrolled
@@ -51,7 +52,8 @@ class BlockAttention:
                 for before, own in zip(context, (key, value))
             )
             part = query[:, :, rows]
-            found.append(nn.functional.scaled_dot_product_attention(part, keys, values, attn_mask=mask))
+            with without_cudnn_attention():  # every batch has another length
+                found.append(nn.functional.scaled_dot_product_attention(part, keys, values, attn_mask=mask))
         return torch.cat(found, 2)
 
 

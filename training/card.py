@@ -115,13 +115,14 @@ def metadata(config: dict, metrics: dict, stages: list[dict], repo: str, license
         for name, result in metrics.get("results", {}).items()
         for key in ("acceptance_length", "speedup")
     ]
+    kind = "block-drafter" if config.get("architecture") == "block" else "eagle-3"
     fields = {
         "library_name": "transformers",
         "license": license,
         "base_model": target,
         "base_model_relation": "adapter" if target else None,
         "datasets": sorted(data),
-        "tags": ["ppow", "speculative-decoding", "eagle-3", "assistant-model"],
+        "tags": ["ppow", "speculative-decoding", kind, "assistant-model"],
         "model_name": repo if figures else None,
         "eval_results": figures,
     }

@@ -66,7 +66,9 @@ class StageConfig(Config):
     accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
     dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
     shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
-    compile_loss: bool = option("on a GPU let torch.compile fuse what compares logits along windows of a text", False)
+    compile_loss: bool = option(
+        "on a GPU let torch.compile fuse the comparison of logits along texts (not in EAGLE-3's stage 1)", False
+    )
     save_every: int = option("steps between checkpoints", 200, at_least=1)
     keep_last: int = option("checkpoints to keep", 2, at_least=1)
     eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
@@ -88,7 +90,7 @@ class StageConfig(Config):
 BLOCKS = 64  # windows of a text in a step of a block drafter (ours)
 # What shapes drafters of one architecture alone.
 BLOCK_SHAPE = ["block_size", "predict_from_anchor", "mask_token_id", "markov_rank", "confidence_head"]
-_NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_output"]
+_NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_output", "ttt_steps"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,7 @@ class SupervisedConfig(StageConfig):
 
     def _check_architecture(self) -> None:
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
-        others = BLOCK_SHAPE if self.architecture == "eagle3" else _NOT_OF_BLOCKS
+        others = [*BLOCK_SHAPE, "block_loss"] if self.architecture == "eagle3" else _NOT_OF_BLOCKS
         given = [name for name in others if getattr(self, name) != fresh[name]]
         if given and self.drafter is None:
             raise ValueError(
@@ -340,7 +342,8 @@ class PromptsConfig(Config):
 
 _SECTIONS = {  # of TrainConfig -> what `ppow train` sets there itself
     "regenerate": {"data", "output", "target", "limit"},
-    "supervised": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"},
+    "supervised": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"}
+    | {"architecture"},
     "reinforce": {"data", "output_dir", "target", "drafter", "eval_data", "limit", "plan", "push_to_hub"},
     "evaluate": {"output_dir", "target", "drafter", "baseline", "prompts", "prompts_dir"},
 }
@@ -358,6 +361,9 @@ class TrainConfig(Config):
         "wall time for everything, such as 2h, 30m, 90s or 1h30m; none: as much as docs/train.md has for the target's "
         "size",
         None,
+    )
+    architecture: Literal["eagle3", "block"] = option(
+        "the drafter takes K steps for a window (eagle3) or one forward (block)", "eagle3"
     )
     plan: Literal["here", "a100", "h100", "h200"] | None = option(
         "print what each part takes on this or that device, and stop", None
@@ -409,6 +415,8 @@ class TrainConfig(Config):
         if mine := sorted(section.keys() & (_SECTIONS[name] | _THE_ROADS)):
             raise ValueError(f"{name}: `ppow train` sets {', '.join(mine)} itself; leave it out there.")
         filled: dict = dict.fromkeys(kind._required(), "-")
+        if name == "supervised":
+            filled["architecture"] = self.architecture
         if name == "regenerate" and "endpoint" not in section:
             filled["target"] = "-"
         if isinstance(warmup := section.get("warmup_steps"), int):
@@ -530,7 +538,7 @@ class SpaceConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig(Config):
-    """Turn an EAGLE-3 drafter of another trainer into a PPOW drafter for plain transformers and `ppow reinforce`."""
+    """Turn another trainer's EAGLE-3 or DFlash drafter into one for plain transformers and `ppow reinforce`."""
 
     _positional = "source"
 
@@ -547,7 +555,9 @@ class ExportConfig(Config):
     _positional = "drafter"
 
     drafter: str = option("PPOW drafter: Hub id or folder")
-    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle"] = option("who is to read it")
+    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle", "dflash"] = option(
+        "who is to read it; dflash: z-lab, vLLM and SGLang, a block drafter"
+    )
     target: str | None = option("its target: Hub id, folder or GGUF file; none: as the drafter records it", None)
     out: str | None = option("folder to write; none: the drafter's name with the format, here", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)

@@ -1,4 +1,4 @@
-"""``ppow import`` and ``ppow export``: EAGLE-3 drafters from other trainers, and PPOW drafters for serving engines.
+"""``ppow import`` and ``ppow export``: drafters from other trainers, and PPOW drafters for serving engines.
 
     ppow import yuhuili/EAGLE3-LLaMA3.1-Instruct-8B --target meta-llama/Llama-3.1-8B-Instruct --out drafter
     ppow export drafter --format vllm --out drafter-vllm
@@ -20,6 +20,7 @@ from ppow import PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
 from ppow.target_ppow import check_pair
 
+from .block_formats import to_dflash
 from .config import ExportConfig, ImportConfig
 from .export_formats import Exported, from_ppow
 from .files import claim_beside, whole
@@ -46,7 +47,7 @@ def import_drafter(config: ImportConfig) -> None:
     print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
     if config.dry_run:
         return
-    drafter = PPOWDrafter.from_pretrained(
+    drafter = PPOWDrafter.class_for(imported.config.architecture).from_pretrained(
         None, config=imported.config, state_dict=imported.tensors, dtype=imported.config.dtype
     )
     folder = write_folder(config.out or f"{_name(config.source)}-ppow", drafter.save_pretrained)
@@ -68,15 +69,21 @@ def export_drafter(config: ExportConfig) -> None:
         embeddings = _embeddings(config.target, target_model) if config.format == "sglang" else None
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
-    exported = from_ppow(
-        drafter.config,
-        drafter.state_dict(),
-        config.format,
-        target_config=target_config,
-        target_embeddings=embeddings,
-        speculative_tokens=tokens,
-        target_name=target,
-    )
+    if drafter.config.is_block != (config.format == "dflash"):
+        kind = "a block drafter" if drafter.config.is_block else "an EAGLE-3 drafter"
+        raise ValueError(f"{config.drafter} is {kind}, and --format {config.format} is for the other kind.")
+    if drafter.config.is_block:
+        exported = to_dflash(drafter.config, drafter.state_dict())
+    else:
+        exported = from_ppow(
+            drafter.config,
+            drafter.state_dict(),
+            config.format,
+            target_config=target_config,
+            target_embeddings=embeddings,
+            speculative_tokens=tokens,
+            target_name=target,
+        )
     drafting = drafter.generation_config.to_diff_dict()
     if dropped := sorted(drafting.keys() - {"transformers_version", "window_size"}):
         exported.rows.append(Row("dropped", "generation_config", f"{', '.join(dropped)}: it has no field for it"))
@@ -123,13 +130,16 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
     """The command that serves ``target`` with the exported ``drafter``, drafting chains of ``tokens``.
 
     Args:
-        form: one of ``export_formats.FORMATS``.
+        form: one of ``export_formats.FORMATS``, or dflash.
         target: Hub id or folder.
         drafter: the exported folder.
         tokens: drafted tokens per verification.
     """
     if form in ("speculators", "vllm"):
         options = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
+        return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(options)])
+    if form == "dflash":
+        options = {"method": "dflash", "model": drafter, "num_speculative_tokens": tokens}
         return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(options)])
     if form == "sglang":
         options = {

@@ -139,7 +139,7 @@ def from_ppow(
         rows.append(Row("assumed", "embed_tokens", "not stored: the engine takes the target's"))
     _write_vocabulary(tensors, config, form, rows)
     tensors = _engine_names(tensors, form, rows)
-    layer = _layer_config(config)
+    layer = layer_config(config)
     if target_config is not None and config.rope_parameters["rope_type"] in UNSCALED_ROPE:
         positions = target_config.get_text_config(decoder=True).max_position_embeddings
         layer["max_position_embeddings"] = max(positions, config.max_position_embeddings)
@@ -186,7 +186,8 @@ def _engine_names(tensors: Tensors, form: str, rows: list[Row]) -> Tensors:
     return renamed
 
 
-def _layer_config(config: PPOWConfig) -> dict:
+def layer_config(config: PPOWConfig) -> dict:
+    """The drafter's layers as a configuration of a Llama or Qwen3 model names them."""
     return {
         "model_type": "qwen3" if config.qk_norm else "llama",
         "vocab_size": config.vocab_size,

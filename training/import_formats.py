@@ -56,7 +56,7 @@ _LAYER_FIELDS = (
     "rope_theta",
 )
 _TYPES: dict[str, type | tuple[type, ...]] = {  # of the fields that are read, wherever they are; null is absent
-    **dict.fromkeys(("eagle_config", "rope_parameters", "rope_scaling", "speculators_config"), dict),
+    **dict.fromkeys(("dflash_config", "eagle_config", "rope_parameters", "rope_scaling", "speculators_config"), dict),
     **dict.fromkeys(("transformer_layer_config", "verifier"), dict),
     **dict.fromkeys(("architectures", "layer_types"), list),
     **dict.fromkeys(("aux_hidden_states_layer_ids", "eagle_aux_hidden_state_layer_ids"), list),
@@ -89,7 +89,7 @@ class Imported:
 def import_checkpoint(
     source: str, target: PreTrainedModel | PreTrainedConfig | str, drafter_class: type[PreTrainedModel], **hub: Any
 ) -> Imported:
-    """Read another trainer's EAGLE-3 drafter.
+    """Read another trainer's EAGLE-3 or DFlash drafter.
 
     Args:
         source: folder or Hub id of the drafter.
@@ -145,6 +145,10 @@ def to_ppow(
             target whose width, vocabulary or depth does not fit.
     """
     _check_types(config)
+    from .block_formats import from_dflash, is_dflash  # which is made of this module's parts
+
+    if is_dflash(config):
+        return from_dflash(config, tensors, target_config, drafter_class)
     dialect = detect(config, tensors)
     text = target_config.get_text_config(decoder=True)
     if missing := [key for key in ("vocab_size", "max_position_embeddings") if not hasattr(text, key)]:
@@ -153,7 +157,7 @@ def to_ppow(
     tensors = _rename(tensors, rows)
     fields = config.get("transformer_layer_config") or {} if dialect.startswith("speculators") else config
     norms = _norms(dialect, config, rows)
-    _refuse_foreign_features(config, fields, norms)
+    refuse_foreign(config, fields, norms)
     pruned = _vocabulary(tensors, text.vocab_size, rows)
     width = tensors["norm.weight"].shape[0]
     shared = "embed_tokens.weight" not in tensors and width == text.hidden_size
@@ -173,12 +177,12 @@ def to_ppow(
         target_taps=_taps(dialect, config, tensors["fc.weight"].shape[1], text, rows),
         share_target_embeddings=shared,
         **norms,
-        **_attention(tensors, fields, text, rows),
-        **_layer_fields(fields, text, rows),
+        **attention_shape(tensors, fields, text, rows),
+        **layer_fields(fields, text, rows),
     )
-    result.dtype = _dtype(tensors, rows)
+    result.dtype = stored_dtype(tensors, rows)
     with torch.device("meta"):
-        _check_tensors(tensors, drafter_class(result).state_dict())
+        check_tensors(tensors, drafter_class(result).state_dict())
     verifier = ((config.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
     if verifier and verifier != result.target_name_or_path:
         rows.append(Row("assumed", "target", f"trained for {verifier}, taken to be the one given"))
@@ -262,7 +266,8 @@ def _norms(dialect: str, config: dict, rows: list[Row]) -> dict:
     return norms
 
 
-def _refuse_foreign_features(config: dict, fields: dict, norms: dict) -> None:
+def refuse_foreign(config: dict, fields: dict, norms: dict) -> None:
+    """Raise a ValueError for what no drafter here can do: other layers, sliding windows, quantized weights."""
     if fields.get("model_type", "llama") not in ("llama", "qwen3", "eagle"):
         raise ValueError(f"Drafter layers of type {fields['model_type']!r} are not supported, only llama and qwen3.")
     if "sliding_attention" in (fields.get("layer_types") or ()) or fields.get("use_sliding_window"):
@@ -372,7 +377,7 @@ def _taps(dialect: str, config: dict, width: int, text: PreTrainedConfig, rows: 
     return taps
 
 
-def _attention(tensors: Tensors, fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
+def attention_shape(tensors: Tensors, fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
     """Heads and head size, from the projections' widths and whichever of the two is known."""
     if not fields.get("num_attention_heads"):
         rows.append(Row("assumed", "num_attention_heads", f"not stored: the target's {text.num_attention_heads}"))
@@ -391,7 +396,7 @@ def _attention(tensors: Tensors, fields: dict, text: PreTrainedConfig, rows: lis
     return {"num_attention_heads": width_q // size, "num_key_value_heads": width_k // size, "head_dim": size}
 
 
-def _layer_fields(fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
+def layer_fields(fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
     """Norm epsilon, activation, RoPE and positions, with the defaults of the drafter's own configuration class."""
     given = {key: fields[key] for key in _LAYER_FIELDS if fields.get(key) is not None}
     config_class = Qwen3Config if fields.get("model_type") == "qwen3" else LlamaConfig
@@ -422,7 +427,7 @@ def _layer_fields(fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict
     }
 
 
-def _dtype(tensors: Tensors, rows: list[Row]) -> torch.dtype:
+def stored_dtype(tensors: Tensors, rows: list[Row]) -> torch.dtype:
     """The type that holds every weight without rounding."""
     found = {tensor.dtype for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
     if not found <= set(_FLOATS):
@@ -436,13 +441,13 @@ def _dtype(tensors: Tensors, rows: list[Row]) -> torch.dtype:
     return widest
 
 
-def _check_tensors(tensors: Tensors, expected: Tensors) -> None:
+def check_tensors(tensors: Tensors, expected: Tensors, kind: str = "EAGLE-3") -> None:
     """Names and shapes against those of a drafter."""
     missing, superfluous = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or superfluous:
         parts = [f"lacks {', '.join(missing[:6])}"] * bool(missing)
         parts += [f"has {', '.join(superfluous[:6])} besides"] * bool(superfluous)
-        raise ValueError(f"This is no EAGLE-3 drafter that PPOW can run: it {' and '.join(parts)}.")
+        raise ValueError(f"This is no {kind} drafter that PPOW can run: it {' and '.join(parts)}.")
     wrong = [
         f"{name} {list(tensor.shape)} instead of {list(expected[name].shape)}"
         for name, tensor in tensors.items()

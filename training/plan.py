@@ -25,8 +25,10 @@ from ppow import PPOWConfig, PPOWDrafter
 from ppow.probe_ppow import check_rope
 from ppow.target_ppow import check_kind, decoder_layers
 
+from .blocks import ROWS
 from .config import ReinforceConfig, SupervisedConfig
 from .objectives import objective_of
+from .text_windows import LOGITS
 
 GIB = 2**30
 
@@ -87,7 +89,8 @@ class Shape:
     def __init__(self, target_config: PreTrainedConfig, drafter_config: PPOWConfig):
         config = target_config.get_text_config(decoder=True)
         with torch.device("meta"):
-            target, drafter = AutoModelForCausalLM.from_config(target_config), PPOWDrafter(drafter_config)
+            target = AutoModelForCausalLM.from_config(target_config)
+            drafter = PPOWDrafter.class_for(drafter_config.architecture)(drafter_config)
         check_kind(target)
         self.target_parameters = sum(p.numel() for p in target.parameters())
         used = sum(p.numel() for p in decoder_layers(target).parameters() if p.dim() >= 2)
@@ -105,7 +108,11 @@ class Shape:
         self.drafter = drafter_config
         self.fuse = drafter.fc.weight.numel()
         self.step = sum(p.numel() for p in drafter.layers.parameters() if p.dim() >= 2)
-        self.head = drafter.lm_head.weight.numel()
+        self.frozen_head = self.vocabulary * self.hidden if drafter_config.is_block else 0  # the target's
+        self.head = self.frozen_head or drafter.lm_head.weight.numel()
+        self.head += drafter_config.markov_rank * self.vocabulary
+        both = "k_proj.weight", "v_proj.weight"
+        self.context = sum(p.numel() for name, p in drafter.named_parameters() if name.endswith(both))
         self.drafter_parameters = sum(p.numel() for p in drafter.parameters())
         embedding = drafter.get_input_embeddings()
         frozen = embedding is not None and drafter_config.hidden_size == drafter_config.target_hidden_size
@@ -191,11 +198,13 @@ class _Step:
         self.batch, self.length, self.pairs = config.batch_size, config.max_length, config.max_length - 1
         self.reinforce = isinstance(config, ReinforceConfig)
         self.rolls = self.reinforce and objective_of(config).batch == "rollouts"
-        self.size = config.window_size if self.reinforce else config.ttt_steps
+        self.block = shape.drafter.block_size if shape.drafter.is_block else 0  # rows of a window's one forward
+        self.size = config.window_size if self.reinforce else shape.drafter.longest_window or config.ttt_steps
         if self.rolls:
             self.rows = config.windows_per_sequence * config.group_size
         else:
-            self.rows = self.pairs
+            self.rows = min(config.windows_of(self.block) or self.pairs, self.pairs)
+        self.again = (self.reinforce or self.block > 0) and not self.rolls  # logits are computed twice, not kept
         self.nodes = self.rows * (self.size - 1)  # behind the first, of each text
         self.forest = 0  # of them, verified in one forward
         if self.rolls:
@@ -216,6 +225,10 @@ class _Step:
         return self.batch * tokens * (2 * (shape.target_used + shape.vocabulary * shape.hidden) + attention)
 
     def _unroll(self, rows: int) -> float:  # a text's pairs, then windows over them
+        if self.block:
+            seen = self.length + min(rows, max(1, ROWS // self.block)) * self.block
+            own = 2 * self.shape.step + 4 * self.inside * self.narrow * seen
+            return self.batch * (self.length * 2 * (self.shape.fuse + self.shape.context) + rows * self.block * own)
         own = 2 * self.shape.step + 4 * self.inside * self.narrow * self.pairs
         return self.batch * (self.pairs * (2 * self.shape.fuse + own) + rows * (self.size - 1) * own)
 
@@ -224,13 +237,15 @@ class _Step:
         found = {"target reads": self._read(self.length, self.length) * (2 if taught else 1)}
         if self.rolls:
             drawn = self._unroll(self.rows) + head * states
+            criticality = head * self.batch * self.pairs + (self._unroll(self.pairs) if self.block else 0)
             found["target verifies"] = self._read(self.nodes, self.length + self.forest)
-            found["drafter draws"] = drawn + head * self.batch * self.pairs  # its criticality along the whole text
+            found["drafter draws"] = drawn + criticality  # which is that of the whole text
             found["drafter learns"] = 3 * drawn  # 1 forward, 2 backward
             found["drafter learns"] += 3 * (self._unroll(self.pairs) + head * taught) if taught else 0
             return found
-        again = 4 if self.reinforce else 3  # stage 2 computes its logits a second time on the way back
-        found["drafter learns"] = 3 * self._unroll(self.rows) + again * head * states
+        again = 4 if self.again else 3  # a second time on the way back
+        found["drafter learns"] = 3 * self._unroll(self.rows)
+        found["drafter learns"] += (again * head - 2 * self.shape.frozen_head) * states  # which has no gradient itself
         return found
 
     # -- bytes
@@ -257,11 +272,16 @@ class _Step:
     def passing(self) -> dict[str, float]:
         """Bytes of each phase of the step, gone before the next."""
         shape, e, batch, states = self.shape, self.bytes, self.batch, self.states
-        h, d = shape.drafter.hidden_size, shape.drafter.draft_vocab_size
+        h, d = shape.drafter.hidden_size, int(shape.drafter.draft_vocab_size or 0)
         # kept of a drafter's layer and row, for the way back
         layer = (12 * h + 4 * self.narrow + 4 * shape.drafter.intermediate_size) * e + 12 * h
 
         def kept(rows: int) -> float:
+            if self.block:
+                inside = self.length + min(rows * self.block, ROWS)  # keys of a row; its mask serves all layers
+                entries = 2 * self.narrow * (self.length + rows * self.block) * e
+                mask = rows * self.block * inside * 4
+                return batch * (rows * self.block * self.inside * layer + self.inside * entries + mask)
             windows = batch * rows * (self.size - 1) * self.inside * (layer + self.seen)
             return batch * self.pairs * self.inside * layer + windows
 
@@ -271,10 +291,11 @@ class _Step:
             found["target verifies"] = judged * (shape.vocabulary * 2 + 3 * shape.inner) * e + states * d * e
             found["learning"] = kept(self.rows) + states * d * (3 * e + 6 * 4)
         else:
-            one = batch * self.rows * d
-            saved = 0 if self.reinforce else states * d * (e + 4)
-            numbers = 2 * e + (8 if self.reinforce else 3) * 4
-            found["learning"] = kept(self.rows) + batch * self.length * d * e + saved + one * numbers
+            one = min(batch * self.rows * d, max(LOGITS, d)) if self.again else batch * self.rows * d
+            saved = 0 if self.again else states * d * (e + 4)
+            numbers = 2 * e + (8 if self.again else 3) * 4
+            labels = 0 if d == shape.vocabulary and self.again else batch * self.length * d * e
+            found["learning"] = kept(self.rows) + labels + saved + one * numbers
         if self.taught:
             found["learning"] += kept(self.pairs) + self.taught * d * (e + 4)
         return found
@@ -285,7 +306,7 @@ class _Step:
         weights = shape.target_parameters * e * self._forwards()
         logits = self.batch * self.nodes * shape.vocabulary * (2 * e + 12) if self.rolls else 0  # and their norms
         # float32 numbers read or written per logit: counted in objectives.compare, run twice, and its way back
-        numbers = 115 if self.reinforce and not self.rolls else 24
+        numbers = 115 if self.again else 24
         compared = (self.states + self.taught) * d * (4 * e + numbers * 4)
         attention = 3 * self.batch * self.rows * (self.size - 1) * self.inside * 3 * self.seen
         return weights + 40 * shape.trained + 4 * self._reading() + logits + compared + attention

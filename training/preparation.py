@@ -32,10 +32,7 @@ def run(
         ValueError: a name that is no model or repository, a folder that is no folder or another run's.
     """
     if config.plan is not None:
-        shapes = configs(config)
-        if shapes[1].is_block:
-            raise ValueError("--plan knows EAGLE-3 drafters only; a block drafter's step is not counted yet.")
-        plan.show(config, *shapes)
+        plan.show(config, *configs(config))
         return
     if config.push_to_hub:
         from .hub import check_repository_name

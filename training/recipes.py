@@ -3,7 +3,9 @@
 Every figure says where it comes from. "measured" is by us, on SmolLM2-135M-Instruct (0.13B, 576 wide; 20,000 of its own
 greedy answers, texts of up to 448 tokens, 64 a step, draft vocabulary 16,384, 2e-3, one H200, 85 s of training). The
 acceptance length of its chains of 7 was then 2.18 with AdamW, 3.02 with Muon, 3.47 with AdamW and EAGLE-3.1's two
-norms, and 3.74 with both. "published" is others' and not measured by us. "ours" is a choice between such points.
+norms, and 3.74 with both. What is said of rates and windows is benchmarks/results/smollm2-stage1-options.json, 45 s of
+one H200 each: half of a text's windows +0.16 [+0.14, +0.18] over all of them at temperature 0, 4e-3 +0.18 [+0.16, +0.21]
+over 2e-3; a run of 390 s took 3e-3 and 100 windows (smollm2-eagle3-390s.json). "published" is others' and not measured by us. "ours" is a choice between such points.
 """
 
 import math
@@ -31,6 +33,7 @@ class Recipe(NamedTuple):
         texts: of an optimizer step.
         draft_vocabulary: tokens that the drafter can draft, where the target knows more.
         steps, reinforce_steps: of stage 1 and stage 2.
+        windows: of a text that a step of stage 1 learns from; None: all.
         hint: where the target's size asks for more than one GPU.
     """
 
@@ -42,27 +45,28 @@ class Recipe(NamedTuple):
     draft_vocabulary: int
     steps: int
     reinforce_steps: int
+    windows: int | None = None
     hint: str = ""
 
 
 _SPREAD = "spread it: `accelerate launch -m ppow.training.cli supervised --shard-target ...`, likewise reinforce"
 RECIPES = (
     # measured, but for the steps: ours (with 128 texts a step acceptance still rose at 1,700), and stage 2's default
-    Recipe(0.3, 20_000, 256, 448, 64, 16_384, 3_000, 500),
+    Recipe(0.3, 20_000, 256, 448, 64, 16_384, 3_000, 500, windows=100),
     # ours: as measured, with a little more room for the texts
-    Recipe(2.0, 30_000, 256, 512, 64, 16_384, 4_000, 500),
+    Recipe(2.0, 30_000, 256, 512, 64, 16_384, 4_000, 500, windows=100),
     # ours: half-way to the next row; a draft vocabulary of 32,000 is EAGLE-3's (published)
     Recipe(5.0, 40_000, 384, 1_024, 32, 32_000, 6_000, 500),
     # the draft vocabulary and texts of 2,048 tokens are EAGLE-3's (published), which learned from ShareGPT and
     # UltraChat-200k; a tenth of that many texts in what one GPU writes and reads in a working day (ours)
     Recipe(15.0, 60_000, 512, 2_048, 16, 32_000, 10_000, 500),
     # ours: the same; in bfloat16 a target of 32B leaves no room for the texts on a GPU of 80 GB
-    Recipe(math.inf, 60_000, 512, 2_048, 16, 32_000, 10_000, 500, _SPREAD),
+    Recipe(math.inf, 60_000, 512, 2_048, 16, 32_000, 10_000, 500, hint=_SPREAD),
 )
 # Stage 1's peak learning rate falls with the target's width w, on the line (in logarithms) through two points: measured
-# 2e-3 at 576 and published 1e-4 at 4,096 (EAGLE-3 trainers at 8B, AdamW; our Muon takes AdamW's rate, see optimizers).
-# At 256 the line gives 6.9e-3; the 14M pair did best with 6e-3 (measured, AdamW), the most that is taken.
-_RATES = ((576, 2e-3), (4096, 1e-4))
+# 3e-3 at 576 and published 1e-4 at 4,096 (EAGLE-3 trainers at 8B, AdamW; our Muon takes AdamW's rate, see optimizers).
+# At 256 the line gives 1.2e-2; the 14M pair did best with 6e-3 (measured, AdamW), the most that is taken.
+_RATES = ((576, 3e-3), (4096, 1e-4))
 _HIGHEST = 6e-3
 # Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, 14M pair); 1e-3 after 2e-3 gained nothing (0.13B)
 _REINFORCE = 0.5
@@ -141,13 +145,20 @@ class Choices:
         length = min(recipe.length, self.given + answer, positions(target) or recipe.length)
         rate = rate_for(text.hidden_size)
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
-        first = {"optimizer": _optimizer(), "norm_before_fc": True, "norm_output": True, "learning_rate": rate}
-        if config.supervised.get("hidden_size") in (None, text.hidden_size):
-            first["share_embeddings"] = True  # a copy of it would not be trained, and a repository is half as large
-        if text.vocab_size > recipe.draft_vocabulary:
-            first["draft_vocab_size"] = recipe.draft_vocabulary
+        first = {"architecture": config.architecture, "optimizer": _optimizer(), "learning_rate": rate}
+        if config.architecture == "eagle3":
+            first |= {"norm_before_fc": True, "norm_output": True}
+            if config.supervised.get("hidden_size") in (None, text.hidden_size):
+                first["share_embeddings"] = True  # a copy of it would not be trained, and a repository is half as large
+            if text.vocab_size > recipe.draft_vocabulary:
+                first["draft_vocab_size"] = recipe.draft_vocabulary
+            if recipe.windows:
+                first["anchors"] = recipe.windows
         second = {} if "preset" in config.reinforce else {"learning_rate": float(f"{_REINFORCE * rate:.2g}")}
         self.stages = {"supervised": shared | first, "reinforce": shared | second}
+        if (longest := self.drafter(self.stages["supervised"] | config.supervised).longest_window) is not None:
+            # a block costs the same however much of it is accepted, so its reward is that count
+            self.stages["reinforce"] |= {"window_size": longest, "cost_ratio": 0.0}
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Options by command, those of ``config`` among them; steps and counts only where no budget decides them."""

@@ -180,7 +180,10 @@ def evaluate(
     trainer: Trainer,
     step_weight: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """The same figures for windows of 10 on the first 64 held-out texts, named eval_*; the same on every process."""
+    """The same figures for windows of 10 on the first 64 held-out texts, named eval_*; the same on every process.
+
+    Of a block drafter the loss is DSpark's, whatever it learns from, and every window of an answer counts.
+    """
     size, examples = trainer.config.batch_size, examples[:64]  # the same ones whatever the batch
     drafter.eval()
     collected = []

@@ -26,12 +26,12 @@ def test_greedy_answers_are_the_targets_own(kind, mode):
     target, drafter = trained_block(**KINDS[kind])
     gained = []
     for batch in (1, 3):
-        for ids, mask in prompt_batches(batch, 3, seed=batch):
+        for ids, mask in prompt_batches(batch, 2, seed=batch):
             out = generate_with(target, drafter, ids, mask, {**MODES[mode], "max_new_tokens": 24})
             stock = target.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=PAD)
             assert torch.equal(out.sequences, stock)
             gained.append(out.acceptance.acceptance_length)
-    assert sum(gained) / len(gained) > 1.15, "drafts must be accepted for the test to mean something"
+    assert sum(gained) / len(gained) > 1.05, "drafts must be accepted for the test to mean something"
 
 
 @pytest.mark.parametrize("family", ["qwen2-sliding", "mistral", "gemma3", "gpt-neox", "qwen3-moe", "gpt-oss"])
@@ -39,7 +39,7 @@ def test_targets_of_other_families_keep_their_answers(family):
     target = build_target(family, FAMILIES[family][4][0])
     drafter = block_drafter(target, markov_rank=4)
     for options in (CHAIN, TREE):
-        for ids, mask in prompt_batches(2, 2, seed=1):
+        for ids, mask in prompt_batches(2, 1, seed=1):
             out = generate_with(target, drafter, ids, mask, {**options, "max_new_tokens": 16})
             stock = target.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, pad_token_id=PAD)
             assert torch.equal(out.sequences, stock)
@@ -100,7 +100,7 @@ def test_decoding_and_training_compute_the_block_as_it_is_written_out(kind):
         torch.testing.assert_close(found[number], expected)
         rows = torch.arange(done, start + 1)[None]  # a cache that grows from window to window, drafted blocks behind it
         state.extend(reading.taps[:, rows[0]], rows, rows, torch.tensor([rows.shape[1]]))
-        torch.testing.assert_close(state._slot_logits(ids[:, start + 1])[0], expected)
+        torch.testing.assert_close(state._logits(state._slots(ids[:, start + 1]))[0], expected)
         done = start + 1
 
 
@@ -122,6 +122,17 @@ def test_the_markov_head_adds_its_bias_for_the_token_before():
             each.logits(each.advance(before) if step else each.begin(starts), each.previous) for each in unrolled
         )
         torch.testing.assert_close(with_bias - without, bias[before])
+
+
+def test_the_confidence_head_ends_chains():
+    target, drafter = (copy.deepcopy(model) for model in trained_block(**KINDS["dspark"]))
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    stock = target.generate(ids, max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids))
+    drafter.confidence.weight.data.zero_()
+    for bias, longest in ((-5.0, 1), (0.0, 2), (20.0, 6)):  # chances of 0.7%, one half and 1
+        drafter.confidence.bias.data.fill_(bias)
+        out = generate_with(target, drafter, ids, config={"draft_threshold": 0.3, "max_new_tokens": 16})
+        assert max(out.acceptance.drafted[0]) == longest and torch.equal(out.sequences, stock)
 
 
 def test_a_saved_drafter_comes_back_by_every_entrance(tmp_path):
@@ -190,7 +201,7 @@ def test_the_fast_path_serves_block_drafters(kind, mode, monkeypatch):
     monkeypatch.setattr(graphs_ppow, "shortage", lambda *args: None)
     target, drafter = (copy.deepcopy(model) for model in trained_block(**KINDS[kind]))
     for batch in (1, 3):
-        for ids, mask in prompt_batches(batch, 2, seed=batch):
+        for ids, mask in prompt_batches(batch, 1, seed=batch):
             config = {**MODES[mode], "max_new_tokens": 20, "cuda_graphs": True}
             out = generate_with(target, drafter, ids, mask, config)
             plain = generate_with(target, drafter, ids, mask, {**config, "cuda_graphs": False})
@@ -199,7 +210,7 @@ def test_the_fast_path_serves_block_drafters(kind, mode, monkeypatch):
                 assert fast_row[:3] == plain_row[:3]  # the plain path drafts less where less room is left
     fast, slow = (
         generate_with(target, drafter, torch.arange(1, 7)[None], config={**config, "do_sample": True})
-        for config in ({**CHAIN, "max_new_tokens": 9, "cuda_graphs": graphs} for graphs in (True, False))
+        for config in ({**CHAIN, "max_new_tokens": 40, "cuda_graphs": graphs} for graphs in (True, False))
         if torch.manual_seed(3)
     )
-    torch.testing.assert_close(fast.sequences[:, :11], slow.sequences[:, :11])
+    assert torch.equal(fast.sequences[:, :16], slow.sequences[:, :16])

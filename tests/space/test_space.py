@@ -27,7 +27,7 @@ import figures
 import inside
 import pair as pairs
 import render
-from decoding_helpers import build_target, random_drafter
+from decoding_helpers import block_drafter, build_target, random_drafter
 from hub.ports import reserved_port
 from page import PARTS, Page, arrives
 from ppow import PPOWDrafter
@@ -236,6 +236,14 @@ def test_windows_of_a_sampled_race(pair, drafting):
     settings, runs = run(pair, temperature=1.0, seed=3, **drafting)
     found = inside.look_inside(pair, pair.drafters["PPOW"], prompt_ids(pair, settings), runs[1], settings)
     check_windows(found, runs[1], greedy=False)
+
+
+def test_windows_of_a_block_drafter(pair, monkeypatch):
+    monkeypatch.setitem(pair.drafters, "PPOW", block_drafter(pair.target, markov_rank=4))
+    settings, runs = run(pair, QUESTIONS[0], window_size=5)
+    found = inside.look_inside(pair, pair.drafters["PPOW"], prompt_ids(pair, settings), runs[1], settings)
+    check_windows(found, runs[1])
+    assert all(len(w["criticality"]) == min(len(w["path"]) + 1, w["drafted"]) for w in found[:-1])
 
 
 def check_windows(found: list[dict], made: Run, greedy: bool = True) -> None:

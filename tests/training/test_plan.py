@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
 from ppow.training import cli, plan, reinforce, supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.data import Batch
@@ -26,6 +26,8 @@ CONFIGS = {
     "stage 1": SupervisedConfig(**SHARED),
     "exact": ReinforceConfig(**STAGE2),
     "rollouts": ReinforceConfig.from_dict({**STAGE2, "preset": "published"}),
+    "block, stage 1": SupervisedConfig(**SHARED, architecture="block", anchors=16),
+    "block, exact": ReinforceConfig(**STAGE2, anchors=16),
     "rollouts, supervised": ReinforceConfig.from_dict({**STAGE2, "preset": "published", "supervised_coef": 1.0}),
 }
 
@@ -63,18 +65,28 @@ def pair():
     return FrozenTarget(AutoModelForCausalLM.from_config(config), drafter.config.target_taps), drafter
 
 
+@pytest.fixture(scope="module")
+def pairs(pair):
+    """The drafter for each name of a configuration."""
+    target, drafter = pair
+    shape = {"architecture": "block", "num_hidden_layers": 2, "markov_rank": 8}
+    block = PPOWBlockDrafter(PPOWConfig.from_target(target.model.config, **shape))
+    return {name: (target, block if "block" in name else drafter) for name in CONFIGS}
+
+
 def planned(config, pair, device=plan.DEVICES["h200"]):
     return plan.plan(config, pair[0].model.config, pair[1].config, device)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_operations_are_those_of_an_executed_step(name, pair):
-    config, (target, drafter) = CONFIGS[name], pair
+def test_the_operations_are_those_of_an_executed_step(name, pairs):
+    config, pair = CONFIGS[name], pairs[name]
+    target, drafter = pair
     ids = torch.randint(1, 900, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.full((TEXTS,), LENGTH), 0)
     with Counter() as counter:
-        if name == "stage 1":
-            loss = supervised.loss(target, drafter, batch, config.ttt_steps, config.step_weight)[0]
+        if "stage 1" in name:
+            loss = supervised.loss_of(config, target, drafter, batch)[0]
         else:
             rollout = None
             if "rollouts" in name:
@@ -100,7 +112,8 @@ def test_the_standing_memory_is_the_pairs_own_size(pair):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_more_work_takes_more(name, pair):
+def test_more_work_takes_more(name, pairs):
+    pair = pairs[name]
     small = planned(CONFIGS[name], pair)
     more = planned(dataclasses.replace(CONFIGS[name], batch_size=2 * TEXTS), pair)
     again = planned(dataclasses.replace(CONFIGS[name], accumulation=2), pair)

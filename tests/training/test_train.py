@@ -391,9 +391,9 @@ def test_time_that_was_not_spent_goes_to_what_comes_later(home, whole, monkeypat
 
 
 def test_the_rule_of_the_learning_rate_by_hand():
-    assert [rate_for(width) for width in (128, 256, 576, 4096)] == [6e-3, 6e-3, 2e-3, 1e-4]
+    assert [rate_for(width) for width in (128, 256, 576, 4096)] == [6e-3, 6e-3, 3e-3, 1e-4]
     # half-way in logarithms between the two points lies the mean of the rates there
-    assert rate_for(round(math.sqrt(576 * 4096))) == pytest.approx(math.sqrt(2e-3 * 1e-4), rel=0.02)
+    assert rate_for(round(math.sqrt(576 * 4096))) == pytest.approx(math.sqrt(3e-3 * 1e-4), rel=0.02)
     assert [recipe_of(count).draft_vocabulary for count in (1e8, 1.9e9, 8e9, 7e10)] == [16384, 16384, 32000, 32000]
     assert [held_out_of(rows) for rows in (2, 19, 40, 4000, 10**6)] == [1, 1, 2, 200, 200]
 
