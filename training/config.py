@@ -375,6 +375,11 @@ class DraftingConfig(Config):
     draft_threshold: float | None = option(
         "end a chain once its joint draft probability is below this; none: the drafter's own", None, at_least=0, below=1
     )
+    window_schedule: Literal["auto", "constant", "heuristic", "gammatune", "cost"] | None = option(
+        "how long chains are, up to window_size: cost follows measured time; none: constant where a size or threshold is "
+        "given, else as the drafter's",
+        None,
+    )
     cuda_graphs: bool | None = option("decode from CUDA graphs; none: where possible", None)
     compile_layers: bool | None = option("let torch.compile fuse what the graphs record; none: as the drafter's", None)
     threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
@@ -384,8 +389,10 @@ class DraftingConfig(Config):
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(tree) and not all(tree):
             raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
-        if (self.window_size is not None or self.draft_threshold is not None) and any(tree):
-            raise ValueError("window_size and draft_threshold are for chains, tree_* for trees: give one of the two.")
+        if any(tree) and not self.window_size is self.draft_threshold is self.window_schedule is None:
+            raise ValueError(
+                "window_size, draft_threshold and window_schedule are for chains, tree_* for trees: give one of the two."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
