@@ -89,6 +89,15 @@ class DraftOptions:
             return None
         return self.tree_depth, self.tree_top_k, self.tree_nodes
 
+    def __str__(self) -> str:
+        """How it drafts, for people."""
+        if self.tree is not None:
+            return f"trees of {self.tree_nodes} nodes, {self.tree_depth} deep, {self.tree_top_k} wide"
+        text = f"chains of {self.window_size}"
+        if self.window_schedule != "constant":
+            text = f"chains of up to {self.window_size} (window_schedule {self.window_schedule})"
+        return text + f", ended below joint probability {self.draft_threshold:g}" * (self.draft_threshold > 0)
+
     @property
     def longest(self) -> int:
         """Tokens on the longest way through a window."""
@@ -187,7 +196,7 @@ def what_was_drafted(output: Any, asked: dict[str, Any]) -> DraftOptions:
             continue
         if getattr(ran, name) != value or (name == "window_size" and ran.is_tree):
             raise ValueError(
-                f"{name}={value!r} was asked for, but {ran} is what ran. Either the target's generation config says "
+                f"{name}={value!r} was asked for, but {ran!r} is what ran. Either the target's generation config says "
                 "otherwise, or the option has no effect where this runs (draft_threshold on the fast path or beside "
                 "window_schedule=cost, compile_layers off it): leave it out, or choose the path with cuda_graphs."
             )

@@ -376,8 +376,8 @@ class DraftingConfig(Config):
         "end a chain once its joint draft probability is below this; none: the drafter's own", None, at_least=0, below=1
     )
     window_schedule: Literal["auto", "constant", "heuristic", "gammatune", "cost"] | None = option(
-        "how long chains are, up to window_size: cost follows measured time; none: constant where a size or threshold is "
-        "given, else as the drafter's",
+        "how long chains are, up to window_size; cost: as measured time tells; none: the drafter's, constant where a "
+        "size or threshold is given",
         None,
     )
     cuda_graphs: bool | None = option("decode from CUDA graphs; none: where possible", None)
@@ -389,9 +389,10 @@ class DraftingConfig(Config):
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(tree) and not all(tree):
             raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
-        if any(tree) and not self.window_size is self.draft_threshold is self.window_schedule is None:
+        chain = self.window_size, self.draft_threshold, self.window_schedule
+        if any(tree) and any(value is not None for value in chain):
             raise ValueError(
-                "window_size, draft_threshold and window_schedule are for chains, tree_* for trees: give one of the two."
+                "window_size, draft_threshold and window_schedule are for chains, tree_* for trees: give one of both."
             )
 
 
