@@ -86,6 +86,8 @@ class PPOWConfig(PreTrainedConfig):
         fc_norm: RMS norm on each tap before ``fc``.
         norm_before_residual: the first layer's residual is the normed hidden state instead of the raw one.
         norm_output: what is fed back to the next draft step is normed (default: pre-norm).
+        confidence_head: a small head tells how likely each draft is accepted (``PPOWDrafter.acceptance_logits``), by
+            which windows end under ``window_schedule`` "cost", in the place of the draft's probability.
     """
 
     model_type = "ppow"
@@ -116,6 +118,7 @@ class PPOWConfig(PreTrainedConfig):
     fc_norm: bool = False
     norm_before_residual: bool = False
     norm_output: bool = False
+    confidence_head: bool = False
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -382,9 +382,11 @@ class DrafterState:
             sample: None to take the most probable token; else a function from logits (B, D) to
                 (ids (B,), probabilities (B, D)) that draws one.
             schedule: one that ``watches`` is asked before each draft whether it joins, by the highest probability of
-                its distribution, and behind it whether another is computed. Neither answer depends on the token drawn
-                next, so rejection sampling remains exact (:mod:`schedules_ppow`). The window may be the root alone.
+                its distribution (or what a confidence head says there), and behind it whether another is computed.
+                Neither answer depends on the token drawn next, so rejection sampling remains exact
+                (:mod:`schedules_ppow`). The window may be the root alone.
         """
+        drafter = self.drafter
         watched = schedule if schedule is not None and schedule.watches else None
         tokens, ids, probs = [root], [], []
         joint: torch.Tensor | float = 1.0
@@ -399,8 +401,12 @@ class DrafterState:
             else:
                 draft, distribution = sample(logits)
             if watched is not None:
-                highest = confidence(logits) if sample is None else distribution.amax(-1)
-                if not watched.takes(highest.tolist()):
+                if drafter.config.confidence_head:
+                    rule = 0 if sample is None else 1
+                    confidence = drafter.acceptance_logits(hidden[:, -1], logits)[:, rule].sigmoid()
+                else:
+                    confidence = highest_probability(logits) if sample is None else distribution.amax(-1)
+                if not watched.takes(confidence.tolist()):
                     break
             if sample is not None:
                 ids.append(draft)
@@ -458,8 +464,8 @@ class DrafterState:
         return _best_nodes(root, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(parents, 1), level, depth, nodes)
 
 
-def confidence(logits: torch.Tensor) -> torch.Tensor:
-    """The highest probability of each row of logits (B, D) -> (B,) float32."""
+def highest_probability(logits: torch.Tensor) -> torch.Tensor:
+    """Of each distribution given by logits (.., D) -> (..) float32."""
     logits = logits.float()
     return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 

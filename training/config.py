@@ -166,6 +166,9 @@ class ReinforceConfig(StageConfig):
         3.0,
         at_least=0,
     )
+    confidence_head: bool = option(
+        "train a small head that tells how likely a draft is accepted, by which windows then end (ours)", False
+    )
     window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
     cost_ratio: float = option("cost of a draft step over a target step, gamma (paper)", 0.12, at_least=0)
     kl_coef: float = option("weight of the KL term anchored on the target, beta (ours)", 0.0, at_least=0)
@@ -200,6 +203,10 @@ class ReinforceConfig(StageConfig):
             raise ValueError(
                 f"supervised_coef={self.supervised_coef} adds a supervised loss to PPOW's, but objective="
                 f"{self.objective} is one already; --preset {self.objective} sets it to 0."
+            )
+        if self.confidence_head and rolls:
+            raise ValueError(
+                "confidence_head learns along texts, and estimator='rollout' has none: use --estimator exact."
             )
         if rolls and self.group_size * self.window_size > self.max_forest_nodes:
             raise ValueError(

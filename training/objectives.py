@@ -194,12 +194,29 @@ class TextWindows:
         states: drafter and target compared at each step.
         greedy: bool, whether every token of the window before this step is the target's argmax.
         sampled: (W,) bool, whether the target sampled this text (else it wrote it greedily).
+        surprise: (W, K) what the drafter's confidence head is off by (:func:`confidence_loss`); None without a head.
     """
 
     mask: torch.Tensor
     states: Compared
     greedy: torch.Tensor
     sampled: torch.Tensor
+    surprise: torch.Tensor | None = None
+
+
+def confidence_loss(predicted: torch.Tensor, hit: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a confidence head with the analytic acceptance of each state, both rules added up.
+
+    Args:
+        predicted: (n, 2) log odds of ``PPOWDrafter.acceptance_logits``.
+        hit: (n,) bool, the most probable draft is the target's argmax: accepted at temperature 0.
+        overlap: (n,) in [0, 1], sum_v min(P, Q): how likely rejection sampling accepts. No gradient passes to it.
+
+    Returns:
+        (n,) in nats.
+    """
+    wanted = torch.stack((hit.to(predicted), overlap.detach().to(predicted)), -1)
+    return torch.nn.functional.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").sum(-1)
 
 
 def compare(

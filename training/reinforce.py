@@ -51,12 +51,15 @@ def train(config: ReinforceConfig, accelerator: Accelerator, tokenizer: PreTrain
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
     drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
+    rolls = objective_of(config).batch == "rollouts"
+    if config.confidence_head:
+        drafter.add_confidence_head()
+    if drafter.config.confidence_head:
+        drafter.confidence_head.requires_grad_(not rolls)
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
     trainer = Trainer(config, drafter, examples, pad, accelerator, held_out)
     trainer.announce(target.model, held_out)
-    rolls = objective_of(config).batch == "rollouts"
-
     for step in trainer.steps():
         batches = trainer.batches(step)
         of_batch = functools.partial(loss, config, target, drafter)
@@ -88,6 +91,11 @@ def loss(
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
             value = value + config.supervised_coef * lk_loss(windows)[0]
+        if (
+            windows.surprise is not None
+        ):  # of the head's weights alone; the drafter's own meet it in the gradient's norm only
+            off = (windows.surprise * windows.mask).sum() / windows.mask.sum().clamp(min=1)
+            value, metrics = value + off, metrics | {"confidence_loss": off.detach()}
         return value, metrics | found
     flat = Rollouts(
         draft_ids=rollout.draft_ids.flatten(0, 1),

@@ -12,7 +12,7 @@ from ppow import PPOWDrafter
 from ppow.acceptance_ppow import count_accepted
 
 from .data import Batch
-from .objectives import Compared, TextWindows, compare
+from .objectives import Compared, TextWindows, compare, confidence_loss
 from .target import FrozenTarget, log_norm
 from .unrolled import Unrolled
 from .windows import wanted_windows
@@ -63,11 +63,13 @@ def read_windows(
         best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
     facts = (row, place, norm, best, text)
+    states, surprise = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts)
     windows = TextWindows(
         mask[exists],
-        _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts),
+        states,
         greedy[exists],
         (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists],
+        surprise,
     )
     accepted = count_accepted(windows.states.hit & windows.mask).float()
     count = windows.mask.sum().clamp(min=1)
@@ -88,7 +90,7 @@ def _compare_states(
     mask: torch.Tensor,
     labels: torch.Tensor,
     facts: tuple[torch.Tensor, ...],
-) -> Compared:
+) -> tuple[Compared, torch.Tensor | None]:
     """Unroll the drafter over the windows and reduce every state; nothing of size D survives.
 
     Args:
@@ -97,14 +99,20 @@ def _compare_states(
         facts: text, place in it, and the further arguments of :func:`compare`, each (B, R, K).
 
     Returns:
-        (W, K) each, for the W windows that exist.
+        (W, K) each, for the W windows that exist; the last is the confidence head's loss, which reaches nothing but the
+        head.
     """
     # found before the drafter runs, since that waits for the device
     states = [mask[:, :, i].flatten().nonzero()[:, 0] for i in range(mask.shape[-1])]  # places in (B * R)
     kept = exists.flatten().nonzero()[:, 0]
 
-    def reduced(features: torch.Tensor, *given: torch.Tensor) -> Compared:
-        return compare(drafter.logits(features), *given)
+    def reduced(features: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = drafter.logits(features)
+        found = compare(logits, *given)
+        if not drafter.config.confidence_head:
+            return found
+        predicted = drafter.acceptance_logits(features.detach(), logits.detach())
+        return (*found, confidence_loss(predicted, found.hit, found.overlap))
 
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):
@@ -117,4 +125,6 @@ def _compare_states(
         )
         full = [values.new_zeros(exists.numel()).index_copy(0, here, values) for values in figures]
         steps.append([values.index_select(0, kept) for values in full])
-    return Compared(*(torch.stack(values, -1) for values in zip(*steps)))
+    found = [torch.stack(values, -1) for values in zip(*steps)]
+    size = len(Compared._fields)
+    return Compared(*found[:size]), found[size] if len(found) > size else None
