@@ -1,4 +1,4 @@
-"""Which rule ends windows best here: fixed lengths, a threshold, GammaTune, GammaTune+, and the measured cost.
+"""Which rule ends windows best here: fixed lengths, a threshold, GammaTune, GammaTune+, measured cost, a learned head.
 
     python -m benchmarks.stopping --limit 4 --threads 2 --output benchmarks/results/stopping-cpu.json --plot X.png
     python -m benchmarks.stopping --path fast --dtype bfloat16 --prompts gsm8k.jsonl,humaneval.jsonl
@@ -7,8 +7,8 @@ Without names it takes SmolLM2-135M-Instruct and the drafter in bundled/. Every 
 turns prompt by prompt, in an order that moves on by one from turn to turn, so that the machine's drift hits all alike.
 A speedup is stock generate's seconds per token over the system's, of the same prompt and turn; the table shows its
 median, quartiles, least and most. One answer of each system comes before that, untimed: it warms up, measures the costs
-that the cost-aware windows follow, and on the fast path records the graphs of the first lengths (of the others when
-they first occur).
+that cost-aware windows follow, and on the fast path records the graphs of the first lengths (of the others when they
+first occur). Where the drafter has a confidence head, "cost-aware" does without it, and "learned" is the same with it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from ppow.training.smollm2 import PROMPTS, demo_pair
 
 from .report import add_output, facts, save
 
-STOCK = "plain generate"
+STOCK, LEARNED = "plain generate", "learned"
 FIXED = (1, 2, 3, 5, 7, 10)
 
 
@@ -82,8 +82,8 @@ def parse(argv):
     return arguments
 
 
-def systems(arguments) -> dict[str, dict | None]:
-    """What is compared: name -> drafting options; None is stock ``generate``."""
+def systems(arguments, head: bool) -> dict[str, dict | None]:
+    """What is compared: name -> drafting options; None is stock ``generate``. ``head``: of the drafter's confidence."""
     size, threshold = {"window_size": arguments.window}, {"draft_threshold": arguments.threshold}
     fast = arguments.path == "fast"
     none = {} if fast else {"draft_threshold": 0.0}  # instead of the drafter's own
@@ -95,6 +95,8 @@ def systems(arguments) -> dict[str, dict | None]:
     if not fast:
         chosen["gammatune+"] = {**size, **threshold, "window_schedule": "gammatune"}
     chosen["cost-aware"] = {**size, "window_schedule": "cost"}
+    if head and not fast:
+        chosen[LEARNED] = chosen["cost-aware"]
     path = {"cuda_graphs": True, "compile_layers": arguments.compile} if fast else {"cuda_graphs": False}
     only = arguments.only.split(",") if arguments.only else [""]
     kept = {name: options | path for name, options in chosen.items() if any(part in name for part in only)}
@@ -104,7 +106,8 @@ def systems(arguments) -> dict[str, dict | None]:
 def measure(target, drafter, prompts: list[torch.Tensor], temperature: float, arguments) -> list[dict]:
     """All systems over all prompts, in turns: -> the figures of each."""
     base = call_config(target.generation_config, **sampling_options(temperature), max_new_tokens=arguments.new)
-    compared = systems(arguments)
+    head = drafter.config.confidence_head
+    compared = systems(arguments, head)
 
     def answer(name: str, ids: torch.Tensor, seed: int):
         """-> tokens, seconds per token, the acceptance (None of stock ``generate``)."""
@@ -114,6 +117,7 @@ def measure(target, drafter, prompts: list[torch.Tensor], temperature: float, ar
         else:
             config = call_config(base, **options, return_dict_in_generate=True)
             more = {"assistant_model": drafter}
+        drafter.config.confidence_head = head and name == LEARNED
         mask = torch.ones_like(ids)
         out, seconds = timed(target, seed, ids, attention_mask=mask, generation_config=config, **more)
         tokens = (out if options is None else out.sequences)[0, ids.shape[1] :].tolist()
@@ -130,6 +134,7 @@ def measure(target, drafter, prompts: list[torch.Tensor], temperature: float, ar
             first = (turn * len(prompts) + number) % len(names)
             for name in names[first:] + names[:first]:
                 found[name].append(answer(name, ids, arguments.seed + turn))
+    drafter.config.confidence_head = head
     return [figures(name, found[name], found[STOCK]) for name in names]
 
 

@@ -46,8 +46,11 @@ def test_speedups_are_of_the_same_prompt_and_turn(benchmark):
 
 def test_the_fast_path_compares_what_it_knows(benchmark):
     arguments = benchmark.parse([*PAIR, "--path", "fast", "--only", "gamma,cost,threshold,window 3"])
-    found = benchmark.systems(arguments)
+    found = benchmark.systems(arguments, head=True)
     assert list(found) == ["plain generate", "window 3", "gammatune", "cost-aware"]
     assert all(options["cuda_graphs"] and "draft_threshold" not in options for options in list(found.values())[1:])
+    plain = benchmark.parse([*PAIR, "--only", "cost,learned"])
+    assert list(benchmark.systems(plain, head=True)) == ["plain generate", "cost-aware", "learned"]
+    assert list(benchmark.systems(plain, head=False)) == ["plain generate", "cost-aware"]
     with pytest.raises(SystemExit):
         benchmark.parse(PAIR[:2])
