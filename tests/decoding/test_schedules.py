@@ -307,7 +307,7 @@ def test_greedy_tokens_are_the_targets_own_whatever_windows_cost(costs, monkeypa
     monkeypatch.setattr(pair_ppow, "costs_of", lambda *args: costs)
     lengths = set()
     for batch in (1, 3):
-        for ids, mask in prompt_batches(batch, 4, seed=batch):
+        for ids, mask in prompt_batches(batch, 2, seed=batch):
             expected = target.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
             config = {"window_size": 6, "max_new_tokens": 24, "window_schedule": "cost"}
             out = generate_with(target, drafter, ids, mask, config)
@@ -335,17 +335,17 @@ def test_greedy_tokens_are_the_targets_own_by_every_schedule_on_the_fast_path(sc
 
     monkeypatch.setattr(recording_ppow.Replay, "__call__", recording)
     for batch in (1, 3):
-        for ids, mask in prompt_batches(batch, 3, seed=batch):
-            for eos in (None, [5, 7, 11]):
-                ends = {"max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 0}
-                expected = target.generate(ids, attention_mask=mask, do_sample=False, **ends)
-                config = {"window_size": 7, "window_schedule": schedule, "cuda_graphs": True, **ends}
-                out = generate_with(target, drafter, ids, mask, config)
-                assert torch.equal(out.sequences, expected)
-                assert out.drafting.window_schedule == schedule
+        for (ids, mask), eos in zip(prompt_batches(batch, 2, seed=batch), (None, [5, 7, 11])):
+            ends = {"max_new_tokens": 40, "eos_token_id": eos, "pad_token_id": 0}
+            expected = target.generate(ids, attention_mask=mask, do_sample=False, **ends)
+            config = {"window_size": 7, "window_schedule": schedule, "cuda_graphs": True, **ends}
+            out = generate_with(target, drafter, ids, mask, config)
+            assert torch.equal(out.sequences, expected)
+            assert out.drafting.window_schedule == schedule
     chains = {size for kind, size in recorded if kind == "chain"}
     assert chains <= {2, 4, 6, 7}
-    assert {("verify", (1, size + 1)) for size in chains} <= recorded  # each length has graphs of its own
+    verified = {shape[1] - 1 for kind, shape in recorded if kind == "verify"}
+    assert chains == verified  # each length has graphs of its own
     assert chains == {7} if schedule == "constant" else len(chains) > 1
 
 
