@@ -150,16 +150,17 @@ class Costs:
 
     A part's cost is the median of its newest ``KEPT`` measurements. It moves only when that median has left it by more
     than ``STEADY``, so that noise alone changes no window. The first measurement of a verification of n nodes is left
-    out: libraries choose their ways of multiplying then.
+    out: libraries choose their ways of multiplying then. Until ``ENOUGH`` others are there, the size counts as unknown.
+    Known sizes stand as they are: to verify 4 nodes may well cost less than 3.
     """
 
-    KEPT, STEADY, ENOUGH = 21, 0.1, 2
+    KEPT, STEADY, ENOUGH = 21, 0.1, 3
 
     def __init__(self) -> None:
         self.seconds: dict[Hashable, float] = {}  # in use
         self._measured: dict[Hashable, deque[float]] = {}
         self._met: set[int] = set()
-        self._table: list[tuple[int, float]] = []  # nodes and seconds of verifications, both ascending
+        self._table: list[tuple[int, float]] = []  # known verifications: nodes, ascending, and seconds
 
     def add(self, part: Hashable, seconds: float) -> None:
         """Take in a measurement of "rest", "first", "step" (of drafting), or of a verification by its nodes."""
@@ -169,15 +170,17 @@ class Costs:
         measured = self._measured.setdefault(part, deque(maxlen=self.KEPT))
         measured.append(seconds)
         median, now = statistics.median(measured), self.seconds.get(part)
-        if now is None or len(measured) <= 3 or abs(median - now) > self.STEADY * now:
+        if now is None or len(measured) <= self.ENOUGH or abs(median - now) > self.STEADY * now:
             self.seconds[part] = median
-            sizes = sorted(nodes for nodes in self.seconds if isinstance(nodes, int))
-            # what costs more with fewer nodes is noise, or a size that nobody should choose for its price
-            self._table = list(zip(sizes, itertools.accumulate((self.seconds[n] for n in sizes), max)))
+            self._table = sorted((n, cost) for n, cost in self.seconds.items() if isinstance(n, int) and self.enough(n))
 
     def enough(self, nodes: int) -> bool:
         """Whether verifications of so many nodes were measured a few times."""
         return len(self._measured.get(nodes, ())) >= self.ENOUGH
+
+    def known(self) -> list[int]:
+        """The sizes, in nodes, of which that holds."""
+        return [nodes for nodes, _ in self._table]
 
     def verification(self, nodes: int) -> float:
         """Seconds of a verification: between the measured sizes on a straight line, beyond them on the mean slope."""
@@ -356,8 +359,11 @@ class CostAware(Schedule):
         return self.longest
 
     def trial(self, room: int) -> int | None:
-        """A length that is to be measured; None when enough is known."""
+        """A length that is to be measured; None when enough is known: of these, or of as many up to the largest."""
         lengths = dict.fromkeys((self.size, 0, self.size // 2, 1))
+        known = self.costs.known()
+        if len(known) >= len(lengths) and max(known) > self.size:
+            return None
         return next((k for k in lengths if k <= room and not self.costs.enough(k + 1)), None)
 
     def takes(self, confidence: list[float]) -> bool:

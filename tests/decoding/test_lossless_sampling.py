@@ -210,7 +210,8 @@ def test_windows_that_follow_their_cost_keep_the_distribution(target, pruned, ca
     """Two rows a call, so that they follow what is drafted: of the one draft that has room."""
     costs = Costs()
     for part, seconds in {"step": 0.5, "first": 0.2, "rest": 0.5, **{n: 5.0 + n for n in range(1, 8)}}.items():
-        costs.add(part, seconds), costs.add(part, seconds), costs.add(part, seconds)
+        for _ in range(4):
+            costs.add(part, seconds)
     monkeypatch.setattr(costs, "add", lambda part, seconds: None)
     monkeypatch.setattr(pair_ppow, "costs_of", lambda *args: costs)
     lengths, chain = set(), pair_ppow.draft

@@ -44,6 +44,9 @@ class Table(Costs):
     def enough(self, nodes):
         return True
 
+    def known(self):
+        return [1, 2, 3, 4, 100]
+
     def verification(self, nodes):
         return self.price(nodes)
 
@@ -110,12 +113,14 @@ def test_costs_of_sizes_that_were_not_measured():
     costs = Costs()
     assert costs.verification(3) == 0.0
     for nodes, seconds in ((2, 10.0), (4, 16.0), (6, 14.0), (12, 26.0)):
-        for _ in range(2):
+        for _ in range(4):
             costs.add(nodes, seconds)
+    for _ in range(3):
+        costs.add(5, 99.0)  # too few to count
     assert costs.verification(1) == 10.0  # below what is known: the least that is
     assert costs.verification(3) == 13.0
-    assert costs.verification(6) == 16.0  # what costs less with more nodes is noise
-    assert costs.verification(9) == 21.0
+    assert costs.verification(5) == 15.0 and costs.verification(6) == 14.0  # more nodes may cost less
+    assert costs.verification(9) == 20.0
     assert costs.verification(17) == 34.0  # beyond: 16 over 10 nodes
     costs.add("first", 1.0), costs.add("step", 2.0), costs.add("rest", 3.0)
     assert costs.drafting(0) == 0.0 and costs.drafting(1) == 1.0 and costs.drafting(3) == 5.0
@@ -257,19 +262,21 @@ def test_the_average_starts_from_the_best_window_of_usual_drafts_and_follows_the
 def test_the_first_windows_of_a_pair_have_lengths_that_tell_what_verifications_cost():
     costs, now = Costs(), itertools.count(0.0, 0.5)
     schedule, lengths = CostAware(8, costs, clock=now.__next__), []
-    for _ in range(12):
+    for _ in range(16):
         lengths.append(schedule.begin([0], 100))
         for j in range(lengths[-1]):
             assert schedule.takes([0.0])  # however unlikely
             assert j + 1 == lengths[-1] or schedule.goes_on()
         schedule.drafted()
         schedule.learn(lengths[-1], [0], [1])
-    assert lengths == [8, 8, 8, 0, 0, 0, 4, 4, 4, 1, 1, 1]
+    assert lengths == [8] * 4 + [0] * 4 + [4] * 4 + [1] * 4
     assert all(costs.enough(nodes) for nodes in (1, 2, 5, 9)) and not costs.enough(3)
     assert costs.seconds == dict.fromkeys(("first", "step", "rest", 1, 2, 5, 9), 0.5)
     assert schedule.begin([0], 100) == 8 and not schedule.takes([0.0])
     again = CostAware(8, costs, clock=now.__next__)  # another text knows them
     assert again.begin([0], 100) == 8 and not again.tries
+    assert CostAware(6, costs, clock=now.__next__).trial(100) is None  # those tell the others
+    assert CostAware(9, costs, clock=now.__next__).trial(100) == 9
     small = CostAware(8, Costs(), clock=now.__next__)
     assert small.begin([0], 3) == 0  # a length that has no room is not tried
 
@@ -290,7 +297,7 @@ def test_lengths_are_chosen_ahead_from_cycles_and_acceptance():
 
     cycle.at = 0.0
     # the first has no verdict before it to count from, the next of each length is not counted
-    assert [cycle(1) for _ in range(7)] == [7, 7, 7, 7, 2, 2, 2]
+    assert [cycle(1) for _ in range(9)] == [7] * 5 + [2] * 4
     assert costs.seconds == {8: 20.0, 3: 10.0}
     assert schedule.begin([0], 100) == 2  # of windows that break at their second draft
     for _ in range(40):

@@ -74,7 +74,7 @@ def test_windows_end_by_the_head(monkeypatch, tmp_path):
     drafter.add_confidence_head()
     costs = Costs()
     for part, seconds in {"step": 1.0, "first": 0.0, "rest": 0.0, **{n: 9.0 + n for n in range(1, 8)}}.items():
-        for _ in range(3):
+        for _ in range(4):
             costs.add(part, seconds)
     monkeypatch.setattr(costs, "add", lambda part, seconds: None)
     monkeypatch.setattr(pair_ppow, "costs_of", lambda *args: costs)
