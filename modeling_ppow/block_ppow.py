@@ -7,8 +7,7 @@
 
 Context rows have keys and values only: no queries, no MLP. Embedding and head are the target's, frozen, and not in the
 checkpoint. Slots cannot see each other's tokens, so a head of low rank may condition each on the token before it
-(DSpark, arXiv 2607.05147): its bias is ``markov_out(markov_in(x_prev))``. A further head may estimate the chance that a
-slot's token is accepted.
+(DSpark, arXiv 2607.05147): its bias is ``markov_out(markov_in(x_prev))``.
 
 With ``predict_from_anchor`` row j of the block predicts the token behind its own place (DSpark), else the token at it,
 and the anchor's row predicts nothing (DFlash). The first is the default: no row is without use.
@@ -64,7 +63,7 @@ class PPOWBlockDrafter(PPOWDrafter):
             self.markov_in = nn.Embedding(config.vocab_size, config.markov_rank)
             self.markov_out = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
         if config.confidence_head:
-            self.confidence = nn.Linear(config.hidden_size + config.markov_rank, 1)
+            self.confidence_head = nn.Linear(config.hidden_size + 1, 2)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.post_init()
         self.generation_config = GenerationConfig(window_size=config.longest_window)
@@ -113,12 +112,6 @@ class PPOWBlockDrafter(PPOWDrafter):
             return logits
         return logits + self.markov_out(self.markov_in(previous)).to(logits)
 
-    def acceptance_logit(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Log-odds (..) that drafts from features (.., H) behind tokens ``previous`` (..) are accepted."""
-        if self.config.markov_rank:
-            features = torch.cat((features, self.markov_in(previous).to(features)), -1)
-        return self.confidence(features)[..., 0]
-
     def logits(self, hidden: torch.Tensor) -> NoReturn:
         """Raise a TypeError: the head is the target's, see :class:`TargetWords`."""
         raise TypeError("A block drafter has no head of its own: its target's is in `embedding_for(target).logits`.")
@@ -141,8 +134,6 @@ class PPOWBlockDrafter(PPOWDrafter):
 
 class BlockState(DrafterState):
     """The block drafter's side of a running generation: keys and values of the context, one for every slot kept."""
-
-    standing: tuple[torch.Tensor, torch.Tensor]  # features (B, H) of a chain's present slot, the tokens (B,) before it
 
     def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """As in :class:`DrafterState`; the block's own entries are written behind and never kept."""
@@ -174,13 +165,8 @@ class BlockState(DrafterState):
         features = self._slots(root)[:, :size]
         logits = self._logits(features)
         for i in range(size):
-            self.standing = features[:, i], root
+            self.standing = features[:, i]
             root = yield self.drafter.conditioned(logits[:, i], root)
-
-    def _chance(self, distribution: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-        if not self.drafter.config.confidence_head:
-            return super()._chance(distribution, draft)
-        return self.drafter.acceptance_logit(*self.standing).float().sigmoid()[:, None]
 
     def _tree_steps(self, root: torch.Tensor, depth: int, width: int) -> Steps:
         logits, tokens = self._logits(self._slots(root)[:, :depth]), root[:, None]

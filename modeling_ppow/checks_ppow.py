@@ -19,7 +19,7 @@ MODALITIES = {"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"}
 MASKED_ATTENTION = {"eager", "sdpa"}  # takes the masks of windows as they are
 # Fields of a generation config that steer other ways of drafting. ``num_assistant_tokens`` is ours too (DraftOptions).
 OTHER_DRAFTING = {
-    "num_assistant_tokens_schedule": "a window's size stays what it is",
+    "num_assistant_tokens_schedule": "window_schedule is set, or windows are trees",
     "assistant_confidence_threshold": "draft_threshold ends windows early, by their joint draft probability",
     "assistant_lookbehind": "a drafter shares its target's tokenizer",
     "target_lookbehind": "a drafter shares its target's tokenizer",
@@ -119,6 +119,12 @@ def warn_of_other_drafting(config: GenerationConfig, own: GenerationConfig, opti
     usual = config._get_default_generation_params()
     for name, instead in OTHER_DRAFTING.items():
         for value in (getattr(config, name, None), getattr(own, name, None)):
+            if (
+                name == "num_assistant_tokens_schedule"
+                and options.window_schedule == "heuristic"
+                and not options.is_tree
+            ):
+                continue
             if value is not None and value is not False and value != usual.get(name):
                 warnings.warn(f"{name}={value!r} has no effect with a PPOW drafter: {instead}.", stacklevel=2)
     for value in (asked_size(config), own.num_assistant_tokens):

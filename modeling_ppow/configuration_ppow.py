@@ -84,7 +84,6 @@ class PPOWConfig(PreTrainedConfig):
         mask_token_id: the row of the target's embedding that stands for tokens not yet known (block drafters); default
             the last one.
         markov_rank: rank of the head that conditions a slot on the token before it; 0: none (block drafters).
-        confidence_head: whether a head estimates each slot's chance of acceptance (block drafters).
         vocab_size: V, the target's vocabulary (what ``generate`` compares).
         draft_vocab_size: D <= V, the tokens the drafter can draft. Tensors ``d2t``/``t2d`` exist when D < V.
         hidden_size: H, width of the drafter.
@@ -108,6 +107,9 @@ class PPOWConfig(PreTrainedConfig):
         fc_norm: RMS norm on each tap before ``fc``.
         norm_before_residual: the first layer's residual is the normed hidden state instead of the raw one.
         norm_output: what is fed back to the next draft step is normed (default: pre-norm).
+        confidence_head: a small head tells how likely each draft is accepted (``PPOWDrafter.acceptance_logits``), by
+            which windows end under ``window_schedule`` "cost" and ``draft_threshold``, in the place of the draft's
+            probability.
     """
 
     model_type = "ppow"
@@ -118,7 +120,6 @@ class PPOWConfig(PreTrainedConfig):
     predict_from_anchor: bool = True
     mask_token_id: int | None = None
     markov_rank: int = 0
-    confidence_head: bool = False
     vocab_size: int = 32000
     draft_vocab_size: int | None = None
     hidden_size: int = 4096
@@ -144,6 +145,7 @@ class PPOWConfig(PreTrainedConfig):
     fc_norm: bool = False
     norm_before_residual: bool = False
     norm_output: bool = False
+    confidence_head: bool = False
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .cache_ppow import SlotCache
 from .masks_ppow import additive_mask, ancestors_of, window_allowed
+from .schedules_ppow import SCHEDULES, Schedule
 
 DEFAULT_WINDOW_SIZE = 10  # K of the paper
 # Yields the logits of one token or level after the other, and is sent what was chosen there.
@@ -30,13 +31,18 @@ class DraftOptions:
     """How to draft: a chain of ``window_size`` tokens, or a dynamic tree when ``tree_nodes`` is set.
 
     Attributes:
-        window_size: K, drafted tokens per chain.
+        window_size: K, drafted tokens per chain, or the most of them (``window_schedule``).
         tree_depth: levels of the tree, i.e. the longest window.
         tree_top_k: nodes expanded per level, and children per expanded node.
         tree_nodes: drafted nodes verified per cycle (the root comes on top).
         draft_threshold: end a chain early once its joint draft probability is below this (0: never). Saves draft steps
             that would hardly be accepted, at the price of one host synchronisation per step; meant for CPUs, and
-            without effect on the fast path. A block drafter with a confidence head goes by that; it saves verification.
+            without effect on the fast path. A drafter with a confidence head goes by what that says.
+        window_schedule: how long the next chain is, up to ``window_size`` (:mod:`schedules_ppow`): "constant";
+            "heuristic" (transformers'); "gammatune" (with ``draft_threshold``: GammaTune+); "cost", by what drafting
+            and verifying were measured to cost, on the plain path decided draft by draft; "auto": "constant" on the
+            fast path, on the plain one "cost", and where tokens are sampled "gammatune", since a seed then brings the
+            same tokens whatever time things take. Trees know no schedule.
         cuda_graphs: take the fast path of :mod:`graphs_ppow`. None: where the hardware and the target allow it; True:
             or else raise; False: never.
         compile_layers: let torch.compile fuse the layers' small kernels before the fast path records them. Faster
@@ -51,6 +57,7 @@ class DraftOptions:
     tree_top_k: int | None = None
     tree_nodes: int | None = None
     draft_threshold: float = 0.0
+    window_schedule: str = "auto"
     cuda_graphs: bool | None = None
     compile_layers: bool = False
     accept_drafts: bool = True
@@ -67,6 +74,8 @@ class DraftOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if not isinstance(self.draft_threshold, (int, float)) or not 0 <= self.draft_threshold < 1:
             raise ValueError(f"draft_threshold={self.draft_threshold!r}: expected a probability in [0, 1).")
+        if self.window_schedule not in SCHEDULES:
+            raise ValueError(f"window_schedule={self.window_schedule!r}: expected one of {', '.join(SCHEDULES)}.")
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(v is not None for v in tree) and None in tree:
             raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
@@ -82,6 +91,15 @@ class DraftOptions:
         if self.tree_depth is None or self.tree_top_k is None or self.tree_nodes is None:
             return None
         return self.tree_depth, self.tree_top_k, self.tree_nodes
+
+    def __str__(self) -> str:
+        """How it drafts, for people."""
+        if self.tree is not None:
+            return f"trees of {self.tree_nodes} nodes, {self.tree_depth} deep, {self.tree_top_k} wide"
+        text = f"chains of {self.window_size}"
+        if self.window_schedule != "constant":
+            text = f"chains of up to {self.window_size} (window_schedule {self.window_schedule})"
+        return text + f", ended below joint probability {self.draft_threshold:g}" * (self.draft_threshold > 0)
 
     @property
     def longest(self) -> int:
@@ -104,14 +122,23 @@ class DraftOptions:
         EAGLE's protocol); one that names only ``window_size`` asks for a chain. transformers' own name for it,
         ``num_assistant_tokens``, means the same: in the first config it stands behind ``window_size``, in later ones
         (a drafter's, which always name a ``window_size``) before it.
+
+        ``window_schedule`` comes from the first config that names one, or transformers' own "heuristic" in
+        ``num_assistant_tokens_schedule``. Where none does, a ``draft_threshold``, or a size that the first of several
+        configs (the call's) asks for, are taken at their word: "constant". Else it is "auto".
         """
         named = [{f.name: getattr(c, f.name, None) for f in dataclasses.fields(cls)} for c in configs]
         for position, (values, config) in enumerate(zip(named, configs)):
             size = asked_size(config)
             if size is not None and (position or values["window_size"] is None):
                 values["window_size"] = size
-        shared: dict[str, Any] = {}
-        for name in ("draft_threshold", "cuda_graphs", "compile_layers", "accept_drafts"):
+        for values, config in zip(named, configs):
+            if str(getattr(config, "num_assistant_tokens_schedule", None)).startswith("heuristic"):
+                values["window_schedule"] = values["window_schedule"] or "heuristic"
+        asked = [values["draft_threshold"] for values in named] + [v["window_size"] for v in named[:-1]]
+        fixed = any(value is not None for value in asked)
+        shared: dict[str, Any] = {"window_schedule": "constant" if fixed else "auto"}
+        for name in ("window_schedule", "draft_threshold", "cuda_graphs", "compile_layers", "accept_drafts"):
             shared |= next(({name: values[name]} for values in named if values[name] is not None), {})
         for position, values in enumerate(named):
             if any(values[key] is not None for key in DEFAULT_TREE):
@@ -119,7 +146,7 @@ class DraftOptions:
                     key: next((v[key] for v in named[position:] if v[key] is not None), default)
                     for key, default in DEFAULT_TREE.items()
                 }
-                return cls(**tree, **{**shared, "draft_threshold": 0.0})
+                return cls(**tree, **{**shared, "draft_threshold": 0.0, "window_schedule": "auto"})
             if values["window_size"] is not None:
                 return cls(window_size=values["window_size"], **shared)
         return cls(**shared)
@@ -128,16 +155,20 @@ class DraftOptions:
     def repeats_exactly(self) -> bool:
         """Whether the loop without drafts must give the same tokens: every window has one shape, every token its slot.
 
-        On the plain path attention's shapes follow the text's length, and in a tree a token's keys lie in another order
-        than in the text, so that sums round differently: there two answers may part at a near tie.
+        A schedule changes shapes from window to window, on the plain path attention's shapes follow the text's length,
+        and in a tree a token's keys lie in another order than in the text, so that sums round differently: there two
+        answers may part at a near tie.
         """
-        return bool(self.cuda_graphs) and not self.is_tree
+        return bool(self.cuda_graphs) and not self.is_tree and self.window_schedule == "constant"
 
-    def on_path(self, fast: bool) -> "DraftOptions":
+    def on_path(self, fast: bool, sampled: bool = False) -> "DraftOptions":
         """What of these options has an effect on the fast path, or on the plain one; ``cuda_graphs`` says which."""
-        if fast:
-            return dataclasses.replace(self, cuda_graphs=True, draft_threshold=0.0)
-        return dataclasses.replace(self, cuda_graphs=False, compile_layers=False)
+        schedule = self.window_schedule
+        if schedule == "auto":
+            schedule = "constant" if fast or self.is_tree else "gammatune" if sampled else "cost"
+        threshold = 0.0 if fast or schedule == "cost" else self.draft_threshold
+        path: dict[str, Any] = {"cuda_graphs": True} if fast else {"cuda_graphs": False, "compile_layers": False}
+        return dataclasses.replace(self, window_schedule=schedule, draft_threshold=threshold, **path)
 
 
 def call_config(base: GenerationConfig, **options: Any) -> GenerationConfig:
@@ -164,15 +195,18 @@ def what_was_drafted(output: Any, asked: dict[str, Any]) -> DraftOptions:
     """
     ran, windows = output.drafting, [length for row in output.acceptance.drafted for length in row]
     for name, value in asked.items():
-        if value is not None and (getattr(ran, name) != value or (name == "window_size" and ran.is_tree)):
+        if value in (None, "auto"):
+            continue
+        if getattr(ran, name) != value or (name == "window_size" and ran.is_tree):
             raise ValueError(
-                f"{name}={value!r} was asked for, but {ran} is what ran. Either the target's generation config says "
-                "otherwise, or the option has no effect where this runs (draft_threshold on the fast path, "
-                "compile_layers off it): leave it out, or choose the path with cuda_graphs."
+                f"{name}={value!r} was asked for, but {ran!r} is what ran. Either the target's generation config says "
+                "otherwise, or the option has no effect where this runs (draft_threshold on the fast path or beside "
+                "window_schedule=cost, compile_layers off it): leave it out, or choose the path with cuda_graphs."
             )
     longest = max(windows, default=0)
     had_room = any(sum(row) > ran.longest for row in output.acceptance.gained)  # the first window was not cut short
-    if longest > ran.longest or (had_room and ran.draft_threshold == 0 and longest < ran.longest):
+    fixed = ran.draft_threshold == 0 and ran.window_schedule == "constant"
+    if longest > ran.longest or (had_room and fixed and longest < ran.longest):
         raise ValueError(f"Windows of up to {longest} tokens were drafted where {ran} drafts {ran.longest}.")
     return ran
 
@@ -255,6 +289,7 @@ class DrafterState:
     whole_windows = False  # whether windows keep their full size where less room is left
     hidden: torch.Tensor  # (B, 1, H) output at the newest pair, once there is one (block drafters go without)
     positions: torch.Tensor  # (B,) RoPE position of the newest pair
+    standing: torch.Tensor  # (B, H) features from which a chain's present draft is made
 
     def __init__(
         self,
@@ -336,7 +371,12 @@ class DrafterState:
         return additive_mask(window_allowed(prefix, seen, None, slots, view, self.valid), dtype)
 
     def chain(
-        self, root: torch.Tensor, size: int, sample: Sampler | None = None, threshold: float = 0.0
+        self,
+        root: torch.Tensor,
+        size: int,
+        sample: Sampler | None = None,
+        threshold: float = 0.0,
+        schedule: Schedule | None = None,
     ) -> DraftWindow:
         """Draft at most ``size`` tokens after ``root`` (B,), one after the other.
 
@@ -345,7 +385,13 @@ class DrafterState:
                 rests on tokens that stay in the window, so rejection sampling remains exact.
             sample: None to take the most probable token; else a function from logits (B, D) to
                 (ids (B,), probabilities (B, D)) that draws one.
+            schedule: one that ``watches`` is asked before each draft whether it joins, by the highest probability of
+                its distribution (or what a confidence head says there), and behind it whether another is computed.
+                Neither answer depends on the token drawn next, so rejection sampling remains exact
+                (:mod:`schedules_ppow`). The window may be the root alone.
         """
+        drafter = self.drafter
+        watched = schedule if schedule is not None and schedule.watches else None
         tokens, ids, probs = [root], [], []
         joint: torch.Tensor | float = 1.0
         steps = self._chain_steps(root, size)
@@ -355,23 +401,36 @@ class DrafterState:
                 draft = logits.argmax(-1)
             else:
                 draft, distribution = sample(logits)
+            if watched is not None:
+                if drafter.config.confidence_head:
+                    confidence = self._confidence(logits, sample is not None)
+                else:
+                    confidence = highest_probability(logits) if sample is None else distribution.amax(-1)
+                if not watched.takes(confidence.tolist()):
+                    break
+            if sample is not None:
                 ids.append(draft)
                 probs.append(distribution)
             tokens.append(self.drafter.to_target_ids(draft))
             if threshold > 0:
-                distribution = logits.float().softmax(-1) if sample is None else distribution
-                joint = joint * self._chance(distribution, draft)
+                if drafter.config.confidence_head:
+                    joint = joint * self._confidence(logits, sample is not None)
+                else:
+                    distribution = logits.float().softmax(-1) if sample is None else distribution
+                    joint = joint * distribution.gather(1, draft[:, None])[:, 0]
                 if bool((joint < threshold).all()):
                     break
+            if watched is not None and i + 1 < size and not watched.goes_on():
+                break
             if i + 1 < size:
                 logits = steps.send(tokens[-1])
         if not ids:
             return DraftWindow.chain(torch.stack(tokens, 1))
         return DraftWindow.chain(torch.stack(tokens, 1), torch.stack(ids, 1), torch.stack(probs, 1))
 
-    def _chance(self, distribution: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-        """How likely drafts (B,) from distributions (B, D) are thought to stand: -> (B, 1)."""
-        return distribution.gather(1, draft[:, None])
+    def _confidence(self, logits: torch.Tensor, sampled: bool) -> torch.Tensor:
+        """How likely the confidence head thinks the present draft, from logits (B, D), is accepted: -> (B,)."""
+        return self.drafter.acceptance_logits(self.standing, logits)[:, int(sampled)].sigmoid()
 
     def first_logits(self, root: torch.Tensor) -> torch.Tensor:
         """Logits (B, D) of the first token after ``root`` (B,)."""
@@ -384,7 +443,8 @@ class DrafterState:
         cos, sin = self.drafter.rotary(hidden, self.positions[:, None] + steps)  # (B, size, d)
         itself = torch.ones(batch, 1, 1, dtype=torch.bool, device=root.device)
         for i in range(size):
-            token = yield self.drafter.logits(hidden[:, -1])
+            self.standing = hidden[:, -1]
+            token = yield self.drafter.logits(self.standing)
             base = self.lengths + i  # below it lie the committed pairs and those of the earlier steps
             rotary = cos[:, i : i + 1], sin[:, i : i + 1]
             embeds = self.embed(token)[:, None].to(hidden)
@@ -437,6 +497,12 @@ class DrafterState:
             rotary = self.drafter.rotary(hidden, position)
             hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, self.lengths, seen, span)
             token, parent = yield self.drafter.logits(hidden)
+
+
+def highest_probability(logits: torch.Tensor) -> torch.Tensor:
+    """Of each distribution given by logits (.., D) -> (..) float32."""
+    logits = logits.float()
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
 
 
 def _best_nodes(

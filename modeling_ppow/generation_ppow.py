@@ -58,7 +58,8 @@ def decode(
         target: the model whose output is produced.
         input_ids: (B, P) prompt, left-padded, of any integer type and on any device; the output is int64 and there.
         logits_processor, stopping_criteria, generation_config, streamer: as in transformers. ``generation_config`` may
-            carry ``window_size`` or ``tree_depth``/``tree_top_k``/``tree_nodes``; else the drafter's own decides.
+            carry ``window_size``, ``window_schedule`` or ``tree_depth``/``tree_top_k``/``tree_nodes`` (all of
+            :class:`DraftOptions`); else the drafter's own decides.
         assistant_model: the drafter.
         **model_kwargs: ``attention_mask``, ``position_ids``, ``use_cache`` and cache (``CACHE_NAME``) of ``generate``.
             A cache that the caller passes is filled in place: afterwards it holds all tokens but the last, as without
@@ -90,6 +91,7 @@ def decode(
         fast_path(target, drafter, options, prompt, most) as fast,
         few_rows(*(() if fast else (target, drafter))),
     ):
+        options = options.on_path(fast is not None, bool(config.do_sample))
         pair = Pair(target, drafter, options, prompt, text, verifier, fast)
         text.commit(pair.prefill(config.prefill_chunk_size), drafted=None)
         while not text.finished:
@@ -97,6 +99,7 @@ def decode(
             logits, taps = pair.verify(window)
             verdict = pair.accept(window, logits, taps)
             counts = text.commit(verdict, drafted=window.max_depth)
+            pair.learn(window, counts)
             if wanted or not text.finished:
                 pair.keep(verdict, taps, counts)
         if wanted:
@@ -112,6 +115,6 @@ def decode(
         scores=text.stacked(text.scores, steps),
         logits=text.stacked(text.logits, steps),
         acceptance=text.acceptance,
-        drafting=options.on_path(fast is not None),
+        drafting=options,
         **{CACHE_NAME: cache},
     )

@@ -24,6 +24,7 @@ from .drafting_ppow import DrafterState, DraftOptions, DraftWindow, Sampler
 from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
+from .schedules_ppow import Schedule
 from .target_ppow import LayerMasks, TargetState, decoder_layers
 
 logger = logging.get_logger(__name__)
@@ -143,9 +144,17 @@ class GraphDrafter(DrafterState):
             return self.hidden, self.positions, self.lengths
 
     def chain(
-        self, root: torch.Tensor, size: int, sample: Sampler | None = None, threshold: float = 0.0
+        self,
+        root: torch.Tensor,
+        size: int,
+        sample: Sampler | None = None,
+        threshold: float = 0.0,
+        schedule: Schedule | None = None,
     ) -> DraftWindow:
-        """As in :class:`DrafterState`, always of ``size`` tokens: ``threshold`` has no effect."""
+        """As in :class:`DrafterState`, always of ``size`` tokens, each size being captured when it first occurs.
+
+        ``threshold`` has no effect, and a ``schedule`` has chosen the size.
+        """
         draft = functools.partial(DrafterState.chain, self, size=size, sample=sample)
         return self._replayed(("chain", size, getattr(sample, "key", None)), draft, root)
 

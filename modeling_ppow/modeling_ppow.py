@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput
 from .attention_ppow import attend_window
 from .cache_ppow import SlotCache
 from .configuration_ppow import PPOWConfig
-from .drafting_ppow import DEFAULT_WINDOW_SIZE, DrafterState, DraftOptions
+from .drafting_ppow import DEFAULT_WINDOW_SIZE, DrafterState, DraftOptions, highest_probability
 from .entrances_ppow import register_assisted_decoding
 from .generation_ppow import PPOWGenerateOutput, decode
 from .graphs_ppow import GraphDrafter
@@ -222,6 +222,8 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList([PPOWDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        if config.confidence_head:
+            self.confidence_head = nn.Linear(config.hidden_size + 1, 2)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.pruned = config.draft_vocab_size < config.vocab_size
         if self.pruned:
@@ -262,6 +264,32 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Features (.., H) -> logits (.., D) over the draft vocabulary."""
         return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+
+    def acceptance_logits(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """How likely the draft at a state is accepted, by the confidence head; needs ``config.confidence_head``.
+
+        The head reads the features, normed without a gain, and the log odds of the most probable draft. A fresh head
+        says what those odds say.
+
+        Args:
+            hidden: (.., H) features.
+            logits: (.., D) of :meth:`logits` for them.
+
+        Returns:
+            (.., 2) float32 log odds: that the most probable draft is the target's argmax (what counts at temperature
+            0), and that rejection sampling accepts a draft drawn at temperature 1, sum_v min(P, Q).
+        """
+        hidden = nn.functional.rms_norm(hidden.float(), hidden.shape[-1:])
+        best = highest_probability(logits).clamp(1e-6, 1 - 1e-6)
+        state = torch.cat((hidden, best.logit()[..., None]), -1)
+        return nn.functional.linear(state, self.confidence_head.weight.float(), self.confidence_head.bias.float())
+
+    def add_confidence_head(self) -> None:
+        """Give a drafter that has none a fresh confidence head, on its own device and in its dtype."""
+        if not self.config.confidence_head:
+            self.config.confidence_head = True
+            self.confidence_head = nn.Linear(self.config.hidden_size + 1, 2, device=self.device, dtype=self.dtype)
+            self._init_head()
 
     def forward(
         self,
@@ -477,8 +505,16 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **dict.fromkeys(AUTO_CLASSES, place)}
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
+    def _init_head(self) -> None:
+        weight = torch.zeros_like(self.confidence_head.weight)
+        weight[:, -1] = 1.0
+        initialization.copy_(self.confidence_head.weight, weight)
+        initialization.zeros_(self.confidence_head.bias)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, PPOWDrafter) and module.config.confidence_head:
+            module._init_head()
         if isinstance(module, PPOWDrafter) and module.pruned:
             # through `initialization`, which leaves tensors alone that a checkpoint has filled
             initialization.zeros_(module.d2t)

@@ -13,6 +13,7 @@ from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
 from .graphs_ppow import FastPath
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE
+from .schedules_ppow import Schedule, costs_of, make_schedule
 from .target_ppow import TargetState
 from .transcript_ppow import Transcript, Verdict
 from .verifier_ppow import Verifier
@@ -34,7 +35,7 @@ class Pair:
 
     Args:
         target, drafter: the pair.
-        options: how to draft.
+        options: how to draft, as in effect on this path.
         prompt: what the target has to read.
         text: the transcript that tells what room is left and who still grows.
         verifier: the acceptance rule.
@@ -65,6 +66,7 @@ class Pair:
             self.target_state, self.drafter_state = fast.target_state, fast.drafter_state
         runs_ahead = self.drafter_state.whole_windows and verifier.prefix_free
         self.runs_ahead = runs_ahead and not text.needs_every_prefix and not text.together
+        self.schedule = self._schedule()
         self.begun: Cycle | None = None  # the present cycle until :meth:`accept`, the next one from then on
         self.root = prompt.ids[:, -1]
         self._grew: list[bool] = []  # which rows grew when that was last brought to the device,
@@ -115,6 +117,12 @@ class Pair:
                 self.begun = Cycle(following, outputs, self._judge(following, outputs[0]))
         return verdict
 
+    def learn(self, window: DraftWindow, counts: list[int]) -> None:
+        """Tell the schedule what became of a window that is committed, ``counts`` tokens of each row being gained."""
+        figures = self.text.acceptance.accepted
+        accepted = [row[-1] if count else 0 for row, count in zip(figures, counts)]
+        self.schedule.learn(window.max_depth, accepted, counts)
+
     def keep(self, verdict: Verdict, taps: torch.Tensor, counts: list[int]) -> None:
         """Let both caches hold the tokens gained, ``counts`` of every row (0: it has ended), and nothing else."""
         if self.begun is None:
@@ -161,8 +169,19 @@ class Pair:
             state.keep(window.depth, counts, in_order=True)
             mine.extend(taps, ids.gather(1, (at + 1).clamp(max=text.length - 1)), positions, counts)
 
+    def _schedule(self) -> Schedule:
+        options, fast = self.options, self.drafter_state.whole_windows
+        name = "constant" if options.is_tree or not options.accept_drafts else options.window_schedule
+        place = self.prompt.ids.device, self.target.dtype, self.drafter.dtype, torch.get_num_threads()
+        key = (*place, self.text.batch, fast, options.compile_layers, self.verifier.do_sample)
+        return make_schedule(name, options.window_size, fast, lambda: costs_of(self.target, self.drafter, key))
+
     def _draft(self) -> DraftWindow:
-        return draft(self.drafter_state, self.root, self.options, self.text.remaining() - 1, self.verifier)
+        rows = [row for row, grows in enumerate(self.text.growing()) if grows]
+        state, options = self.drafter_state, self.options
+        window = draft(state, self.root, options, self.text.remaining() - 1, self.verifier, self.schedule, rows)
+        self.schedule.drafted()
+        return window
 
     def _judge(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         verdict = self.verifier(window, logits)
@@ -201,10 +220,19 @@ class Pair:
         return drafter.state_kind(drafter, drafter.embedding_for(self.target), cache, lengths, valid)
 
 
-def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: int, verifier: Verifier) -> DraftWindow:
-    """A window of at most ``room`` tokens in depth (what still fits besides the next token itself)."""
+def draft(
+    state: DrafterState,
+    root: torch.Tensor,
+    options: DraftOptions,
+    room: int,
+    verifier: Verifier,
+    schedule: Schedule,
+    rows: list[int],
+) -> DraftWindow:
+    """A window of at most ``room`` tokens in depth (what still fits besides the next token itself); ``rows`` grow."""
     if state.whole_windows:
         room = options.longest
+    size = schedule.begin(rows, max(room, 0))
     if room < 1:
         return DraftWindow.chain(root[:, None])
     if not options.accept_drafts:
@@ -214,4 +242,6 @@ def draft(state: DrafterState, root: torch.Tensor, options: DraftOptions, room: 
     if options.tree is not None:
         depth, top_k, nodes = options.tree
         return state.tree(root, min(depth, room), top_k, nodes)
-    return state.chain(root, min(options.window_size, room), verifier.draft_sample, options.draft_threshold)
+    if size < 1:
+        return DraftWindow.chain(root[:, None])
+    return state.chain(root, size, verifier.draft_sample, options.draft_threshold, schedule)

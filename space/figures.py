@@ -1,7 +1,8 @@
 """Figures of a visitor's own runs, defined as ``ppow evaluate`` defines them (a test compares the two).
 
 A record is one race as plain values: ``{"label", "drafting", "window", "temperature", "identical", "systems": {name:
-{"tokens", "seconds", "verdicts", "drafted", "accepted", "gained"}}}``; ``verdicts`` say why greedy tokens differ.
+{"tokens", "seconds", "verdicts", "drafted", "accepted", "gained", "drafting"}}}``; ``verdicts`` say why greedy tokens
+differ, ``drafting`` what ran.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ def record(settings: Settings, runs: list[Run]) -> dict:
         systems[run.name] = {"tokens": len(run.tokens), "seconds": run.seconds}
         systems[run.name]["verdicts"] = [found["verdict"] for found in run.differences]
         systems[run.name] |= {"drafted": run.drafted, "accepted": run.accepted, "gained": run.gained}
+        systems[run.name]["drafting"] = run.drafting
     return {
         "label": settings.label,
         "drafting": settings.drafting,

@@ -307,7 +307,8 @@ class Page:
         drawn += draw("Verifications by tokens gained", "tokens gained, bonus included", histogram, False)
         if max(len({window for window, _ in found}) for found in lengths.values()) > 1:
             drawn += render.points("Speedup over window length", "window length", lengths)
-        said = [f"Below: {render.html.escape(newest['label'])}."]
+        ran = newest["systems"][names[0]]["drafting"]
+        said = [f"Below: {render.html.escape(newest['label'])}; what drafted were {render.html.escape(ran)}."]
         if few < MANY_WINDOWS:
             said.append(f"{few} windows so far, which is too few for bars; from {MANY_WINDOWS} on they are drawn.")
         said.append("Race at several window lengths to see the speedup over them.")

@@ -71,7 +71,7 @@ class Settings:
 
     @classmethod
     def own(cls, pair, prompt: str) -> "Settings":
-        """The drafting of the loaded pair, up to ``LIMITS``. Its ``draft_threshold`` holds without being named."""
+        """The drafting of the loaded pair, up to ``LIMITS``. Its threshold and schedule hold without being named."""
         own = pair.drafting
         found = {name: getattr(own, name) for name in ("window_size", "tree_depth", "tree_top_k", "tree_nodes")}
         found = {name: min(value, LIMITS[name][1]) for name, value in found.items() if value is not None}
@@ -113,6 +113,7 @@ class Run:
         steps: (seconds since the start, tokens that arrived) per forward of the target; while it runs, per token.
         seconds: whole generation, prefill included; None while it runs.
         drafted, accepted, gained: per verification, as in the drafter's ``Acceptance``.
+        drafting: how it drafted, read back from what ran.
         differences: why its greedy tokens are not the plain target's (``lossless_ppow`` of the drafter's code): dicts
             with ``verdict``, "near tie" or "fault", and ``text``.
         rates: tokens per second of all rounds that the system has finished, in their order.
@@ -124,6 +125,7 @@ class Run:
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     gained: list[int] = field(default_factory=list)
+    drafting: str = ""
     differences: list[dict] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     stopped: bool = False
@@ -195,7 +197,9 @@ def generation_config(pair, settings: Settings, drafter) -> GenerationConfig:
         chosen = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     chosen |= {"max_new_tokens": settings.max_new_tokens}
     if drafter is not None:
-        chosen |= {**settings.options, "return_dict_in_generate": True}
+        # a size that a call names is constant, a visitor's is what the drafter makes of it
+        chosen |= {"window_schedule": pair.drafting.window_schedule, **settings.options}
+        chosen |= {"return_dict_in_generate": True}
     return pair.part("drafting_ppow").call_config(pair.target.generation_config, **chosen)
 
 
@@ -228,7 +232,7 @@ def stream(pair, settings: Settings, ids: torch.Tensor, name: str, stop: StopFla
         )
         run.seconds = time.perf_counter() - clock.started
         if drafter is not None:
-            pair.part("drafting_ppow").what_was_drafted(out, settings.options)
+            run.drafting = str(pair.part("drafting_ppow").what_was_drafted(out, settings.options))
             figures = out.acceptance
             run.drafted, run.accepted, run.gained = figures.drafted[0], figures.accepted[0], figures.gained[0]
             run.steps = by_verification(run.steps, run.gained)

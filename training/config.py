@@ -223,6 +223,9 @@ class ReinforceConfig(StageConfig):
         3.0,
         at_least=0,
     )
+    confidence_head: bool = option(
+        "train a small head that tells how likely a draft is accepted, by which windows then end (ours)", False
+    )
     window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
     cost_ratio: float = option("cost of a draft step over a target step, gamma (paper)", 0.12, at_least=0)
     kl_coef: float = option("weight of the KL term anchored on the target, beta (ours)", 0.0, at_least=0)
@@ -257,6 +260,10 @@ class ReinforceConfig(StageConfig):
             raise ValueError(
                 f"supervised_coef={self.supervised_coef} adds a supervised loss to PPOW's, but objective="
                 f"{self.objective} is one already; --preset {self.objective} sets it to 0."
+            )
+        if self.confidence_head and rolls:
+            raise ValueError(
+                "confidence_head learns along texts, and estimator='rollout' has none: use --estimator exact."
             )
         if rolls and self.group_size * self.window_size > self.max_forest_nodes:
             raise ValueError(
@@ -438,6 +445,11 @@ class DraftingConfig(Config):
     draft_threshold: float | None = option(
         "end a chain once its joint draft probability is below this; none: the drafter's own", None, at_least=0, below=1
     )
+    window_schedule: Literal["auto", "constant", "heuristic", "gammatune", "cost"] | None = option(
+        "how long chains are, up to window_size; cost: as measured time tells; none: the drafter's, constant where a "
+        "size or threshold is given",
+        None,
+    )
     cuda_graphs: bool | None = option("decode from CUDA graphs; none: where possible", None)
     compile_layers: bool | None = option("let torch.compile fuse what the graphs record; none: as the drafter's", None)
     threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
@@ -447,8 +459,11 @@ class DraftingConfig(Config):
         tree = [self.tree_depth, self.tree_top_k, self.tree_nodes]
         if any(tree) and not all(tree):
             raise ValueError(f"A tree needs tree_depth, tree_top_k and tree_nodes, got {tree}.")
-        if (self.window_size is not None or self.draft_threshold is not None) and any(tree):
-            raise ValueError("window_size and draft_threshold are for chains, tree_* for trees: give one of the two.")
+        chain = self.window_size, self.draft_threshold, self.window_schedule
+        if any(tree) and any(value is not None for value in chain):
+            raise ValueError(
+                "window_size, draft_threshold and window_schedule are for chains, tree_* for trees: give one of both."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

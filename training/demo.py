@@ -128,7 +128,7 @@ def race(
             same, expected, found = torch.equal(stock, out.sequences), stock, out.sequences
     plain_rate, rate = statistics.median(slow), statistics.median(fast)
     each = [one / other for one, other in zip(fast, slow)]
-    what_was_drafted(out, drafting_options(config))
+    ran = what_was_drafted(out, drafting_options(config))
     answer, differences = "sampled from one distribution", []
     if config.temperature == 0 and not same:
         here, theirs = (sequences[0, ids.shape[1] :].tolist() for sequences in (found, expected))
@@ -137,14 +137,16 @@ def race(
         answer = f"identical: NO, {'; '.join(map(str, differences))}{agrees}"
     elif config.temperature == 0:
         answer = "identical: yes"
-    length = out.acceptance.acceptance_length
+    length, drafted = out.acceptance.acceptance_length, out.acceptance.drafted[0]
+    drafts = statistics.fmean(drafted or [0])
     print(
         f"  speedup {rate / plain_rate:.2f}x ({min(each):.2f} to {max(each):.2f}): plain {plain_rate:.0f} tokens/s, "
-        f"with drafter {rate:.0f}; acceptance length {length:.2f}; {answer}\n",
+        f"with drafter {rate:.0f}; acceptance length {length:.2f} of {drafts:.1f} drafts a window, {ran}; "
+        f"{answer}\n",
         flush=True,
     )
     figures: dict = {"plain_tokens_per_second": plain_rate, "tokens_per_second": rate, "speedup": rate / plain_rate}
     figures["speedup_range"] = [min(each), max(each)]
     fault = any(difference.verdict == FAULT for difference in differences)
-    figures |= {"acceptance_length": length, "identical": same, "fault": fault}
+    figures |= {"acceptance_length": length, "drafts": drafts, "drafting": str(ran), "identical": same, "fault": fault}
     return {**figures, "differences": [dataclasses.asdict(found) for found in differences]}

@@ -98,13 +98,13 @@ def evaluate(config: EvaluateConfig) -> float:
         if config.baseline:
             figures[0]["gain"] = gain(measured[0], measured[1], config.bootstrap, config.seed)
             baseline[title] = figures[1]
-    ran = [samples[0].drafting for samples in next(iter(sets.values()))]
+    ran = [samples[0].drafting or {} for samples in next(iter(sets.values()))]
     metrics = {"results": results, "drafting": ran[0], "weights": weights}
     if config.baseline:
         metrics |= {"baseline": baseline, "baseline_drafting": ran[1]}
     write_json(folder / "metrics.json", metrics | record)
     plot(results, folder / "acceptance.png")
-    print(table(results))
+    print(f"{table(results)}\n\ndrafting: {DraftOptions(**ran[0])}")
     if config.baseline:
         print(f"\nbaseline {Path(config.baseline).name}:\n{table(baseline)}\n")
         for title, result in results.items():

@@ -137,6 +137,9 @@ def from_ppow(
         )
     if config.share_target_embeddings:
         rows.append(Row("assumed", "embed_tokens", "not stored: the engine takes the target's"))
+    if config.confidence_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("confidence_head.")}
+        rows.append(Row("dropped", "confidence_head", "engines end windows by rules of their own"))
     _write_vocabulary(tensors, config, form, rows)
     tensors = _engine_names(tensors, form, rows)
     layer = layer_config(config)

@@ -194,14 +194,36 @@ class TextWindows:
         states: drafter and target compared at each step.
         greedy: bool, whether every token of the window before this step is the target's argmax.
         sampled: (W,) bool, whether the target sampled this text (else it wrote it greedily).
-        confidence: log-odds of acceptance that a block drafter's head gives each step; None where it has no such head.
+        surprise: (W, K) what the drafter's confidence head is off by (:func:`confidence_loss`); None without a head.
     """
 
     mask: torch.Tensor
     states: Compared
     greedy: torch.Tensor
     sampled: torch.Tensor
-    confidence: torch.Tensor | None = None
+    surprise: torch.Tensor | None = None
+
+
+def confidence_loss(predicted: torch.Tensor, hit: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a confidence head with the analytic acceptance of each state, both rules added up.
+
+    Args:
+        predicted: (n, 2) log odds of ``PPOWDrafter.acceptance_logits``.
+        hit: (n,) bool, the most probable draft is the target's argmax: accepted at temperature 0.
+        overlap: (n,) in [0, 1], sum_v min(P, Q): how likely rejection sampling accepts. No gradient passes to it.
+
+    Returns:
+        (n,) in nats.
+    """
+    wanted = torch.stack((hit.to(predicted), overlap.detach().to(predicted)), -1)
+    return torch.nn.functional.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").sum(-1)
+
+
+def head_loss(windows: TextWindows) -> torch.Tensor:
+    """Mean of what a confidence head is off by (), which reaches nothing but the head; 0 without one."""
+    if windows.surprise is None:
+        return windows.states.text.new_zeros(())
+    return (windows.surprise * windows.mask).sum() / windows.mask.sum().clamp(min=1)
 
 
 def compare(
@@ -264,8 +286,9 @@ def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[tor
 
     * ce: cross-entropy with the text's tokens (DFlash);
     * d_pace: the same under :func:`d_pace_weights` instead of the decay; the division by K is ours;
-    * dspark: 0.1 cross-entropy + 0.9 L1 distance of Q and P + cross-entropy of the confidence, where there is one, with
-      the chance of acceptance sum_v min(P, Q), detached (DSpark, arXiv 2607.05147).
+    * dspark: 0.1 cross-entropy + 0.9 L1 distance of Q and P (DSpark, arXiv 2607.05147).
+
+    A confidence head learns beside it (:func:`head_loss`).
 
     Returns:
         loss (), and detached metrics: step_losses (K,), the unweighted mean loss of each slot.
@@ -279,17 +302,12 @@ def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[tor
     values = -states.text.clamp(min=1e-37).log()  # (W, K)
     if kind == "dspark":
         values = 0.1 * values + 0.9 * 2 * (1 - states.overlap)
-        if windows.confidence is not None:
-            chance = states.overlap.detach().clamp(0, 1).to(windows.confidence.dtype)
-            values = values + torch.nn.functional.binary_cross_entropy_with_logits(
-                windows.confidence, chance, reduction="none"
-            )
     count = windows.mask.sum(0).clamp(min=1)
     metrics = {"step_losses": torch.where(windows.mask, values, 0.0).detach().sum(0) / count}
     if kind == "d_pace":
         weighted = torch.where(windows.mask, d_pace_weights(windows) * values, 0.0)
-        return batch_mean(weighted.sum(-1) / windows.mask.shape[-1]), metrics
-    return step_mean(values, windows.mask, step_weight), metrics
+        return batch_mean(weighted.sum(-1) / windows.mask.shape[-1]) + head_loss(windows), metrics
+    return step_mean(values, windows.mask, step_weight) + head_loss(windows), metrics
 
 
 def exact_loss(

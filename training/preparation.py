@@ -122,6 +122,8 @@ def prepare_drafter(
         with named("drafter", config.drafter):
             drafter = PPOWDrafter.from_pretrained(config.drafter, dtype=torch.float32)
         check_pair(target, drafter)
+        if drafter.config.confidence_head and not drafter.config.is_block:  # stage 2 alone knows what it is to say
+            drafter.confidence_head.requires_grad_(False)
         return freeze_embedding(drafter)
     shape = fresh_config(config, target.config)
     if shape.is_block:

@@ -3,9 +3,10 @@
 Every figure says where it comes from. "measured" is by us, on SmolLM2-135M-Instruct (0.13B, 576 wide; 20,000 of its own
 greedy answers, texts of up to 448 tokens, 64 a step, draft vocabulary 16,384, 2e-3, one H200, 85 s of training). The
 acceptance length of its chains of 7 was then 2.18 with AdamW, 3.02 with Muon, 3.47 with AdamW and EAGLE-3.1's two
-norms, and 3.74 with both. What is said of rates and windows is benchmarks/results/smollm2-stage1-options.json, 45 s of
-one H200 each: half of a text's windows +0.16 [+0.14, +0.18] over all of them at temperature 0, 4e-3 +0.18 [+0.16, +0.21]
-over 2e-3; a run of 390 s took 3e-3 and 100 windows (smollm2-eagle3-390s.json). "published" is others' and not measured by us. "ours" is a choice between such points.
+norms, and 3.74 with both. Rates and windows: benchmarks/results/smollm2-stage1-options.json, 45 s of one H200; over all
+windows at 2e-3, half of them gain 0.16 [0.14, 0.18] at temperature 0, and 4e-3 gains 0.18 [0.16, 0.21]. A run of
+390 s took 100 windows at 3e-3 (smollm2-eagle3-390s.json). "published" is others' and not measured by us. "ours" is a
+choice between such points.
 """
 
 import math

@@ -27,7 +27,7 @@ from . import preparation, supervised
 from .config import ReinforceConfig
 from .data import Batch
 from .loop import Trainer
-from .objectives import STEP_WEIGHT, Rollouts, lk_loss, objective_of
+from .objectives import STEP_WEIGHT, Rollouts, head_loss, lk_loss, objective_of
 from .preparation import load_examples, load_target, pad_token, prepare_drafter
 from .rewards import speedup_reward
 from .rollout import Rollout, policy_logits, roll_out
@@ -52,12 +52,15 @@ def train(config: ReinforceConfig, accelerator: Accelerator, tokenizer: PreTrain
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
     drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
+    rolls = objective_of(config).batch == "rollouts"
+    if config.confidence_head:
+        drafter.add_confidence_head()
+    if drafter.config.confidence_head:
+        drafter.confidence_head.requires_grad_(not rolls)
     target.taps = drafter.config.target_taps
     pad = pad_token(tokenizer)
     trainer = Trainer(config, drafter, examples, pad, accelerator, held_out)
     trainer.announce(target.model, held_out)
-    rolls = objective_of(config).batch == "rollouts"
-
     for step in trainer.steps():
         batches = trainer.batches(step)
         of_batch = functools.partial(loss, config, target, drafter)
@@ -92,6 +95,9 @@ def loss(
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
             value = value + config.supervised_coef * lk_loss(windows)[0]
+        if windows.surprise is not None:  # the drafter's own weights meet it in the gradient's norm only
+            off = head_loss(windows)
+            value, metrics = value + off, metrics | {"confidence_loss": off.detach()}
         return value, metrics | found
     flat = Rollouts(
         draft_ids=rollout.draft_ids.flatten(0, 1),

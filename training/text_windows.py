@@ -16,7 +16,7 @@ from ppow.acceptance_ppow import count_accepted
 
 from .blocks import Blocks, unroll
 from .data import Batch
-from .objectives import Compared, TextWindows, compare
+from .objectives import Compared, TextWindows, compare, confidence_loss
 from .target import FrozenTarget, log_norm
 from .unrolled import Unrolled
 from .windows import wanted_windows
@@ -71,9 +71,9 @@ def read_windows(
         best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
     facts = (row, place, norm, best, text)
-    states, confidence = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
+    states, surprise = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
     sampled = (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists]
-    windows = TextWindows(mask[exists], states, greedy[exists], sampled, confidence)
+    windows = TextWindows(mask[exists], states, greedy[exists], sampled, surprise)
     accepted = count_accepted(windows.states.hit & windows.mask).float()
     count = windows.mask.sum().clamp(min=1)
     return windows, {
@@ -109,7 +109,8 @@ def _compare_states(
         facts: text, place in it, and the further arguments of :func:`compare`, each (B, R, K).
 
     Returns:
-        (W, K) each, for the W windows that exist; and the log-odds of the confidence head, if there is one.
+        (W, K) each, for the W windows that exist; the last is the confidence head's loss, if there is one, which
+        reaches nothing but the head.
     """
     # found before the drafter runs, since that waits for the device
     states = [mask[:, :, i].flatten().nonzero()[:, 0] for i in range(mask.shape[-1])]  # places in (B * R)
@@ -117,9 +118,14 @@ def _compare_states(
 
     def reduced(
         features: torch.Tensor, previous: torch.Tensor, row: torch.Tensor, place: torch.Tensor, *given: torch.Tensor
-    ) -> Compared:
+    ) -> tuple[torch.Tensor, ...]:
+        logits = unrolled.logits(features, previous)
         figures = compiled() if fused and len(features) > 1 else compare  # one row would be compiled on its own
-        return figures(unrolled.logits(features, previous), labels[row, place], *given)
+        found = figures(logits, labels[row, place], *given)
+        if not drafter.config.confidence_head:
+            return found
+        predicted = drafter.acceptance_logits(features.detach(), logits.detach())
+        return (*found, confidence_loss(predicted, found.hit, found.overlap))
 
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):
@@ -133,10 +139,8 @@ def _compare_states(
             for part in zip(*(values.split(max(1, LOGITS // labels.shape[-1])) for values in arguments))
         ]
         columns = [torch.cat(values) for values in zip(*figures)]
-        if drafter.config.confidence_head:
-            columns.append(drafter.acceptance_logit(*arguments[:2]))
         full = [values.new_zeros(exists.numel()).index_copy(0, here, values) for values in columns]
         steps.append([values.index_select(0, kept) for values in full])
     found = [torch.stack(values, -1) for values in zip(*steps)]
-    confidence = found.pop() if drafter.config.confidence_head else None
-    return Compared(*found), confidence
+    surprise = found.pop() if drafter.config.confidence_head else None
+    return Compared(*found), surprise

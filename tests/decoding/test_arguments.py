@@ -108,6 +108,7 @@ HONOURED = {  # value -> the same tokens as without a drafter
     "eos_token_id": EOS,
     "decoder_start_token_id": 5,
     "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "heuristic",
     "is_assistant": False,
     "disable_compile": True,
     "compile_config": None,
@@ -126,7 +127,6 @@ REFUSED = {  # value -> a ValueError that names the field
     "token_healing": True,  # too
 }
 WARNED = {  # value -> a warning that names the field, and the same tokens
-    "num_assistant_tokens_schedule": "heuristic",
     "assistant_confidence_threshold": 0.7,
     "prompt_lookup_num_tokens": 4,
     "max_matching_ngram_size": 3,
@@ -161,7 +161,7 @@ def test_fields_that_are_honoured(name):
     base = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 12}
     calls = [GenerationConfig(**{**base, **config}) for _ in range(2)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if name == "num_assistant_tokens" else "ignore")
+        warnings.simplefilter("error" if name.startswith("num_assistant_tokens") else "ignore")
         outs = [
             target.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), generation_config=call, assistant_model=d)
             for call, d in zip(calls, (None, drafter))
@@ -221,6 +221,17 @@ def test_num_assistant_tokens_is_transformers_name_of_window_size():
         DraftOptions.resolve(GenerationConfig(num_assistant_tokens=5), GenerationConfig(window_size=10)).window_size
         == 5
     )
+
+
+def test_transformers_heuristic_needs_chains_and_no_other_schedule():
+    target, drafter = trained_pair()
+    asked = {**GREEDY, "num_assistant_tokens_schedule": "heuristic", "num_assistant_tokens": 6}
+    out = generate_with(target, drafter, PROMPT, config=asked)
+    assert out.drafting.window_schedule == "heuristic" and out.drafting.window_size == 6
+    for other in ({"window_schedule": "gammatune"}, TREE):
+        config = {**GREEDY, "num_assistant_tokens_schedule": "heuristic", **other}
+        with pytest.warns(UserWarning, match="num_assistant_tokens_schedule='heuristic' has no effect"):
+            generate_with(target, drafter, PROMPT, config=config)
 
 
 def test_every_argument_of_generate_is_known_to_these_tests():

@@ -128,9 +128,9 @@ def test_the_confidence_head_ends_chains():
     target, drafter = (copy.deepcopy(model) for model in trained_block(**KINDS["dspark"]))
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     stock = target.generate(ids, max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids))
-    drafter.confidence.weight.data.zero_()
+    drafter.confidence_head.weight.data.zero_()
     for bias, longest in ((-5.0, 1), (0.0, 2), (20.0, 6)):  # chances of 0.7%, one half and 1
-        drafter.confidence.bias.data.fill_(bias)
+        drafter.confidence_head.bias.data.fill_(bias)
         out = generate_with(target, drafter, ids, config={"draft_threshold": 0.3, "max_new_tokens": 16})
         assert max(out.acceptance.drafted[0]) == longest and torch.equal(out.sequences, stock)
 

@@ -301,7 +301,7 @@ def test_other_assistants_still_work():
 
 def test_how_to_draft_is_resolved_in_order():
     call, own = GenerationConfig(window_size=3), GenerationConfig(tree_nodes=9)
-    assert DraftOptions.resolve(call, own) == DraftOptions(window_size=3)
+    assert DraftOptions.resolve(call, own) == DraftOptions(window_size=3, window_schedule="constant")
     assert DraftOptions.resolve(GenerationConfig(), own) == DraftOptions(tree_depth=7, tree_top_k=10, tree_nodes=9)
     assert DraftOptions.resolve(GenerationConfig()) == DraftOptions(window_size=10)
     mixed = DraftOptions.resolve(GenerationConfig(tree_depth=2), GenerationConfig(tree_nodes=9, draft_threshold=0.2))

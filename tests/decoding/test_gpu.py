@@ -106,6 +106,45 @@ def test_a_block_drafter_learns_the_same_whether_the_comparison_is_compiled_or_n
         torch.testing.assert_close(eager, compiled, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("path", ["plain", "fast"])
+@pytest.mark.parametrize("schedule", ["cost", "gammatune", "heuristic"])
+def test_schedules_make_the_same_tokens(schedule, path):
+    target, drafter = (copy.deepcopy(model).to("cuda", torch.float32) for model in trained_pair())
+    lengths = set()
+    for batch in (1, 4):
+        for ids, mask in prompt_batches(batch, 4, seed=batch):
+            ids, mask = ids.cuda(), mask.cuda()
+            expected = target.generate(ids, attention_mask=mask, max_new_tokens=60, do_sample=False)
+            config = {"window_size": 8, "window_schedule": schedule, "max_new_tokens": 60}
+            out = generate_with(target, drafter, ids, mask, {**config, "cuda_graphs": path == "fast"})
+            torch.testing.assert_close(out.sequences, expected, rtol=0, atol=0)
+            lengths |= {drafts for row in out.acceptance.drafted for drafts in row}
+    assert len(lengths) > 1 and (path == "plain" or lengths <= {2, 4, 6, 8})
+    if path == "fast":
+        recorded = {name[1] for name in drafter._fast_path.drafter_state.replay.graphs if name[0] == "chain"}
+        assert recorded <= {2, 4, 6, 8} and len(recorded) > 1
+
+
+@pytest.mark.parametrize("schedule", ["cost", "gammatune"])
+def test_schedules_sample_from_the_targets_distribution_on_the_fast_path(schedule):
+    """Rows of one text: their lengths are chosen together, and follow what was accepted in earlier windows."""
+    target, drafter = (copy.deepcopy(model).to("cuda", torch.float32) for model in trained_pair())
+    rows, ids = 512, torch.arange(1, 9, device="cuda")[None]
+    counts = torch.zeros(2, target.config.vocab_size, device="cuda")
+    for seed in range(24):
+        for which, assistant in enumerate((None, drafter)):
+            torch.manual_seed(seed + 1000 * which)
+            config = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.8, "cuda_graphs": True}
+            config |= {"window_size": 6, "window_schedule": schedule}
+            out = generate_with(target, assistant, ids.expand(rows, -1), config=config).sequences
+            counts[which].index_add_(0, out[:, -1], torch.ones(rows, device="cuda"))
+    seen = counts.sum(0) >= 20
+    expected = counts.sum(0)[seen] / 2
+    statistic, freedom = ((counts[:, seen] - expected) ** 2 / expected).sum(), int(seen.sum()) - 1
+    assert freedom > 5
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("kind", ["stablelm", "deepseek_v3", "granite", "gpt2", "olmoe", "glm"])
 def test_targets_that_nobody_walked_are_right_on_a_gpu(kind, mode):

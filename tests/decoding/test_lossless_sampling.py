@@ -20,12 +20,14 @@ from transformers import (
 )
 
 from decoding_helpers import PAD, block_drafter, build_target, generate_with, random_drafter
-from ppow import acceptance_ppow, verifier_ppow
+from ppow import acceptance_ppow, pair_ppow, verifier_ppow
+from ppow.schedules_ppow import Costs
 
 VOCAB, LENGTH, SAMPLES = 5, 3, 4_000
 CHAIN, TREE = {"window_size": 3}, {"tree_depth": 3, "tree_top_k": 2, "tree_nodes": 5}
 MODES = {"chain": CHAIN, "tree": TREE}
 EARLY = {**CHAIN, "draft_threshold": 0.5}  # a chain that ends where its joint probability falls below one half
+COST = {"window_size": 6, "window_schedule": "cost"}
 PROMPTS = [[1, 4, 2], [3, 2, 2, 1, 4]]  # the first one is padded on the left
 # for processors that read the text: whether they see padding differs between releases of transformers
 EVEN = [[2, 1, 3, 4, 2], [3, 2, 2, 1, 4]]
@@ -218,6 +220,27 @@ def test_sampling_is_exact_with_a_block_drafter(target, case, options, rows, kin
     drafter = block_drafter(target, block_size=4, **kind)
     prompts, samples = (PROMPTS, SAMPLES) if rows == SAMPLES else (EVEN, 1_500)
     assert min(p_values(target, drafter, case, options, rows, samples, prompts=prompts, least=1.1)) > 0.001
+
+
+@pytest.mark.parametrize("case", ["plain", "repetition-penalty"])
+def test_windows_that_follow_their_cost_keep_the_distribution(target, pruned, case, monkeypatch):
+    """Two rows a call, so that they follow what is drafted: of the one draft that has room."""
+    costs = Costs()
+    for part, seconds in {"step": 0.5, "first": 0.2, "rest": 0.5, **{n: 5.0 + n for n in range(1, 8)}}.items():
+        for _ in range(4):
+            costs.add(part, seconds)
+    monkeypatch.setattr(costs, "add", lambda part, seconds: None)
+    monkeypatch.setattr(pair_ppow, "costs_of", lambda *args: costs)
+    lengths, chain = set(), pair_ppow.draft
+
+    def draft(*arguments):
+        window = chain(*arguments)
+        lengths.add(window.max_depth)
+        return window
+
+    monkeypatch.setattr(pair_ppow, "draft", draft)
+    assert min(p_values(target, pruned, case, COST, rows=2, samples=800, prompts=EVEN, least=1.05)) > 0.001
+    assert lengths == {0, 1}
 
 
 # -- the power of the test ---------------------------------------------------------------------------------------------

@@ -299,7 +299,8 @@ def test_the_first_configuration_that_says_how_to_draft_wins():
     assert DraftOptions.resolve(call, own) == DraftOptions(window_size=7)
     tree = GenerationConfig(tree_depth=3)
     assert DraftOptions.resolve(tree, own) == DraftOptions(tree_depth=3, tree_top_k=10, tree_nodes=60)
-    assert DraftOptions.resolve(GenerationConfig(window_size=2), tree) == DraftOptions(window_size=2)
+    fixed = DraftOptions(window_size=2, window_schedule="constant")
+    assert DraftOptions.resolve(GenerationConfig(window_size=2), tree) == fixed
     own_tree = GenerationConfig(tree_depth=2, tree_top_k=4, tree_nodes=9)
     assert DraftOptions.resolve(tree, own_tree) == DraftOptions(tree_depth=3, tree_top_k=4, tree_nodes=9)
     assert DraftOptions.resolve() == DraftOptions(window_size=10)

@@ -107,11 +107,15 @@ def build_target(family: str = "llama", attention: str = "sdpa", seed: int = 0, 
 
 
 def random_drafter(target, seed: int = 0, **overrides) -> PPOWDrafter:
-    """An untrained drafter in its target's dtype, with a draft vocabulary of scattered tokens when it is pruned."""
+    """An untrained drafter in its target's dtype, with a draft vocabulary of scattered tokens when it is pruned.
+
+    Its windows have one size unless a call says otherwise: what a test sees of them must not follow measured time.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = PPOWConfig.from_target(target.config, **{"initializer_range": 0.1, **overrides})
         drafter = PPOWDrafter(config).to(target.dtype).eval()
+        drafter.generation_config.window_schedule = "constant"
         if drafter.pruned:
             chosen = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
             drafter.set_draft_vocabulary(*offsets_of(chosen, config.vocab_size))

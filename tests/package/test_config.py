@@ -236,7 +236,7 @@ def test_whole_numbers_serve_where_floats_are_meant(tmp_path):
         (
             EvaluateConfig,
             [*EVALUATE, "--window-size", "4", "--tree-depth", "5", "--tree-top-k", "3", "--tree-nodes", "20"],
-            "give one of the two",
+            "give one of both",
         ),
         (DemoConfig, ["--target", "t"], "give both or neither"),
         (DemoConfig, ["--window-size", "0"], "window_size must be an integer >= 1"),

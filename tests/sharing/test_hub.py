@@ -114,7 +114,7 @@ def test_without_figures_and_record_the_card_says_so(pair):
     (pair / "drafter" / "provenance.json").unlink()
     (pair / "drafter" / "generation_config.json").unlink()  # nor how it drafts: then as PPOW does by default
     text = (assembled(pair, metrics=None) / "README.md").read_text()
-    assert "a chain of 10 tokens" in text
+    assert "a chain of 10 tokens from CUDA graphs, elsewhere of up to as many, while another pays" in text
     assert "No figures were recorded" in text and "How it was trained was not recorded" in text
 
 

@@ -242,6 +242,7 @@ def test_a_handful_of_windows_is_shown_as_numbers(pair):
     windows = len(one["systems"]["PPOW"]["gained"])
     assert 0 < windows < 30
     shown = page.charts([one])
+    assert "what drafted were chains of 10, ended below joint probability" in shown
     assert "<rect" not in shown and f"{windows} windows so far" in shown and "<polyline" not in shown
     many = page.charts([one] * (30 // windows + 1))
     assert "<rect" in many and "windows so far" not in many
@@ -256,11 +257,12 @@ A_TREE = {"tree_depth": 3, "tree_top_k": 2, "tree_nodes": 7}
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({"window_size": 4, "draft_threshold": 0.3}, DraftOptions(window_size=4, draft_threshold=0.3)),
+        ({"window_size": 4, "draft_threshold": 0.3}, DraftOptions(4, draft_threshold=0.3, window_schedule="constant")),
         ({"window_size": 6}, DraftOptions(window_size=6)),
+        ({"window_size": 6, "window_schedule": "gammatune"}, DraftOptions(6, window_schedule="gammatune")),
         ({"window_size": 10, **A_TREE}, DraftOptions(**A_TREE)),
     ],
-    ids=["threshold", "chain", "tree"],
+    ids=["threshold", "chain", "schedule", "tree"],
 )
 def test_page_and_demo_draft_alike(pair, own, expected):
     """Without a wish of the visitor: in the controls, in what Reset and links bring, in the API, and in what runs."""

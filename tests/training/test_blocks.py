@@ -44,24 +44,10 @@ def test_the_losses_by_hand():
     pairs = ((0.6, 0.5), (0.4, 0.8), (0.2, 0.25))
     one, two, three = (dspark(*pair) for pair in pairs)
     assert float(block_loss(windows, "dspark", 0.8)[0]) == pytest.approx(by_steps((one + two) / 2, three))
-    sure = TextWindows(
-        **{**vars(windows), "confidence": torch.zeros(2, 2)}
-    )  # one half each: log 2, whatever the chance
-    assert float(block_loss(sure, "dspark", 0.8)[0]) == pytest.approx(
-        by_steps((one + two) / 2 + math.log(2), three + math.log(2))
-    )
+    unsure = TextWindows(**{**vars(windows), "surprise": torch.tensor([[1.0, 2.0], [3.0, 99.0]])})
+    assert float(block_loss(unsure, "dspark", 0.8)[0]) == pytest.approx(by_steps((one + two) / 2, three) + 2)
     with pytest.raises(ValueError, match="'kl'"):
         block_loss(windows, "kl", 0.8)
-
-
-def test_the_confidence_head_learns_the_chance_and_nothing_else_learns_from_that_chance():
-    windows = make_windows()
-    logit = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
-    loss, _ = block_loss(TextWindows(**{**vars(windows), "confidence": logit}), "dspark", 0.8)
-    loss.backward()
-    chance = torch.tensor([[0.5, 0.25], [0.8, 0.5]])
-    share = torch.tensor([[0.5, 0.8], [0.5, 0.0]]) / 1.8
-    torch.testing.assert_close(logit.grad, share * (logit.detach().sigmoid() - chance))
 
 
 @pytest.mark.parametrize("anchor", [True, False])
@@ -230,10 +216,10 @@ def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target)
     begun = [f"--drafter={tmp_path / 'stage1'}", "--window-size=4"]
     run("reinforce", "stage2", *begun, "--steps=2", "--anchors=6")
     run("reinforce", "rolled", *begun, "--steps=1", "--preset=published", "--group-size=2")
-    for name in ("stage2", "rolled"):
+    for name, same in (("stage2", False), ("rolled", True)):  # along rollouts the head does not learn
         second = load_file(tmp_path / name / "model.safetensors")
         assert not torch.equal(second["layers.0.mlp.up_proj.weight"], first["layers.0.mlp.up_proj.weight"])
-        assert torch.equal(second["confidence.weight"], first["confidence.weight"])
+        assert torch.equal(second["confidence_head.weight"], first["confidence_head.weight"]) == same
     prompts = [f"--prompts={tmp_path / 'chats.jsonl'}", "--limit=1", "--max-new-tokens=8", "--temperatures=0"]
     run("evaluate", "figures", f"--drafter={tmp_path / 'stage2'}", *prompts)
     result = json.loads((tmp_path / "figures" / "metrics.json").read_text())["results"]["chats T=0"]

@@ -259,13 +259,17 @@ def test_what_was_asked_for_and_did_not_run_is_refused(pair, tmp_path, own, aske
 
 
 def test_windows_that_are_not_those_of_the_options_are_refused():
-    ran = DraftOptions(window_size=4)
+    ran = DraftOptions(window_size=4, window_schedule="constant")
     for drafted, gained in (([4, 5], [2, 1]), ([3, 3], [3, 2])):  # too long; cut short where there was room
         output = SimpleNamespace(drafting=ran, acceptance=Acceptance([drafted], [[0, 0]], [gained]))
         with pytest.raises(ValueError, match="tokens were drafted where"):
             what_was_drafted(output, {"window_size": 4})
     short = SimpleNamespace(drafting=ran, acceptance=Acceptance([[3, 1]], [[1, 0]], [[2, 1]]))  # the text had no room
     assert what_was_drafted(short, {"window_size": 4, "tree_nodes": None}) == ran
+    ran = DraftOptions(window_size=4, window_schedule="gammatune")  # its windows may be shorter, not longer
+    assert what_was_drafted(SimpleNamespace(drafting=ran, acceptance=Acceptance([[3]], [[3]], [[4]])), {}) == ran
+    with pytest.raises(ValueError, match="Windows of up to 5 tokens were drafted where chains of up to 4"):
+        what_was_drafted(SimpleNamespace(drafting=ran, acceptance=Acceptance([[5]], [[3]], [[4]])), {})
 
 
 class Stopped(Exception):

@@ -265,6 +265,24 @@ def test_what_a_run_leaves_behind(home, whole_runs):
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
 
 
+def test_a_confidence_head_is_trained_kept_and_resumed(home, tmp_path):
+    changes = {"preset": "ppow", "supervised_coef": 0.5, "confidence_head": True, "updates_per_rollout": 1}
+    reinforce.main(options(home, "reinforce", tmp_path / "run", steps=4, **changes))
+    drafter = PPOWDrafter.from_pretrained(tmp_path / "run")
+    assert drafter.config.confidence_head and not PPOWDrafter.from_pretrained(home / "stage1").config.confidence_head
+    fresh = torch.zeros_like(drafter.confidence_head.weight)
+    fresh[:, -1] = 1
+    assert not torch.allclose(drafter.confidence_head.weight, fresh, atol=1e-4)
+    losses = [line["confidence_loss"] for line in metrics_of(tmp_path / "run") if "confidence_loss" in line]
+    assert len(losses) == 4
+    # stage 1 and rollouts leave it as it is
+    config = options(home, "reinforce", tmp_path / "rolled", steps=2, drafter=str(tmp_path / "run"))
+    reinforce.main(config)
+    rolled = PPOWDrafter.from_pretrained(tmp_path / "rolled")
+    assert torch.equal(rolled.confidence_head.weight, drafter.confidence_head.weight)
+    assert not torch.equal(rolled.fc.weight, drafter.fc.weight)
+
+
 def test_warm_start_and_held_out_figures(home, tmp_path):
     config = options(
         home,
