@@ -89,7 +89,7 @@ def next_command(config: SupervisedConfig | ReinforceConfig, longest: int | None
     """What follows a stage: stage 2, or measuring.
 
     Args:
-        longest: tokens of a block drafter's window, which costs the same however many are accepted: these are its reward.
+        longest: a block drafter's window. It costs the same however many tokens are accepted; they are its reward.
     """
     place = config.output_dir.rstrip("/")
     pair = ["--target", config.target, "--drafter", place]
