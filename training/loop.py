@@ -156,7 +156,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if self.accelerator.is_main_process:
-            print(report.ended(self.config, self.folder), flush=True)
+            print(report.ended(self.config, self.folder, self.drafter.config.longest_window), flush=True)
 
     def _steps(self, asked: Callable[[], bool]) -> Iterator[int]:
         config = self.config

@@ -52,6 +52,12 @@ def train(config: ReinforceConfig, accelerator: Accelerator, tokenizer: PreTrain
     held_out = load_examples(config, config.eval_data, tokenizer, EVAL_WINDOW) if config.eval_data else []
     target = load_target(config, accelerator)
     drafter = prepare_drafter(config, target.model, examples).to(accelerator.device).train()
+    longest = drafter.config.longest_window
+    if longest is not None and config.window_size > longest:
+        raise ValueError(
+            f"window_size={config.window_size}, and this block drafter drafts {longest} tokens at once: choose "
+            f"--window-size {longest} or less."
+        )
     rolls = objective_of(config).batch == "rollouts"
     if config.confidence_head:
         drafter.add_confidence_head()

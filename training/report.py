@@ -60,8 +60,8 @@ def rows(source: str, examples: Sized, title: str = "data") -> str:
     return f"{title} {source}: {len(examples)} texts kept, {sum(dropped.values())} dropped{f' ({why})' if why else ''}"
 
 
-def ended(config: SupervisedConfig | ReinforceConfig, folder: Path) -> str:
-    """The last lines of a run of either stage; draws its curve, too."""
+def ended(config: SupervisedConfig | ReinforceConfig, folder: Path, longest: int | None = None) -> str:
+    """The last lines of a run of either stage; draws its curve, too. ``longest``: a block drafter's window."""
     log = folder / "metrics.jsonl"
     lines = read_metrics(log)
     return "\n".join(
@@ -69,7 +69,7 @@ def ended(config: SupervisedConfig | ReinforceConfig, folder: Path) -> str:
             f"The drafter is in {folder}, its checkpoints in {folder / 'checkpoints'}.",
             *([figures(lines)] if lines else []),
             draw(lines, folder / CURVE, log),
-            f"Next: {next_command(config)}",
+            f"Next: {next_command(config, longest)}",
         ]
     )
 
@@ -85,8 +85,12 @@ def figures(lines: list[dict]) -> str:
     return f"steps {lines[0]['step']} to {lines[-1]['step']}: {', '.join(found)}"
 
 
-def next_command(config: SupervisedConfig | ReinforceConfig) -> str:
-    """What follows a stage: stage 2, or measuring."""
+def next_command(config: SupervisedConfig | ReinforceConfig, longest: int | None = None) -> str:
+    """What follows a stage: stage 2, or measuring.
+
+    Args:
+        longest: a block drafter's window. It costs the same however many tokens are accepted; they are its reward.
+    """
     place = config.output_dir.rstrip("/")
     pair = ["--target", config.target, "--drafter", place]
     if isinstance(config, ReinforceConfig):
@@ -98,6 +102,8 @@ def next_command(config: SupervisedConfig | ReinforceConfig) -> str:
         value = getattr(config, name, None)
         if value not in (None, defaults.get(name)):
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    if longest is not None:
+        command += ["--window-size", str(longest), "--cost-ratio", "0"]
     return shlex.join([*command, "--output-dir", f"{place}-ppow"])
 
 

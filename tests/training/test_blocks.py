@@ -191,7 +191,7 @@ def test_options_of_the_other_architecture_are_refused():
         TrainConfig.from_dict(train)
 
 
-def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target):
+def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target, capsys):
     save_target(tmp_path / "target")
     with open(tmp_path / "chats.jsonl", "w") as out:
         for i in range(6):
@@ -207,6 +207,7 @@ def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target)
     shape = ["--architecture=block", "--block-size=4", "--num-layers=1", "--markov-rank=4", "--confidence-head"]
     run("supervised", "stage1", *shape, "--steps=4", "--anchors=6", "--save-every=2", "--optimizer=muon")
     run("supervised", "again", *shape, "--steps=4", "--anchors=6", "--save-every=9", "--optimizer=muon")
+    assert "--window-size 4 --cost-ratio 0 --output-dir" in capsys.readouterr().out
     first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("stage1", "again"))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     config = PPOWConfig.from_pretrained(tmp_path / "stage1")
@@ -215,6 +216,9 @@ def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target)
     assert float(drafter.markov_out.weight.abs().max()) > 0
     begun = [f"--drafter={tmp_path / 'stage1'}", "--window-size=4"]
     run("reinforce", "stage2", *begun, "--steps=2", "--anchors=6")
+    assert ppow(["reinforce", f"--target={tmp_path / 'target'}", f"--data={tmp_path / 'chats.jsonl'}", begun[0]]
+                + [f"--output-dir={tmp_path / 'long'}", "--window-size=5"])  # fmt: skip
+    assert "drafts 4 tokens at once: choose --window-size 4" in capsys.readouterr().err
     run("reinforce", "rolled", *begun, "--steps=1", "--preset=published", "--group-size=2")
     for name, same in (("stage2", False), ("rolled", True)):  # along rollouts the head does not learn
         second = load_file(tmp_path / name / "model.safetensors")
