@@ -45,7 +45,9 @@ def main(config: DemoConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     if not (config.prompts or PROMPTS.exists()):
-        raise ValueError(f"{PROMPTS} is missing: the installation is not complete. Install ppow again, or name --prompts.")
+        raise ValueError(
+            f"{PROMPTS} is missing: the installation is not complete. Install ppow again, or name --prompts."
+        )
     prompts = load_prompts(config.prompts or str(PROMPTS))
     given = (config.target, config.drafter) if config.target and config.drafter else None
     target_name, drafter_name = given or demo_pair()

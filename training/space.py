@@ -22,7 +22,9 @@ def main(config: SpaceConfig) -> None:
         ValueError: without the page's files or Gradio, or for a port that is taken.
     """
     if not (FOLDER / "app.py").exists():
-        raise ValueError(f"{FOLDER}, which holds the page, is missing: the installation is not complete. Install ppow again.")
+        raise ValueError(
+            f"{FOLDER}, which holds the page, is missing: the installation is not complete. Install ppow again."
+        )
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The page needs Gradio: pip install 'gradio>=6.31,<7' (`make space` does it).")
     check_port(config.host, config.port)
