@@ -1,4 +1,4 @@
-"""The acceptance rules: which drafted tokens are accepted, and which token follows. Pure functions: tensors in, tensors out.
+"""The acceptance rules: which drafted tokens are accepted, and which token follows. Pure functions of tensors.
 
 Decoding's two rules leave the target's distribution untouched:
 

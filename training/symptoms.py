@@ -282,7 +282,7 @@ def far_from_the_beginning(
     far, near = float(torch.eq(*case.first(ids[:end]))[places].float().mean()), sum(alone) / len(alone)
     figures["far"] |= {"first_draft": far, "first_draft_alone": near}
     if far < FAR * near and near - far > SURE * (0.5 / len(places)) ** 0.5:  # each of the two deviates by 0.5 at most
-        words = f"{far:.0%} of its first drafts are accepted after {limit} tokens; {near:.0%} in the same answers, each alone."
+        words = f"{far:.0%} of its first drafts are accepted after {limit} tokens; {near:.0%} in these answers alone."
         yield Finding("long texts", words, trained(case.config, "--max-length", str(end)), near - far)
 
 

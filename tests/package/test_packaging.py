@@ -303,3 +303,22 @@ def test_the_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == ppow.__version__
     assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2605.14978"
+
+
+def test_the_citation_is_one_that_others_can_read_and_names_the_papers_facts():
+    """The fields that the Citation File Format 1.2.0 asks for, and those of the paper as README and card give them."""
+    import ppow
+
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    citation = yaml.safe_load(text)
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software" and citation["license"] == "Apache-2.0"
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{ppow.__version__}] - {citation['date-released']}" in changes
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors", "year"} <= paper.keys() and paper["type"] == "article"
+    people = [f"{person['given-names']} {person['family-names']}" for person in paper["authors"]]
+    card = (ROOT / "model_cards" / "drafter.md.jinja").read_text(encoding="utf-8")
+    assert paper["title"] in card and f"author = {{{' and '.join(people)}}}" in card
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert paper["title"] in readme and ", ".join(people) in readme
