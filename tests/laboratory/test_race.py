@@ -24,17 +24,22 @@ def record():
     return found | {"hardware": {"cpu": "A CPU", "torch_threads": 2, "gpus": []}}
 
 
-def test_a_race_is_drawn_at_the_speed_at_which_it_ran(benchmark, record, tmp_path):
+@pytest.mark.parametrize(("slower", "pace"), [(1, 1), (10, 3)])
+def test_a_race_is_drawn_at_its_speed_or_faster_by_a_named_factor(benchmark, record, tmp_path, slower, pace):
+    for run in record["systems"].values():
+        run["seconds"], run["times"] = slower * run["seconds"], [slower * time for time in run["times"]]
     file, picture = tmp_path / "race.json", tmp_path / "race.gif"
     file.write_text(json.dumps(record))
     benchmark.main(["--draw", "--record", str(file), "--picture", str(picture)])
+    assert benchmark.pace_of(record) == pace
     with Image.open(picture) as image:
         assert image.size == (benchmark.WIDTH, benchmark.HEIGHT) and image.info["loop"] == 0
         pauses = []
         for number in range(image.n_frames):
             image.seek(number)
             pauses.append(image.info["duration"])
-        assert sum(pauses) == 2000 + 100 + 1000 * benchmark.HOLD - 100 + 100  # two seconds, and the end for a while
+    moving = sum(pauses) / 1000 - benchmark.HOLD
+    assert abs(moving - 2 * slower / pace) <= 2 / benchmark.FRAMES and moving <= benchmark.LONGEST
 
 
 def test_tokens_appear_when_they_were_written(benchmark, record):
