@@ -156,7 +156,7 @@ def draw(file: Path, output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true", help="only draw the race that is recorded")
-    parser.add_argument("--example", default="Advice", help="which prompt of the page is raced")
+    parser.add_argument("--example", default="Arithmetic", help="which prompt of the page is raced; its first one by default")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--record", type=Path, default=RECORD, help="file of the record")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="file of the picture")
