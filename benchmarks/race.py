@@ -83,7 +83,8 @@ def frame(race: dict, seconds: float, font: dict) -> Image.Image:
     image = Image.new("RGB", (WIDTH, HEIGHT), "#ffffff")
     draw = ImageDraw.Draw(image)
     draw.text((GAP, 10), race["prompt"], INK, font[18])
-    where = (race["hardware"]["gpus"] or [f"{race['hardware']['torch_threads']} threads, {race['hardware']['cpu']}"])[0]
+    threads = race["hardware"]["torch_threads"]
+    where = (race["hardware"]["gpus"] or [f"{race['hardware']['cpu']}, {threads} thread{'s'[: threads > 1]}"])[0]
     model = race["target"].rpartition("/")[2]
     pace = pace_of(race)
     shown = "at the measured speed" if pace == 1 else f"{pace} times faster than measured"
@@ -95,7 +96,9 @@ def frame(race: dict, seconds: float, font: dict) -> Image.Image:
     legend(draw, font)
     if seconds >= max(run["seconds"] for run in race["systems"].values()):
         same = "same tokens" if race["identical"] else "tokens differ by rounding"
-        draw.text((GAP, HEIGHT - 44), f"{race['speedup']:.2f}x as fast, {same}", INK, font[22])
+        draw.text((GAP, HEIGHT - 46), f"{race['speedup']:.2f}x as fast, {same}", INK, font[22])
+        low, high = race["speedup_range"]
+        draw.text((GAP, HEIGHT - 18), f"median of three rounds, {low:.2f}x to {high:.2f}x", QUIET, font[13])
     return image
 
 
@@ -156,7 +159,7 @@ def draw(file: Path, output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true", help="only draw the race that is recorded")
-    parser.add_argument("--example", default="Arithmetic", help="which prompt of the page is raced; its first one by default")
+    parser.add_argument("--example", default="Arithmetic", help="which of the prompts of the page is raced")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--record", type=Path, default=RECORD, help="file of the record")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="file of the picture")
