@@ -140,7 +140,7 @@ class SupervisedConfig(StageConfig):
 
 
 # What `ppow reinforce --preset NAME` sets where an option is not given: the best settings found for each way to learn
-# (ours, benchmarks/README.md). The first is the default.
+# (ours, docs/results.md). The first is the default.
 PRESETS = {
     "ppow": {  # PPOW's expected reward in closed form, beside LK's loss
         "objective": "ppow",
