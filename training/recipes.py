@@ -106,9 +106,9 @@ class Part(NamedTuple):
     results: tuple[str, ...]
 
 
-# The shares (ours): stage 1 decides what a drafter is worth (docs/results.md, "Stage 1 matters most"): it has nearly
-# half. The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few percent.
-# The figures need some sixty prompts to tell the two apart.
+# The shares (ours): stage 1 decides what a drafter is worth (docs/results.md, "Stage 1 matters most"), so it has nearly
+# half. The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few
+# percent. The figures need some sixty prompts to tell the two apart.
 PARTS = {
     "prompts": Part("prompts", 0.06, ("prompts.jsonl", "heldout.jsonl")),
     "answers": Part("answers", 0.24, ("answers.jsonl",)),
