@@ -70,7 +70,7 @@ def places(tmp_path_factory):
     main(ExportConfig(drafter=str(small_pair.DRAFTER), format="vllm", target=str(small_pair.TARGET), out=f"{folder}/x"))
     found = dict.fromkeys(TARGETS, str(small_pair.TARGET)) | {"bundled/drafter": str(small_pair.DRAFTER)}
     found |= {"yuhuili/EAGLE3-LLaMA3.1-Instruct-8B": f"{folder}/x", "me/drafter": f"{folder}/repository"}
-    return {f'"{name}"': f'"{place}"' for name, place in found.items()} | {"cuda:0": "cpu", ', revision="v1"': ""}
+    return {f'"{name}"': f'"{place}"' for name, place in found.items()} | {'"cuda"': '"cpu"', ', revision="v1"': ""}
 
 
 @pytest.mark.parametrize("page", RUN, ids=names(RUN))
