@@ -68,5 +68,5 @@ ARMS := ppow,lk,lk averaged,lk 3e-3 averaged,exact text-rule + 3 lk,exact text-r
 
 figures: $(TEST)
 	$(BIN)/python -m benchmarks.comparison benchmarks/results/objectives-*.json --arms "$(ARMS)" \
-		--plot benchmarks/results/objectives.png
+		--plot docs/objectives.png
 	$(BIN)/python -m benchmarks.figures --write

@@ -5,8 +5,8 @@
 
 figures.txt names, page by page, where figures stand: every line is a piece of the page with its figures as {expression}
 or {expression:format}, written with the functions below. It is found whatever numbers stand there now and however the
-page is wrapped. A line without braces names what is no figure but a setting, a version or an aim. Everything else in
-the page that looks like a figure is a fault, as is a line that is not found just once.
+page is wrapped. A line without braces names what is no figure but a setting, a version or a target value. Everything
+else in the page that looks like a figure is a fault, as is a line that is not found just once.
 """
 
 import argparse
@@ -49,12 +49,26 @@ DEFAULT += [(f"large-unseen-texts{name}", OURS_LAST, "cst") for name in ("", "-1
 DEFAULT += [(f"large-{name}", OURS_LAST, "cst") for name in ("known-texts", "batch128", "160s")]
 DEFAULT += [(f"bundled-{name}", OURS_LAST, "cst") for name in ("ablations", "batch128", "ideas", "150s")]
 
+PUBLISHED = [(f"large-{name}", "ppow", "cst") for name in ("averaged", "unseen-texts", "unseen-texts-180s", "batch128")]
+PUBLISHED += [(f"bundled-{name}", "ppow", "cst") for name in ("ablations", "batch128", "ideas", "equal-steps")]
+
 
 @lru_cache
 def summary(name: str) -> dict:
     """A summary of results/, or the file of that path."""
     path = ROOT / name if "/" in name else RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def fresh(arm: str) -> str:
+    """A row of stage 1's options: steps, and acceptance length, or what it is above that of the first row."""
+    report = summary("smollm2-stage1-options")
+    parts = [report["parts"][name] for name in ("T=0", "T=1")]
+    cells = [
+        f"{p['lengths'][arm]:.3f}" if arm == "fresh" else comparison.shown(p["differences"]["fresh"][arm])
+        for p in parts
+    ]
+    return " | ".join([str(report["arms"][arm]["steps"][0]), *cells])
 
 
 def part(name: str, which: str) -> dict:
@@ -85,6 +99,11 @@ def span(which: str, *compared: tuple) -> str:
     """1.2 to 2.5: least and most percent over all (report, arm, control)."""
     found = [percent(name, which, arm, control) for name, arm, control in compared]
     return f"{min(found):.1f} to {max(found):.1f}"
+
+
+def default_span(which: str) -> str:
+    """0.0 to 2.5: the default over all its comparisons, the one from a plateau included."""
+    return span(which, *DEFAULT, ("bundled-plateau", OURS, "cst"))
 
 
 def steps(name: str, arm: str) -> str:

@@ -1,4 +1,4 @@
-"""The acceptance rules: which drafted tokens stand, and which token follows them. Pure functions, tensors in and out.
+"""The acceptance rules: which drafted tokens are accepted, and which token follows. Pure functions of tensors.
 
 Decoding's two rules leave the target's distribution untouched:
 
@@ -26,7 +26,7 @@ def sample(probs: torch.Tensor) -> torch.Tensor:
 
 
 def count_accepted(stands: torch.Tensor) -> torch.Tensor:
-    """Which drafts of a chain stand, (.., K) bool -> k (..) int64: how many do before the first that does not."""
+    """Which drafts of a chain are accepted, (.., K) bool -> k (..) int64: how many before the first that is not."""
     return stands.cumprod(-1).sum(-1)
 
 
@@ -81,7 +81,7 @@ def reject(
 
 
 def reject_one(window: DraftWindow, target_probs: torch.Tensor, columns: torch.Tensor, row: int, node: int) -> int:
-    """The step of :func:`reject` behind one node, on the host: the drafted token, or one from what is left of p - q.
+    """The step of :func:`reject` after one node, on the host: the drafted token, or one from what is left of p - q.
 
     What is left gives the drafted token weight 0 when it was rejected, so the two cases cannot be confused.
 
@@ -90,7 +90,7 @@ def reject_one(window: DraftWindow, target_probs: torch.Tensor, columns: torch.T
         target_probs: (V,) the target's distribution after ``node`` of ``row``.
         columns: (D,) target ids of the draft vocabulary.
         row: of the batch.
-        node: 0 .. K; behind the last nothing was drafted, and the token is the target's own.
+        node: 0 .. K; after the last nothing was drafted, and the token is the target's own.
     """
     draft_ids, draft_probs = window.draft_ids, window.draft_probs
     assert draft_ids is not None and draft_probs is not None
@@ -141,9 +141,9 @@ def accepted_greedy(draft_tokens: torch.Tensor, target_argmax: torch.Tensor) -> 
 
 
 def accepted_sampling(draft_logprobs: torch.Tensor, target_logprobs: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
-    """k under rejection sampling (Leviathan et al., arXiv 2211.17192): draft x stands when its coin u < p(x) / q(x).
+    """k under rejection sampling (arXiv 2211.17192): draft x is accepted when its coin u < p(x) / q(x).
 
-    For drafts sampled from Q each stands with probability sum_v min(p, q). :func:`reject` asks u q < p of
+    For drafts sampled from Q each is accepted with probability sum_v min(p, q). :func:`reject` asks u q < p of
     probabilities; rollouts keep logarithms, whose difference stays exact where p and q are small.
 
     Args:

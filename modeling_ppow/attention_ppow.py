@@ -56,7 +56,7 @@ def pack_window(base: torch.Tensor, seen: torch.Tensor, first: torch.Tensor) -> 
     Args:
         base: (B,) slots kept; every node sees the slots ``first .. base - 1``.
         seen: (B, N, W) bool, which of the W slots from ``base`` on each node sees.
-        first: (B, N) first visible slot of each node (behind padding, inside a sliding window).
+        first: (B, N) first visible slot of each node (after padding, inside a sliding window).
 
     Returns:
         (B, 1, N, 2 + W) int32: first, base, seen. Four dimensions, so that transformers' models hand it through to

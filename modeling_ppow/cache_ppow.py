@@ -138,7 +138,7 @@ class SlotCache(Cache):
             layer.slots = None
 
     def keep(self, lengths: torch.Tensor, path: torch.Tensor) -> None:
-        """Move the accepted nodes of a verified window behind each row's kept entries.
+        """Move the accepted nodes of a verified window after each row's kept entries.
 
         Args:
             lengths: (B,) entries kept so far; node ``j`` of the window lies in slot ``lengths + j``.
@@ -158,7 +158,7 @@ class SlotCache(Cache):
         return copy
 
     def set_length(self, length: int) -> None:
-        """Count the first ``length`` slots of every layer, and append behind them."""
+        """Count the first ``length`` slots of every layer, and append after them."""
         for layer in self.layers:
             layer.length = length
             layer.slots = None

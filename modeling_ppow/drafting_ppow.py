@@ -108,7 +108,7 @@ class DraftOptions:
 
     @property
     def slots(self) -> int:
-        """Cache slots behind the committed ones that a cycle may write."""
+        """Cache slots after the committed ones that a cycle may write."""
         if self.tree is None:
             return self.window_size + 1
         depth, top_k, nodes = self.tree
@@ -120,7 +120,7 @@ class DraftOptions:
 
         A config that names any ``tree_*`` asks for a tree (what it leaves out comes from later configs, then from
         EAGLE's protocol); one that names only ``window_size`` asks for a chain. transformers' own name for it,
-        ``num_assistant_tokens``, means the same: in the first config it stands behind ``window_size``, in later ones
+        ``num_assistant_tokens``, means the same: in the first config it stands after ``window_size``, in later ones
         (a drafter's, which always name a ``window_size``) before it.
 
         ``window_schedule`` comes from the first config that names one, or transformers' own "heuristic" in
@@ -320,7 +320,7 @@ class DrafterState:
         self.lengths, self._longest = self.lengths + counts, None
 
     def _run(self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """New pairs, each row's columns in order behind its own length -> features (B, M, H)."""
+        """New pairs, each row's columns in order after its own length -> features (B, M, H)."""
         batch, count = positions.shape
         index = torch.arange(count, device=positions.device)
         causal = (index[:, None] >= index).expand(batch, -1, -1)
@@ -345,7 +345,7 @@ class DrafterState:
             slots: (B, N) where the pairs are written.
             base: (B,) every slot below it is visible to all N, and
             seen: (B, N, W) bool which of the W slots from ``base`` on each of them sees.
-            ahead: slots behind the committed ones that are in use afterwards.
+            ahead: slots after the committed ones that are in use afterwards.
         """
         view = self._view(ahead)
         self.cache.open_window(slots, view)
@@ -354,7 +354,7 @@ class DrafterState:
         )
 
     def _view(self, ahead: int) -> int:
-        """Slots that attention reads when ``ahead`` of them lie behind the committed ones."""
+        """Slots that attention reads when ``ahead`` of them lie after the committed ones."""
         if self._longest is None:
             self._longest = int(self.lengths.max())
         return self._longest + ahead
@@ -381,7 +381,7 @@ class DrafterState:
         """Draft at most ``size`` tokens after ``root`` (B,), one after the other.
 
         Args:
-            threshold: stop behind the token that brings every row's joint draft probability below this. The decision
+            threshold: stop after the token that brings every row's joint draft probability below this. The decision
                 rests on tokens that stay in the window, so rejection sampling remains exact.
             sample: None to take the most probable token; else a function from logits (B, D) to
                 (ids (B,), probabilities (B, D)) that draws one.

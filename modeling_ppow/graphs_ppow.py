@@ -63,7 +63,7 @@ class WindowCache(SlotCache):
 
 
 class GraphTarget(TargetState):
-    """A target whose verifications and moves are replayed. ``first`` (B,) is the slot behind each row's padding."""
+    """A target whose verifications and moves are replayed. ``first`` (B,) is the slot after each row's padding."""
 
     def __init__(
         self,

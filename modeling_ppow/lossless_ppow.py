@@ -147,7 +147,7 @@ def explain(
 
 
 class _AtOnce(StoppingCriteria):
-    """Ends a generation behind its first token, whatever length its processors believe in."""
+    """Ends a generation after its first token, whatever length its processors believe in."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -170,7 +170,7 @@ def ending_at(config: GenerationConfig, prompt_length: int) -> GenerationConfig:
 
 @torch.no_grad()
 def scores_after(target: PreTrainedModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Stock ``generate``'s processed scores (V,) of the token behind ids (1, n)."""
+    """Stock ``generate``'s processed scores (V,) of the token after ids (1, n)."""
     now = StoppingCriteriaList([_AtOnce()])
     out = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=now)
     return out.scores[0][0]

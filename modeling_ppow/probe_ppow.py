@@ -61,7 +61,7 @@ def check_target(target: PreTrainedModel, start: int = 0, prompt: int = 1, end: 
         start: tokens of the text that a passed cache holds.
         prompt: tokens of the text after the first forward.
         end: tokens of the longest text that the target may read in this call.
-        ahead: cache slots that windows may take behind it.
+        ahead: cache slots that windows may take after it.
 
     Raises:
         ValueError: it says what is wrong, and what to do.
@@ -105,10 +105,10 @@ def check_rope(config: PreTrainedConfig, start: int, prompt: int, end: int) -> N
         stays = end <= border or (rope == "longrope" and prompt > border and not 0 < start <= border)
         if not stays:
             raise ValueError(
-                f"The target's RoPE ({rope}) changes its frequencies behind {border} tokens, and this call may read "
+                f"The target's RoPE ({rope}) changes its frequencies after {border} tokens, and this call may read "
                 f"{end} ({prompt} of them at first): a window across that border would not be what the tokens "
                 f"are one by one. Keep prompt and max_new_tokens within {border} together"
-                f"{', or start behind it' if rope == 'longrope' else ''}, or generate without a drafter. "
+                f"{', or start after it' if rope == 'longrope' else ''}, or generate without a drafter. "
                 f"(In training: max_length.)"
             )
 
@@ -128,7 +128,7 @@ def length_ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
 def borders(target: PreTrainedModel) -> list[int]:
     """Lengths at which the configuration says that something about attention or positions may change, ascending.
 
-    Learned positions end at such a border, so nothing lies behind it that could be compared. RoPE has none at the
+    Learned positions end at such a border, so nothing lies after it that could be compared. RoPE has none at the
     length of pretraining, but for those of :func:`check_rope`.
     """
     rotary = getattr(target.config.get_text_config(decoder=True), "rope_parameters", None) is not None
@@ -294,7 +294,7 @@ def _in_windows(
         raise ValueError(f"hidden states of shape {tuple(tapped.shape)}, {(*ids.shape, len(taps) * width)} expected")
     done = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     found = [("a prompt", done[:, None], logits[:, None])]
-    shapes = ["a chain", "a tree", "a chain behind a tree"] if tree else ["a chain", "a chain behind a chain"]
+    shapes = ["a chain", "a tree", "a chain after a tree"] if tree else ["a chain", "a chain after a chain"]
     for shape in shapes:
         window, path = _window(forced, done, shape == "a tree")
         logits = state.verify(window)[0]

@@ -196,7 +196,7 @@ class TargetState:
     Attributes:
         lengths: (B,) int64, slots taken; the root token comes next.
         next_position: (B,) int64, the position of the root token.
-        last_position: (B,) int64, of the last token that can belong to the text. Nodes that are drafted behind it are
+        last_position: (B,) int64, of the last token that can belong to the text. Nodes that are drafted after it are
             read as if they stood there: a model may have no position beyond.
     """
 

@@ -39,7 +39,7 @@ class Acceptance:
     def acceptance_length(self) -> float:
         """Mean tokens gained per verification, bonus included, pooled over rows; NaN before the first.
 
-        Tokens behind the end of the text do not count, so the last window of a text pulls the mean down a little.
+        Tokens after the end of the text do not count, so the last window of a text pulls the mean down a little.
         """
         return sum(map(sum, self.gained)) / self.verifications if self.verifications else float("nan")
 
@@ -67,7 +67,7 @@ class Verdict:
         accepted: (B,) drafted tokens accepted.
         path: (B, M) window nodes accepted, root first; entries beyond ``accepted`` are meaningless.
         tokens: (B, M) new tokens; entry i follows path node i, the first ``accepted + 1`` count.
-        scores, logits: per row the processed / raw scores (V,) behind each new token, when they are collected.
+        scores, logits: per row the processed / raw scores (V,) after each new token, when they are collected.
         appended: tokens that the verifier itself has appended to each row of the text; None: that is still to be done.
     """
 
@@ -117,7 +117,7 @@ class Transcript:
         self.batch, self.prompt_length = input_ids.shape
         self.criteria, self.streamer = stopping_criteria, streamer
         pad = generation_config._pad_token_tensor
-        self.pad = 0 if pad is None else int(pad)  # filler behind rows that ended early; without it none does
+        self.pad = 0 if pad is None else int(pad)  # filler after rows that ended early; without it none does
         collect = generation_config.return_dict_in_generate
         self.scores: Collected | None = self._lists() if collect and generation_config.output_scores else None
         self.logits: Collected | None = self._lists() if collect and generation_config.output_logits else None
@@ -268,7 +268,7 @@ class Transcript:
         return max(self.lengths) if self.ends_alone or self.horizon is None else self.horizon
 
     def sequences(self) -> torch.Tensor:
-        """(B, longest) prompt and output, padded on the right behind rows that ended early."""
+        """(B, longest) prompt and output, padded on the right after rows that ended early."""
         ids = self.ids[:, : self.length].clone()
         for row, length in enumerate(self.lengths):
             if length < self.length:

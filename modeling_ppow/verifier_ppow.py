@@ -2,7 +2,7 @@
 
 Processors that ignore the text so far (temperature, top-k, top-p, ...) run on all nodes at once. Any other processor
 is called exactly as transformers would call it: once per produced token, in order, with that token's true prefix, and
-never behind the end of the text. So repetition penalties, grammars and stateful processors see no drafted token that
+never after the end of the text. So repetition penalties, grammars and stateful processors see no drafted token that
 was not accepted. In a batch, processors that are not transformers' own see all rows side by side, as they would
 without a drafter: a window then counts for all rows as far as it does for each.
 """
@@ -62,7 +62,7 @@ class DraftSampler:
 
 
 class Verifier:
-    """Decides what stands of a window.
+    """Decides what is accepted of a window.
 
     Args:
         processors: the prepared ``LogitsProcessorList`` of ``generate``.
@@ -116,7 +116,7 @@ class Verifier:
         return Verdict(accepted, path, tokens, of_path(scores, self.text.scores), of_path(raw, self.text.logits))
 
     def _along_the_path(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
-        """Token by token; each is appended to the text at once, so that no processor is asked behind an end."""
+        """Token by token; each is appended to the text at once, so that no processor is asked after an end."""
         text, before = self.text, list(self.text.lengths)
         paths = [[0] for _ in range(raw.shape[0])]
         for rows in text.groups():
@@ -163,7 +163,7 @@ class Verifier:
         return [reject_one(window, own, self.columns, row, node) for own, row, node in zip(probs, rows, nodes)]
 
     def _process(self, rows: list[int], raw: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Processed scores (R, V) of the tokens behind ``rows`` of the text, from their logits ``own`` (R, V).
+        """Processed scores (R, V) of the tokens after ``rows`` of the text, from their logits ``own`` (R, V).
 
         Processors may look up the batch index, so all B rows are passed and the others' results are not used.
         """

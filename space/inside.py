@@ -22,7 +22,7 @@ def look_inside(pair, drafter, prompt: torch.Tensor, run, settings) -> list[dict
 
     Returns:
         One dict per verification: ``nodes`` (token ids of the window, node 0 the root), ``parents``, ``path`` (accepted
-        nodes), ``drafted``, ``accepted``, ``gained`` (tokens), ``own`` (the target's token behind the path, if it was
+        nodes), ``drafted``, ``accepted``, ``gained`` (tokens), ``own`` (the target's token after the path, if it was
         kept), ``target_top`` and ``draft_top`` at the break (token and probability; the latter empty if nothing broke),
         ``criticality`` per position from the root's successor on, as far as the text is known, and ``exact``: whether
         the window is what was drafted, and not only its accepted part.
@@ -75,7 +75,7 @@ class Text:
         self.start += gained
 
     def window(self, drafted: int, accepted: int, gained: int, settings) -> dict:
-        """The window that starts behind the current root."""
+        """The window that starts after the current root."""
         root, following = self.ids[:, self.start], self.ids[0, self.start + 1 :].tolist()
         kept = following[: min(accepted, gained)]
         broke = accepted < min(drafted, gained)  # what a stop cut off did not break
@@ -86,7 +86,7 @@ class Text:
             if settings.drafting == "tree":
                 tree = self.state.tree(root, drafted, settings.tree_top_k, settings.tree_nodes)
                 nodes, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-        end = self.start + len(kept)  # the target's row that decides on the token behind the accepted ones
+        end = self.start + len(kept)  # the target's row that decides on the token after the accepted ones
         known = min(len(kept) + 1, len(following))
         if self.critical is not None:
             critical = self.critical[self.start - 1 : self.start - 1 + known]

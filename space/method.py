@@ -10,8 +10,12 @@ _PAPER = (
     "with Adaptive Windowing (arXiv 2605.14978)</a>"
 )
 _WHY = """The target verifies a whole window in one forward and keeps the longest accepted prefix, so one early mismatch
-throws away everything behind it. Token imitation does not know that; PPOW trains on what decoding gains: accepted
-prefixes per unit of cost."""
+throws away everything after it. Imitating token by token does not know that. PPOW trains for what decoding gains: how
+many tokens of a window are accepted, per unit of cost."""
+_OTHERS = {
+    "cst": "the loss of stage 1, continued",
+    "lk": "LK's loss (arXiv 2602.23881), which raises the chance that a draft is accepted",
+}
 _STAGE1 = ("Stage 1", "imitate the target's", "answers (EAGLE-3)")
 
 
@@ -30,9 +34,12 @@ def page(record: dict | None) -> str:
     elif record.get("command") != "reinforce" or (objective == "ppow" and estimator not in ("exact", "rollout")):
         shown, said = _rollouts({}), f"How this drafter was trained was not recorded. This is PPOW as published. {_WHY}"
     elif objective != "ppow":
-        shown = _drawing([_STAGE1, ("Stage 2", f"trained on with {objective},", "a control of PPOW")], "Not PPOW", "")
+        shown = _drawing(
+            [_STAGE1, ("Stage 2", f"trained on with {objective},", "not with PPOW")], "Another objective", ""
+        )
         name = html.escape(str(objective))
-        said = f"This drafter was trained on with <code>{name}</code>, an objective that PPOW is compared with."
+        what = f": {_OTHERS[name]}" if name in _OTHERS else ""
+        said = f"This drafter was trained on with <code>{name}</code>{what}. PPOW is compared with it."
     elif estimator == "exact":
         shown, said = _closed_form(options), f"{_WHY} {_how_exactly(options)}"
     else:
@@ -43,16 +50,14 @@ def page(record: dict | None) -> str:
 
 def _how_exactly(options: dict) -> str:
     """What is left out and what is added, in words."""
-    said = (
-        "This drafter was trained on that reward's expectation in closed form, so nothing is rolled out: there are no "
-    )
-    said += "groups to compare and nothing to clip"
+    said = "This drafter was trained on the expectation of that reward in closed form, along the target's own texts"
+    said += ", without rollouts"
     if options.get("supervised_coef"):
         loss = html.escape(str(options.get("supervised_loss", "lk")).upper())
-        said += f"; beside it stands a supervised loss, {loss}, at weight {options['supervised_coef']:g}"
+        said += f"; besides there is a supervised loss, {loss}, at weight {options['supervised_coef']:g}"
     if 0 < options.get("average_from", 1) < 1:
         said += "; and its weights are the mean over the last steps"
-    return f"{said}. The paper estimates the expectation from rollouts instead."
+    return f"{said}. The paper estimates this expectation by reinforcement learning on rollouts instead."
 
 
 def _closed_form(options: dict) -> str:

@@ -46,10 +46,9 @@ LABELS = {
     "seed": "Seed",
 }
 FAIRNESS = (
-    "Measured one after the other, each with the whole machine: first a warm-up, which is shown while it is written "
-    f"and does not count, then {ROUNDS} rounds with the page at rest, the order turned around from round to round. The "
-    "medians count, beside them the lowest and the highest ratio of a round. The replay puts the median runs side by "
-    "side."
+    "Measured one after the other, each with the whole machine. First a warm-up, which is shown while it is written "
+    f"and does not count; then {ROUNDS} rounds, in changing order. The medians count, and the range of the rounds is "
+    "shown. The replay puts the median runs side by side."
 )
 READY = render.note("Pick an example or write a prompt, then press Race (or Shift+Enter in the prompt).")
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # one visitor at a time has the machine
@@ -215,8 +214,8 @@ class Page:
 
     def header(self) -> str:
         return (
-            "<header class='masthead'><div><h1>PPOW</h1><p>A light drafter proposes a window of tokens, the target "
-            "verifies it in one forward. The text stays exactly the target's; only the speed changes.</p>"
+            "<header class='masthead'><div><h1>PPOW</h1><p>A small drafter proposes a window of tokens, and the target "
+            "checks all of them in one pass. The text is the target's own; only the time changes.</p>"
             f"<p class='hint'>{self.about()}</p></div>"
             '<button type="button" class="small" data-theme-toggle aria-label="Dark or light">◐</button></header>'
         )
@@ -324,7 +323,7 @@ def limits() -> dict:
 
 
 def reason(error: Exception) -> str:
-    """What a visitor is told. The rest of what is no bad input stands in the server's log."""
+    """What a visitor is told. The rest of what is no bad input is in the server's log."""
     if isinstance(error, ValueError) and not isinstance(error, gr.Error):
         return str(error)
     traceback.print_exception(error)

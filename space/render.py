@@ -9,15 +9,15 @@ from text import visible
 
 # kind of a token -> (name in the legend, what it means)
 KINDS = {
-    "accepted": ("accepted", "drafted, and the target agreed (dotted line)"),
-    "bonus": ("bonus", "the target's extra token behind a wholly accepted window (double line)"),
-    "own": ("target's own", "its correction where a window broke, or a token without a window (wavy line)"),
+    "accepted": ("accepted", "drafted by the drafter, accepted by the target (dotted line)"),
+    "bonus": ("bonus", "the target's extra token after a window that was accepted as a whole (double line)"),
+    "own": ("target's own", "the target's token in place of a rejected draft, or without a window (wavy line)"),
 }
 # kind of a node of a window -> (its mark, what the mark means)
 MARKS = {
     "accepted": ("✓", "accepted"),
-    "rejected": ("✗", "turned down"),
-    "dropped": ("–", "behind the break, discarded"),
+    "rejected": ("✗", "rejected"),
+    "dropped": ("–", "after a rejected token, dropped"),
     "own": ("✎", "the target's own"),
     "bonus": ("★", "bonus"),
 }
@@ -144,11 +144,11 @@ def verdict(runs: list[Run], temperature: float, same: bool | None) -> str:
 
 
 def measuring(done: int | None, rounds: int) -> str:
-    """What is said while the round behind ``done`` ones runs; None: during the warm-up."""
+    """What is said while the round after ``done`` ones runs; None: during the warm-up."""
     if done is None:
         return note(f"Warm-up, shown below while it is written; then {rounds} rounds are measured ...")
     turned = ", the order turned around" if done else ""
-    return note(f"Measuring: round {done + 1} of {rounds}{turned}. Below stands the warm-up, which does not count.")
+    return note(f"Measuring: round {done + 1} of {rounds}{turned}. Below is the warm-up, which does not count.")
 
 
 def note(text: str) -> str:
@@ -170,8 +170,8 @@ def chip(token: int, kind: str, words: dict, extra: str = "") -> str:
 
 HINT = (
     f'<p class="hint">{" · ".join(f"{mark} {meaning}" for mark, meaning in MARKS.values())}. Criticality: how sure the '
-    "target is of the next token, times how far the drafter's distribution is from the target's; PPOW trains most "
-    "where it is high.</p>"
+    "target is of the next token, times how far the drafter's distribution is from the target's. The paper's method "
+    "trains most where it is high.</p>"
 )
 
 
@@ -214,7 +214,7 @@ def window(w: dict, words: dict) -> str:
     if not w["drafted"]:
         line = "Only one token was left to write, so nothing was drafted."
     elif broke:
-        how = "it broke at" if rejected(w) else "the tree holds nothing there for"
+        how = "rejected at" if rejected(w) else "the tree holds nothing there for"
         line = f"{w['accepted']} of {w['drafted']} drafted positions accepted; {how} position {w['accepted'] + 1}."
     else:
         line = f"All {w['drafted']} drafted positions accepted."
@@ -224,15 +224,15 @@ def window(w: dict, words: dict) -> str:
     parts = [f'<p class="fact"><strong>{line}</strong> {gain}</p>', levels(w, words)]
     if not w["exact"]:
         parts.append(
-            '<p class="hint">Drafted tokens were drawn by chance. The accepted ones are as drawn; behind them stand '
-            "the drafter's likeliest tokens.</p>"
+            '<p class="hint">Drafted tokens were drawn by chance. The accepted ones are as drawn; after them '
+            "the drafter's likeliest tokens are shown.</p>"
         )
     parts.append(candidates(w, broke, words))
     return f'<div class="window">{"".join(parts)}</div>'
 
 
 def rejected(w: dict) -> list[int]:
-    """The nodes that the target turned down where the accepted path ends; none where a tree ends early."""
+    """The nodes that the target rejected where the accepted path ends; none where a tree ends early."""
     last = w["path"][-1] if w["path"] else 0
     return [node for node in range(1, len(w["nodes"])) if w["parents"][node] == last]
 
@@ -283,8 +283,8 @@ def descendants(node: int, children: dict) -> int:
 
 
 def candidates(w: dict, broke: bool, words: dict) -> str:
-    """The likeliest next tokens of both sides at the break, or of the target behind a whole window."""
-    place = "at the break" if broke else "behind the window"
+    """The likeliest next tokens of both sides at the break, or of the target after a whole window."""
+    place = "where it was rejected" if broke else "after the window"
     sides = [(f"Target's top candidates {place}", w["target_top"])]
     if w["draft_top"]:
         sides.append((f"Drafter's top candidates {place}", w["draft_top"]))

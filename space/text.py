@@ -7,7 +7,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     """One piece per token; their concatenation is the decoded text.
 
     A character that several tokens spell stands at its last one, before it the pieces are empty. A token is decoded
-    behind the ones before it, since some tokenizers write the first word of a text without its blank.
+    after the ones before it, since some tokenizers write the first word of a text without its blank.
     """
     found, before, pending = [], [], []
     for token in ids:

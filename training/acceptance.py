@@ -1,7 +1,7 @@
 """Acceptance of a drafter along texts that its target wrote: every position in one batched pass.
 
 Speculative decoding is lossless, so the target's answers are what decoding with any drafter could have written. Greedy:
-a draft stands when it is the text's token. Sampling: given that the text's token is x, the draft was accepted with
+a draft is accepted when it is the text's token. Sampling: given that the text's token is x, the draft was accepted with
 probability min(1, Q(x) / P(x)), independently at every position, which is the exact law of accepted lengths given the
 text. The verifications that a text takes follow by recursion over its positions (in expectation at temperature 1, so
 the coins add no noise).
@@ -26,14 +26,14 @@ def acceptance_along(
     temperature: float,
     pad: int,
 ) -> torch.Tensor:
-    """Chance that draft i of the window behind committed token c of an answer stands, given all before it stood.
+    """Chance that draft i of the window after committed token c of an answer is accepted, given all before it were.
 
     Args:
         ids: texts, prompt and answer; prompt: tokens of each that are prompt.
 
     Returns:
         (B, L - 1, size) float32 on the CPU, L the longest answer; window c has the answer's first c + 1 tokens as its
-        prefix. 0 behind the end of a text.
+        prefix. 0 after the end of a text.
     """
     device = target.model.device
     width = max(map(len, ids))
@@ -70,7 +70,7 @@ def acceptance_along(
 def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
     """Expected verifications of each text.
 
-    With c answer tokens behind the first committed, Pr(k) = prod_{i<k} a_i * (1 - a_k), and
+    With c answer tokens after the first committed, Pr(k) = prod_{i<k} a_i * (1 - a_k), and
     N(c) = 1 + sum_k Pr(k) N(min(c + k + 1, tokens)), N(tokens) = 0. A chance of 0 or 1 makes it a plain walk.
 
     Args:
@@ -88,7 +88,7 @@ def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
 
 
 def walk(stands: list[torch.Tensor], size: int, room: int | None = None) -> Acceptance:
-    """What greedy decoding along texts accepts, window by window: of one behind committed token c, what stands there.
+    """What greedy decoding along texts accepts, window by window: of one after committed token c, what stands there.
 
     Args:
         stands: of each text (tokens to gain, K), rows of :func:`acceptance_along` at temperature 0.
@@ -119,7 +119,7 @@ def reach(stands: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def first_drafts(target: FrozenTarget, drafter: PPOWDrafter, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first draft behind every token of one text of T tokens, and what the target itself would choose there.
+    """The first draft after every token of one text of T tokens, and what the target itself would choose there.
 
     Returns:
         Two (T - 2,) int64 of target ids, on the CPU; entry t is about token t + 2.

@@ -205,15 +205,16 @@ class Config:
             text = f"{field.metadata['help']} ({cls._expected(field.name)}; {default})"
             groups.setdefault(group, []).extend([f"  {flag}", *_wrapped(text)])
         if cls.presets:
-            named = next(iter(groups.values()))
+            named = groups.get("basics") or next(iter(groups.values()))
             known = f"{cls._expected('preset')}; default {next(iter(cls.presets))}"
-            named += ["  --preset", *_wrapped(f"values for the options that are not given ({known})")]
+            named += ["  --preset", *_wrapped(f"a named set of values for the options that you do not give ({known})")]
             for name, values in cls.presets.items():
                 given = " ".join(f"--{_dashes(key)} {_show(value)}" for key, value in values.items())
                 named += _wrapped(f"{name}: {given}")
-        for group, found in groups.items():
+        for group in sorted(groups, key=lambda name: name != "basics"):
+            found = groups[group]
             lines += [*([f"{group}:"] if group else []), *found]
-        lines += ["  --config", *_wrapped("JSON file with any of these keys; options on the command line override it")]
+        lines += ["  --config", *_wrapped("JSON file with any of these options; the command line overrides it")]
         return "\n".join(lines)
 
     def __post_init__(self) -> None:
@@ -245,7 +246,7 @@ class Config:
     @classmethod
     def _unknown(cls, key: str, what: str) -> str:
         fields = {field.name: field.metadata["help"] for field in dataclasses.fields(cls)}
-        fields |= {"preset": "values for the options that are not given"} if cls.presets else {}
+        fields |= {"preset": "a named set of values for the options that you do not give"} if cls.presets else {}
         nearest = cls._nearest(key, list(fields))
         name = repr(nearest) if what.startswith("key") else f"--{_dashes(nearest)}"
         told = f"the nearest is {name}: {fields[nearest].partition(';')[0].partition(' (')[0]}"

@@ -18,6 +18,9 @@ from .samples import RESULTS
 from .sources import ENDINGS
 
 METRICS, PICTURE = RESULTS
+# options that say only where something lay on the machine of a run, and those whose folders have another name to others
+_PLACES = {"output", "prompts-dir", "config", "resume", "push-to-hub"}
+_NAMES = {"target": "TARGET", "drafter": "STAGE1", "baseline": "BASELINE", "output-dir": "OUT"}
 
 
 def card(folder: Path, repo: str, revision: str | None, license: str | None) -> str:
@@ -47,6 +50,11 @@ def card(folder: Path, repo: str, revision: str | None, license: str | None) -> 
         "without_drafts": without_drafts,
         "stages": stages,
         "trained": how_trained(stages),
+        "data_of": lambda stage: data_name(str(stage["config"]["data"])),
+        "command_of": lambda argv, **names: public_command(
+            argv, {"target": config.get("target_name_or_path"), **names}
+        ),
+        "baseline_is_stage1": began_with_baseline(metrics, stages),
         "repo": repo,
         "title": repo.rpartition("/")[2] if revision else f"The {repo.rpartition('/')[2]} in {repo.partition('/')[0]}/",
         "revision": revision,
@@ -82,6 +90,41 @@ def check_figures(metrics: dict, folder: Path, target: str | None, stages: list[
                 f"{METRICS} was measured on a target with other weights ({str(weights.get('target'))[:12]}) than this "
                 f"drafter's target has ({made_for[:12]}). {again}."
             )
+
+
+def data_name(name: str) -> str:
+    """A data set as others know it: a Hub id, or the name of a file without its folders."""
+    return Path(name).name if name.endswith(tuple(ENDINGS)) else name
+
+
+def public_command(argv: list[str], names: dict[str, str | None]) -> str:
+    """A recorded command line as others can give it: no folder of the run, models under their public ``names``.
+
+    A GGUF file keeps its own name, since it is another copy of the weights.
+    """
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        key, joined, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        if not joined and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        if key in _PLACES:
+            continue
+        if key in _NAMES and not value.endswith(".gguf"):
+            value = names.get(key) or _NAMES[key]
+        elif value.endswith(tuple(ENDINGS)):
+            value = data_name(value)
+        words.append(f"--{key}{joined or (' ' if value else '')}{value}")
+    return " ".join(words)
+
+
+def began_with_baseline(metrics: dict, stages: list[dict]) -> bool:
+    """Whether the figures' baseline is the drafter that the last stage started from."""
+    measured = metrics.get("weights", {}).get("baseline") if isinstance(metrics.get("weights"), dict) else None
+    return bool(measured) and any(stage.get("weights", {}).get("drafter") == measured for stage in stages[-1:])
 
 
 def how_trained(stages: list[dict]) -> str | None:

@@ -25,18 +25,22 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(".train", "TrainConfig", "the whole road: prompts, answers, both stages, figures, card"),
-    "prompts": Command(".own_prompts", "PromptsConfig", "let the target write prompts, where there are no chats"),
-    "regenerate": Command(".regenerate", "RegenerateConfig", "let the target write a data set's answers"),
-    "supervised": Command(".supervised", "SupervisedConfig", "stage 1: train a drafter on target text"),
-    "reinforce": Command(".reinforce", "ReinforceConfig", "stage 2: PPOW reinforcement learning"),
+    "train": Command(".train", "TrainConfig", "train a drafter with one command, from prompts to its card"),
+    "prompts": Command(".own_prompts", "PromptsConfig", "let the target write prompts, where you have no chats"),
+    "regenerate": Command(".regenerate", "RegenerateConfig", "let the target write the answers of a data set"),
+    "supervised": Command(
+        ".supervised", "SupervisedConfig", "stage 1: train an EAGLE-3 drafter on the target's answers"
+    ),
+    "reinforce": Command(
+        ".reinforce", "ReinforceConfig", "stage 2: train it on so that more drafts are accepted (PPOW)"
+    ),
     "evaluate": Command(".evaluate", "EvaluateConfig", "measure acceptance length and speedup"),
     "doctor": Command(".doctor", "DoctorConfig", "find why a drafter accepts less than it should"),
-    "push": Command(".push", "PushConfig", "make a drafter a repository of the Hub"),
-    "import": Command(".convert", "ImportConfig", "make another trainer's EAGLE-3 drafter usable"),
-    "export": Command(".convert", "ExportConfig", "write a drafter for vLLM, SGLang, ..."),
-    "demo": Command(".demo", "DemoConfig", "generate with and without a drafter, side by side"),
-    "space": Command(".space", "SpaceConfig", "serve the page on which plain target and drafter race"),
+    "push": Command(".push", "PushConfig", "push a drafter, its card and its figures to the Hub"),
+    "import": Command(".convert", "ImportConfig", "run another trainer's EAGLE-3 drafter in transformers"),
+    "export": Command(".convert", "ExportConfig", "write a drafter for vLLM, SGLang and others"),
+    "demo": Command(".demo", "DemoConfig", "answer prompts with and without a drafter, and compare"),
+    "space": Command(".space", "SpaceConfig", "serve a page on which both race, token by token"),
 }
 
 

@@ -1,7 +1,7 @@
 """The options of every command, one frozen dataclass each.
 
-"paper" marks a default that arXiv 2605.14978 gives; "ours" one that it leaves open. No torch import here: the command
-line reads this file before it starts anything heavy.
+"paper" marks a default that the PPOW paper (arXiv 2605.14978) gives; "ours" marks one that it leaves open. No torch
+import here: the command line reads this file before it starts anything heavy.
 """
 
 import dataclasses
@@ -12,68 +12,77 @@ from typing import Literal
 from .arguments import Config, option
 
 _ROWS = (
-    "a file (.jsonl, .json, .csv, .tsv, plain or .gz, .bz2, .xz, .zst; .parquet), a folder of them, or a Hub dataset "
-    "id; a row holds messages (role, content), conversations (from, value), prompt and completion or response, "
-    "instruction and output, or text, and where the prompt needs them tools, documents, chat_template_kwargs "
-    "(docs/data.md)"
+    "a file (.jsonl, .json, .csv, .tsv or .parquet, also compressed), a folder of such files, or the id of a data set "
+    "on the Hub; a row holds messages (role, content), conversations (from, value), prompt and completion, instruction "
+    "and output, or text. All forms: docs/data.md"
 )
-SKIP_BAD_ROWS = "go on without rows that cannot be used, count them and name them; else the first one is an error"
+SKIP_BAD_ROWS = "skip rows that cannot be used, and report them; without it the first bad row is an error"
+_TARGET = "the large model whose output is kept: Hub id, folder or GGUF file"
+_NAMED = "benchmarks by name (mt_bench, humaneval, gsm8k, mbpp) or files of rows"
+_PROMPTS_DIR = "folder with the files of the named benchmarks; none: they come from the Hub"
+_PLAN = "print memory and time for this device, then stop; nothing is loaded"
+_ARCHITECTURE = "a new drafter computes a window token by token (eagle3) or in one forward (block, as DFlash)"
+_WINDOW = "draft chains of this many tokens; none: as the drafter was made"
+_THREADS = "CPU threads; none: torch decides"
+_DTYPE = "number format of the target's and drafter's weights; bfloat16 on a GPU"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig(Config):
     """What stages 1 and 2 share."""
 
-    target: str = option("target model: Hub id, folder or GGUF file", group="basics")
-    data: str = option(f"chats or texts: {_ROWS}")
+    target: str = option(_TARGET, group="basics")
+    data: str = option(f"chats or texts to learn from: {_ROWS}")
     output_dir: str = option(
-        "folder for the drafter, checkpoints/, metrics.jsonl, its curve training.png, provenance.json"
+        "folder to write: the drafter, checkpoints/, metrics.jsonl, the curve training.png, provenance.json"
     )
     steps: int = option("optimizer steps", 1000, at_least=1)
-    batch_size: int = option("sequences per process and micro step", 1, at_least=1)
-    learning_rate: float = option("peak learning rate", 1e-4, above=0)
-    eval_data: str | None = option("held-out chats, same forms as data", None)
-    seed: int = option("everything random follows from it", 0, at_least=0)
-    resume: bool = option("go on from the latest complete checkpoint in output_dir", False)
-    plan: Literal["here", "a100", "h100", "h200"] | None = option(
-        "print the memory and time of a step on this or that device, and stop", None
-    )
-    push_to_hub: str | None = option("ORG/NAME: push every checkpoint and the drafter there, in the background", None)
+    batch_size: int = option("texts that are computed at once, in each process", 1, at_least=1)
+    learning_rate: float = option("highest learning rate, after the warm-up", 1e-4, above=0)
+    eval_data: str | None = option("chats to measure on during training, in the same forms as data", None)
+    seed: int = option("random seed", 0, at_least=0)
+    resume: bool = option("continue from the latest complete checkpoint in output_dir", False)
+    plan: Literal["here", "a100", "h100", "h200"] | None = option(_PLAN, None)
+    push_to_hub: str | None = option("push each checkpoint and the drafter to this Hub repository (ORG/NAME)", None)
 
-    split: str = option("split of a Hub dataset", "train", group="data")
-    limit: int | None = option("read at most this many rows", None, at_least=1)
-    max_length: int = option("tokens of a row that are kept; never more than the target's positions", 2048, at_least=8)
-    drop_long: bool = option("drop rows whose answer starts beyond max_length instead of stopping", False)
+    split: str = option("split of a Hub data set", "train", group="data")
+    limit: int | None = option("use at most this many rows", None, at_least=1)
+    max_length: int = option(
+        "cut each text after this many tokens; never more than the target can read", 2048, at_least=8
+    )
+    drop_long: bool = option("drop rows whose answer starts after max_length; without it such a row is an error", False)
     skip_bad_rows: bool = option(SKIP_BAD_ROWS, False)
 
     anchors: int | None = option(
-        "windows drawn from a text in a step; none: all of them (EAGLE-3), of a block drafter 64 (ours)",
+        "windows of each text that a step learns from, drawn at random; none: all, of a block drafter 64 (ours)",
         None,
         at_least=1,
         group="method",
     )
-    warmup_steps: int = option("steps of linear warm-up", 0, at_least=0)
+    warmup_steps: int = option("steps in which the learning rate rises to its highest value", 0, at_least=0)
     average_from: float = option(
-        "after this share of the steps weights are averaged, and the drafter is their mean; the learning rate does not "
-        "fall then; 1: the last weights, with a rate that falls to 0 (ours)",
+        "the drafter is the mean of its weights over the steps after this share of the run, and the learning rate "
+        "stays constant; 1: no averaging, and the rate falls to 0 (ours)",
         0.5,
         at_least=0,
         at_most=1,
     )
-    max_grad_norm: float = option("clip the gradient to this norm", 1.0, above=0)
-    optimizer: Literal["adamw", "muon"] = option("muon: matrices by Muon, the rest by AdamW", "adamw")
+    max_grad_norm: float = option("scale larger gradients down to this norm", 1.0, above=0)
+    optimizer: Literal["adamw", "muon"] = option("muon: Muon for the matrices, AdamW for the rest", "adamw")
 
-    accumulation: int = option("micro steps per optimizer step", 1, at_least=1, group="resources")
-    dtype: Literal["float32", "bfloat16"] = option("of the target and of the drafter's forward pass", "float32")
-    shard_target: bool = option("spread the target's weights over the processes (FSDP), if it does not fit", False)
-    compile_loss: bool = option(
-        "on a GPU let torch.compile fuse the comparison of logits along texts (not in EAGLE-3's stage 1)", False
+    accumulation: int = option("batches of batch_size that make one optimizer step", 1, at_least=1, group="resources")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "number format of the target and of the drafter's forward pass; bfloat16 on a GPU", "float32"
     )
+    shard_target: bool = option(
+        "split the target's weights over the GPUs (FSDP), where one GPU cannot hold them", False
+    )
+    compile_loss: bool = option("on a GPU, compile the loss of a block drafter or of stage 2: faster steps", False)
     save_every: int = option("steps between checkpoints", 200, at_least=1)
-    keep_last: int = option("checkpoints to keep", 2, at_least=1)
-    eval_every: int = option("steps between evaluations on eval_data", 200, at_least=1)
+    keep_last: int = option("newest checkpoints to keep", 2, at_least=1)
+    eval_every: int = option("steps between measurements on eval_data", 200, at_least=1)
     log_every: int = option("steps between lines of metrics.jsonl", 10, at_least=1)
-    trackers: list[str] = option("accelerate trackers, e.g. tensorboard,wandb", [])
+    trackers: list[str] = option("also log to these trackers, e.g. tensorboard,wandb", [])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,56 +104,71 @@ _NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_out
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(StageConfig):
-    """Stage 1: train a drafter on the target's answers: EAGLE-3's training-time test, or blocks of one forward."""
+    """Stage 1: train a drafter to predict the target's own answers (supervised)."""
 
-    drafter: str | None = option("drafter to start from instead of a fresh one", None, group="basics")
-    architecture: Literal["eagle3", "block"] = option(
-        "a fresh drafter takes K steps for a window (eagle3) or one forward (block: DFlash's layout)", "eagle3"
+    drafter: str | None = option(
+        "continue from this drafter (Hub id or folder) instead of a new one", None, group="basics"
     )
+    architecture: Literal["eagle3", "block"] = option(_ARCHITECTURE, "eagle3")
     ttt_steps: int = option(
-        "draft steps unrolled by the training-time test (EAGLE-3: 7)", 7, at_least=1, group="method"
+        "draft steps in a row that are trained, each on the output of the one before (EAGLE-3: 7)",
+        7,
+        at_least=1,
+        group="method",
     )
     step_weight: float = option(
-        "draft step or slot i weighs step_weight ** i in the loss (EAGLE-3: 0.8; DFlash: 0.78 to 0.87)",
+        "the loss of draft step or slot i counts step_weight ** i, i from 0 (EAGLE-3: 0.8; DFlash: 0.78 to 0.87)",
         0.8,
         above=0,
         at_most=1,
     )
     block_loss: Literal["ce", "d_pace", "dspark"] = option(
-        "what a block drafter learns: the text (DFlash), the text by D-PACE's weights, or mostly the target's "
-        "distribution (DSpark)",
+        "what a block drafter learns: the text's tokens (ce), the same weighted by what depends on them (d_pace), or "
+        "mostly the target's distribution (dspark)",
         "dspark",
     )
 
     draft_vocab_size: int | None = option(
-        "draft vocabulary, most frequent answer tokens; none: all", None, at_least=1, group="shape of a fresh drafter"
+        "the drafter can propose only this many tokens, the most frequent ones; none: all",
+        None,
+        at_least=1,
+        group="shape of a new drafter",
     )
-    num_layers: int | None = option("its decoder layers; none: 1, of a block drafter 3", None, at_least=1)
+    num_layers: int | None = option("decoder layers; none: 1, of a block drafter 3", None, at_least=1)
     taps: list[int] | None = option(
-        "hidden-state indices of the target to read; none: EAGLE-3's, of a block drafter DFlash's", None, at_least=0
+        "hidden states of the target that the drafter reads, by index; none: EAGLE-3's three, of a block drafter "
+        "DFlash's five",
+        None,
+        at_least=0,
     )
-    hidden_size: int | None = option("width of a fresh drafter; none: the target's", None, at_least=1)
+    hidden_size: int | None = option("width; none: the target's", None, at_least=1)
     intermediate_size: int | None = option("width of its MLPs; none: the target's", None, at_least=1)
     num_attention_heads: int | None = option("its attention heads; none: the target's", None, at_least=1)
     num_key_value_heads: int | None = option("its key-value heads; none: the target's", None, at_least=1)
-    norm_before_fc: bool = option("normalise the taps before they are fused (EAGLE-3.1)", False)
-    norm_output: bool = option("a draft step goes on from its normalised features (EAGLE-3.1)", False)
-    qk_norm: bool = option("normalise queries and keys (Qwen3)", False)
-    share_embeddings: bool = option("read the target's embedding instead of keeping a copy of it (equal widths)", False)
+    norm_before_fc: bool = option(
+        "normalise the hidden states that are read, before they are combined (EAGLE-3.1)", False
+    )
+    norm_output: bool = option("feed normalised features into the next draft step (EAGLE-3.1)", False)
+    qk_norm: bool = option("normalise queries and keys, as Qwen3 does", False)
+    share_embeddings: bool = option(
+        "use the target's embeddings instead of a copy of them; needs the target's width", False
+    )
 
     block_size: int = option(
-        "rows of a block, the anchor's among them", 10, at_least=1, group="shape of a fresh block drafter"
+        "rows of a block, that of the last known token among them", 10, at_least=1, group="shape of a new block drafter"
     )
     predict_from_anchor: bool = option(
-        "the anchor's row predicts: B tokens of a block of B (DSpark), not B - 1 (DFlash)", True
+        "the last known token's row predicts, too: B tokens of a block of B (DSpark), not B - 1 (DFlash)", True
     )
     mask_token_id: int | None = option(
         "token whose embedding stands for what is not known yet; none: the last one that no text holds",
         None,
         at_least=0,
     )
-    markov_rank: int = option("rank of the head that knows the token before a slot (DSpark); 0: none", 64, at_least=0)
-    confidence_head: bool = option("estimate every slot's chance of acceptance (DSpark)", False)
+    markov_rank: int = option(
+        "rank of the head that corrects each token by the one before it (DSpark); 0: none", 64, at_least=0
+    )
+    confidence_head: bool = option("also learn how likely each token is accepted, to end windows early", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +195,7 @@ class SupervisedConfig(StageConfig):
 
 
 # What `ppow reinforce --preset NAME` sets where an option is not given: the best settings found for each way to learn
-# (ours, benchmarks/README.md). The first is the default.
+# (ours, docs/results.md). The first is the default.
 PRESETS = {
     "ppow": {  # PPOW's expected reward in closed form, beside LK's loss
         "objective": "ppow",
@@ -198,55 +222,74 @@ PRESETS |= {name: {**_TEXTS, "objective": name} for name in ("cst", "lk")}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReinforceConfig(StageConfig):
-    """Stage 2: PPOW reinforcement learning of a supervised drafter (arXiv 2605.14978).
+    """Stage 2: train a drafter on so that more of what it drafts is accepted (PPOW, arXiv 2605.14978).
 
-    Without options: the recipe that gained most in benchmarks/README.md. As published: --preset published.
+    By default: the expected PPOW reward in closed form, plus LK's loss. The paper's method: --preset published.
     """
 
     presets = PRESETS
 
-    drafter: str = option("drafter of stage 1: folder or Hub id", group="basics")
+    drafter: str = option("drafter to train, usually of stage 1: folder or Hub id", group="basics")
     steps: int = option("optimizer steps (ours)", 500, at_least=1)
-    learning_rate: float = option("peak learning rate (ours)", 3e-4, above=0)
+    learning_rate: float = option("highest learning rate, after the warm-up (ours)", 3e-4, above=0)
 
     objective: Literal["ppow", "cst", "lk"] = option(
-        "PPOW (paper), or continued supervised training or LK, which learn from texts as well", "ppow", group="method"
+        "what is trained: ppow, the reward of accepted tokens; cst, stage 1's loss continued; lk, the chance that a "
+        "draft is accepted (arXiv 2602.23881)",
+        "ppow",
+        group="method",
     )
     estimator: Literal["exact", "rollout"] = option(
-        "of PPOW's expected reward: its closed form along the texts (ours), or sampled windows (paper)", "exact"
+        "how the expected reward is computed: exact, in closed form along the target's texts (ours); rollout, from "
+        "sampled windows (paper)",
+        "exact",
     )
     verification: Literal["text", "greedy", "sampling"] = option(
-        "rule that accepts tokens in training; text: the rule that wrote each text, for texts alone (ours)", "text"
+        "when a drafted token counts as accepted in training: greedy, as at temperature 0; sampling, as at temperature "
+        "1; text, by how each text was written, not with rollouts (ours)",
+        "text",
     )
     supervised_coef: float = option(
-        "weight of a supervised loss beside PPOW's: LK's along texts, stage 1's beside rollouts (ours)",
+        "weight of a supervised loss that is added to ppow's: LK's with exact, stage 1's with rollout (ours)",
         3.0,
         at_least=0,
     )
     confidence_head: bool = option(
-        "train a small head that tells how likely a draft is accepted, by which windows then end (ours)", False
+        "also train a small head that tells how likely each draft is accepted, to end windows early (ours)", False
     )
-    window_size: int = option("drafted tokens per window, K (paper)", 10, at_least=1)
-    cost_ratio: float = option("cost of a draft step over a target step, gamma (paper)", 0.12, at_least=0)
-    kl_coef: float = option("weight of the KL term anchored on the target, beta (ours)", 0.0, at_least=0)
+    window_size: int = option("drafted tokens of a window, K (paper)", 10, at_least=1)
+    cost_ratio: float = option(
+        "cost of a draft step relative to one step of the target, gamma (paper)", 0.12, at_least=0
+    )
+    kl_coef: float = option(
+        "weight of a penalty for moving away from the target's distribution, beta (ours)", 0.0, at_least=0
+    )
 
     group_size: int = option(
-        "rollouts of one prefix, G_roll (paper)", 8, at_least=2, group="rollouts, with --estimator rollout"
+        "rollouts that are compared, all from the same place, G_roll (paper)",
+        8,
+        at_least=2,
+        group="only with --estimator rollout",
     )
-    windows_per_sequence: int = option("windows drawn from a text (ours)", 8, at_least=1)
+    windows_per_sequence: int = option("places in a text where rollouts begin (ours)", 8, at_least=1)
     adaptive_switch: float = option(
-        "share of the steps after which windows are drawn by criticality (ADAW), not uniformly; 1: never (ours)",
+        "after this share of the steps, windows begin where the target is sure and the drafter differs (ADAW), before "
+        "it anywhere; 1: never (ours)",
         0.5,
         at_least=0,
         at_most=1,
     )
-    rollout_temperature: float = option("temperature of the rollouts (ours)", 0.5, above=0)
-    proximity_bonus: float = option("size of the proximity reward, eta; 0: off (ours)", 0.5, at_least=0)
-    proximity_margin: float = option("its threshold on Delta in nats, epsilon (ours)", 2.0, at_least=0)
-    updates_per_rollout: int = option(
-        "optimizer steps on each rollout; clipping acts from the second on (ours)", 1, at_least=1
+    rollout_temperature: float = option("temperature at which rollouts are drafted (ours)", 0.5, above=0)
+    proximity_bonus: float = option(
+        "reward of a rejected window that is close to the target's (eta); 0: none (ours)", 0.5, at_least=0
     )
-    max_forest_nodes: int = option("drafted nodes verified in one target forward (ours)", 4096, at_least=1)
+    proximity_margin: float = option(
+        "how close it must be: difference of log-probabilities, in nats, epsilon (ours)", 2.0, at_least=0
+    )
+    updates_per_rollout: int = option("optimizer steps on the same rollouts (ours)", 1, at_least=1)
+    max_forest_nodes: int = option(
+        "drafted tokens that one target forward verifies at most, a bound on memory (ours)", 4096, at_least=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,33 +323,41 @@ class ReinforceConfig(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegenerateConfig(Config):
-    """Let the target write the answers of a chat data set, so that the drafter learns the target's own text."""
+    """Let the target answer the prompts of a data set: a drafter learns best from the target's own answers."""
 
-    data: str = option(f"chats: {_ROWS}")
+    data: str = option(f"chats to answer: {_ROWS}", group="basics")
     output: str = option("the .jsonl file to write")
-    target: str | None = option("target model: Hub id, folder or GGUF file; not with endpoint", None)
-    endpoint: str | None = option("base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1", None)
-    model: str | None = option("the model's name on the endpoint", None)
-    concurrency: int = option("requests in flight on the endpoint", 16, at_least=1)
-    split: str = option("split of a Hub dataset", "train")
-    limit: int | None = option("read at most this many rows", None, at_least=1)
-    skip_bad_rows: bool = option(f"{SKIP_BAD_ROWS}; an endpoint's refusal of the first requests is one, too", False)
-    max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1)
-    temperature: float = option("sampling temperature; 0: greedy", 0.0, at_least=0)
+    target: str | None = option(f"{_TARGET}; or give endpoint", None)
+    resume: bool = option("continue after the rows that output already holds", False)
+
+    endpoint: str | None = option(
+        "base URL, e.g. http://localhost:8000/v1", None, group="a server that answers (OpenAI's protocol)"
+    )
+    model: str | None = option("the model's name on that server", None)
+    concurrency: int = option("requests in flight at once", 16, at_least=1)
+
+    split: str = option("split of a Hub data set", "train", group="data")
+    limit: int | None = option("use at most this many rows", None, at_least=1)
+    skip_bad_rows: bool = option(f"{SKIP_BAD_ROWS}; so is a server's refusal of the first requests", False)
+
+    max_new_tokens: int = option("longest answer, in tokens", 512, at_least=1, group="answers")
+    temperature: float = option("0: the likeliest token each time (greedy); above 0: sampled", 0.0, at_least=0)
     greedy_share: float | None = option(
-        "share of the chats to answer greedily, the others at the temperature; none: all at the temperature",
+        "answer this share of the chats greedily, the others at the temperature; none: all at the temperature",
         None,
         at_least=0,
         at_most=1,
     )
+    seed: int = option("random seed", 0, at_least=0)
+
     batch_size: int | None = option(
-        "answers of the target under way at once; none: 16, on a GPU 1024 or what fits; 8 in batches of generate",
+        "answers that are written at once; none: on a CPU 16, on a GPU 1024 or what fits (8 where the target needs "
+        "generate)",
         None,
         at_least=1,
+        group="resources",
     )
-    dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
-    seed: int = option("seed of the sampling and of which chats are greedy", 0, at_least=0)
-    resume: bool = option("go on after the rows that output already holds", False)
+    dtype: Literal["float32", "bfloat16"] = option("number format of the target; bfloat16 on a GPU", "float32")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -334,17 +385,17 @@ class RegenerateConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsConfig(Config):
-    """Let a chat model write prompts of its own, where there are no chats to train on (Magpie, arXiv 2406.08464)."""
+    """Let a chat model write prompts, where you have no chats to train on (Magpie, arXiv 2406.08464)."""
 
-    target: str = option("target model: Hub id, folder or GGUF file; its tokenizer has a chat template")
+    target: str = option(f"{_TARGET}; needs a chat template")
     output: str = option("the .jsonl file to write")
     count: int = option("prompts to write", 1000, at_least=1)
-    max_new_tokens: int = option("longest prompt, in tokens; a longer one is left out", 256, at_least=1)
+    max_new_tokens: int = option("longest prompt, in tokens; longer ones are left out", 256, at_least=1)
     temperature: float = option("sampling temperature", 1.0, above=0)
-    batch_size: int = option("prompts per generate call", 32, at_least=1)
-    dtype: Literal["float32", "bfloat16"] = option("of the target", "float32")
-    seed: int = option("seed of the sampling", 0, at_least=0)
-    resume: bool = option("go on after the prompts that output already holds", False)
+    batch_size: int = option("prompts that are written at once", 32, at_least=1)
+    dtype: Literal["float32", "bfloat16"] = option("number format of the target; bfloat16 on a GPU", "float32")
+    seed: int = option("random seed", 0, at_least=0)
+    resume: bool = option("continue after the prompts that output already holds", False)
 
 
 _SECTIONS = {  # of TrainConfig -> what `ppow train` sets there itself
@@ -359,42 +410,37 @@ _THE_ROADS = {"seed", "resume", "split", "skip_bad_rows"}  # in any of them
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """The whole road with one command: prompts, answers, stage 1, stage 2, figures, the drafter's repository."""
+    """Train a drafter from nothing to its card: prompts, answers, stage 1, stage 2, figures, Hub repository."""
 
-    target: str = option("target model: Hub id, folder or GGUF file", group="basics")
-    output_dir: str = option("folder for all of it: train.json, prompts, answers, stage1/, stage2/, figures/, drafter/")
-    data: str | None = option(f"your chats; none: the target writes prompts of its own. {_ROWS}", None)
+    target: str = option(_TARGET, group="basics")
+    output_dir: str = option("folder to write: train.json, prompts, answers, stage1/, stage2/, figures/, drafter/")
+    data: str | None = option(f"your chats; none: the target writes the prompts. {_ROWS}", None)
     budget: str | None = option(
-        "wall time for everything, such as 2h, 30m, 90s or 1h30m; none: as much as docs/train.md has for the target's "
-        "size",
+        "time for everything, such as 2h, 30m, 90s or 1h30m; none: the counts of docs/train.md, however long they take",
         None,
     )
-    architecture: Literal["eagle3", "block"] = option(
-        "the drafter takes K steps for a window (eagle3) or one forward (block)", "eagle3"
-    )
-    plan: Literal["here", "a100", "h100", "h200"] | None = option(
-        "print what each part takes on this or that device, and stop", None
-    )
+    architecture: Literal["eagle3", "block"] = option(_ARCHITECTURE, "eagle3")
+    plan: Literal["here", "a100", "h100", "h200"] | None = option(_PLAN, None)
     prompts: int | None = option(
-        "prompts to train on, without those that are held out; none: by the budget, or by the target's size",
+        "prompts to train on, besides those held out; none: by the budget, or by the target's size",
         None,
         at_least=1,
     )
-    seed: int = option("everything random follows from it", 0, at_least=0)
-    resume: bool = option("go on with the run that output_dir holds", False)
-    push_to_hub: str | None = option("ORG/NAME: push the drafter there at the end", None)
-    split: str = option("split of a Hub dataset", "train")
+    seed: int = option("random seed", 0, at_least=0)
+    resume: bool = option("continue the run that output_dir holds", False)
+    push_to_hub: str | None = option("at the end, push the drafter to this Hub repository (ORG/NAME)", None)
+    split: str = option("split of a Hub data set", "train")
     skip_bad_rows: bool = option(SKIP_BAD_ROWS, False)
     dtype: Literal["float32", "bfloat16"] | None = option(
-        "of the target; none: bfloat16 on a GPU, float32 on a CPU", None
+        "number format of the target; none: bfloat16 on a GPU, float32 on a CPU", None
     )
 
     regenerate: dict = option(
-        "of `ppow regenerate`, which writes the answers", {}, group="options of single commands, by name"
+        "options of `ppow regenerate`, which writes the answers", {}, group="options of the single commands"
     )
-    supervised: dict = option("of `ppow supervised`, stage 1", {})
-    reinforce: dict = option("of `ppow reinforce`, stage 2", {})
-    evaluate: dict = option("of `ppow evaluate`", {})
+    supervised: dict = option("options of `ppow supervised`, stage 1", {})
+    reinforce: dict = option("options of `ppow reinforce`, stage 2", {})
+    evaluate: dict = option("options of `ppow evaluate`", {})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -436,23 +482,30 @@ class TrainConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftingConfig(Config):
-    """What evaluate and demo share: how to draft, a chain or a whole tree (neither: as the drafter's config says)."""
+    """What evaluate and demo share: how to draft, a chain or a tree (neither given: as the drafter's config says)."""
 
-    window_size: int | None = option("chain of this many drafted tokens; none: the drafter's own", None, at_least=1)
-    tree_depth: int | None = option("depth of the draft tree", None, at_least=1)
-    tree_top_k: int | None = option("branches kept per level of the tree", None, at_least=1)
-    tree_nodes: int | None = option("drafted nodes verified per step", None, at_least=1)
+    window_size: int | None = option(_WINDOW, None, at_least=1, group="how to draft")
     draft_threshold: float | None = option(
-        "end a chain once its joint draft probability is below this; none: the drafter's own", None, at_least=0, below=1
+        "end a chain early when the drafter's probability of the whole chain falls below this (no effect with CUDA "
+        "graphs); none: as the drafter was made",
+        None,
+        at_least=0,
+        below=1,
     )
     window_schedule: Literal["auto", "constant", "heuristic", "gammatune", "cost"] | None = option(
-        "how long chains are, up to window_size; cost: as measured time tells; none: the drafter's, constant where a "
-        "size or threshold is given",
+        "how long each chain is, at most window_size: all alike (constant), by what was accepted before (heuristic, "
+        "gammatune), by measured time (cost); none: the drafter's, constant where a size or threshold is given",
         None,
     )
-    cuda_graphs: bool | None = option("decode from CUDA graphs; none: where possible", None)
-    compile_layers: bool | None = option("let torch.compile fuse what the graphs record; none: as the drafter's", None)
-    threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
+    tree_depth: int | None = option(
+        "draft a tree of this depth instead of a chain; needs top_k and nodes", None, at_least=1
+    )
+    tree_top_k: int | None = option("branches of the tree at each level", None, at_least=1)
+    tree_nodes: int | None = option("drafted tokens of the tree that the target verifies", None, at_least=1)
+
+    cuda_graphs: bool | None = option("the fast path on a GPU; none: where possible", None, group="resources")
+    compile_layers: bool | None = option("also compile the layers: faster, after half a minute at the start", None)
+    threads: int | None = option(_THREADS, None, at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -470,22 +523,24 @@ class DraftingConfig(Config):
 class EvaluateConfig(DraftingConfig):
     """Measure a drafter: acceptance length, tokens per second and speedup over the plain target."""
 
-    target: str = option("target model: Hub id, folder or GGUF file")
+    dtype: Literal["float32", "bfloat16"] = option(_DTYPE, "float32", group="resources")
+
+    target: str = option(_TARGET, group="basics")
     drafter: str = option("drafter: Hub id or folder")
-    baseline: str | None = option("another drafter to measure in the same run, such as its stage 1", None)
-    output_dir: str = option("folder for metrics.json, the plot and samples.jsonl; empty or new")
-    prompts: list[str] = option("benchmarks by name or .jsonl files", ["mt_bench", "humaneval", "gsm8k"])
-    prompts_dir: str | None = option("folder that holds the named benchmarks; none: the Hub", None)
-    limit: int | None = option("prompts per benchmark; none: all", None, at_least=1)
-    temperatures: list[float] = option("0 is greedy (paper: 0 and 1)", [0.0, 1.0], at_least=0)
+    output_dir: str = option("folder to write: metrics.json, the plot and samples.jsonl; new or empty")
+    baseline: str | None = option("another drafter to compare with in the same run, such as its stage 1", None)
+    resume: bool = option("continue the evaluation that output_dir holds", False)
+
+    prompts: list[str] = option(_NAMED, ["mt_bench", "humaneval", "gsm8k"], group="what to measure")
+    prompts_dir: str | None = option(_PROMPTS_DIR, None)
+    limit: int | None = option("prompts of each benchmark; none: all", None, at_least=1)
+    temperatures: list[float] = option("sampling temperatures; 0: greedy", [0.0, 1.0], at_least=0)
     max_new_tokens: int = option("tokens per answer", 256, at_least=1)
-    warmup: int = option("untimed generations before measuring", 3, at_least=0)
+    warmup: int = option("answers before the clock starts", 3, at_least=0)
     repetitions: int = option("timed runs over all prompts", 1, at_least=1)
-    bootstrap: int = option("resamples for the 95% intervals", 1000, at_least=100)
-    dtype: Literal["float32", "bfloat16"] = option("of target and drafter", "float32")
-    reference: bool = option("compare greedy answers with the same loop without drafts too, untimed", True)
-    resume: bool = option("go on with the evaluation that output_dir holds", False)
-    seed: int = option("seed of sampling and bootstrap", 0, at_least=0)
+    bootstrap: int = option("resamples of the prompts for the 95% intervals", 1000, at_least=100)
+    reference: bool = option("also compare greedy answers with the same loop without drafts (not timed)", True)
+    seed: int = option("random seed", 0, at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -497,16 +552,18 @@ class EvaluateConfig(DraftingConfig):
 class DoctorConfig(Config):
     """Find why a drafter accepts less than it should: what is wrong with a pair, and the command to run next."""
 
-    target: str = option("target model: Hub id, folder or GGUF file")
-    drafter: str = option("drafter: Hub id or folder; of another trainer, too")
-    data: list[str] = option("prompts: benchmarks by name or files of rows (docs/data.md); none: the demo's", [])
-    prompts_dir: str | None = option("folder that holds the named benchmarks; none: the Hub", None)
-    limit: int = option("prompts of each of them", 12, at_least=2)
+    target: str = option(_TARGET)
+    drafter: str = option("drafter: Hub id or folder, also of another trainer")
+    data: list[str] = option(f"prompts to try: {_NAMED} (docs/data.md); empty: the demo's", [])
+    prompts_dir: str | None = option(_PROMPTS_DIR, None)
+    limit: int = option("prompts of each benchmark or file", 12, at_least=2)
     max_new_tokens: int = option("tokens per answer", 64, at_least=2)
-    window_size: int | None = option("chain of this many drafted tokens; none: the drafter's own", None, at_least=1)
-    dtype: Literal["float32", "bfloat16"] = option("of target and drafter; the other one is tried, too", "float32")
+    window_size: int | None = option(_WINDOW, None, at_least=1)
+    dtype: Literal["float32", "bfloat16"] = option(
+        "number format to examine; the other one is tried as well", "float32"
+    )
     output: str | None = option("write all figures to this .json file", None)
-    threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
+    threads: int | None = option(_THREADS, None, at_least=1)
 
 
 def _both_or_neither(target: str | None, drafter: str | None) -> None:
@@ -518,17 +575,17 @@ def _both_or_neither(target: str | None, drafter: str | None) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig(DraftingConfig):
-    """Generate with and without a drafter on real prompts; without arguments, with SmolLM2-135M-Instruct."""
+    """Answer real prompts with and without a drafter, and compare. Without arguments: SmolLM2-135M-Instruct."""
 
-    target: str | None = option("target model: Hub id, folder or GGUF file; none: SmolLM2-135M-Instruct", None)
+    target: str | None = option(f"{_TARGET}; none: SmolLM2-135M-Instruct", None, group="basics")
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
-    prompts: str | None = option("a .jsonl file of prompts; none: those of the page", None)
+    prompts: str | None = option("a .jsonl file of prompts; none: the eight of the demo", None)
     limit: int | None = option("prompts to run; none: all", None, at_least=1)
     max_new_tokens: int = option("tokens per answer", 128, at_least=1)
-    temperature: float = option("0 is greedy", 0.0, at_least=0)
-    repetitions: int = option("timed runs of each system per prompt", 3, at_least=1)
+    temperature: float = option("0: greedy; above 0: sampled", 0.0, at_least=0)
+    repetitions: int = option("timed runs of each system on each prompt", 3, at_least=1)
     output: str | None = option("write the figures to this .json file", None)
-    seed: int = option("seed of the sampling", 0, at_least=0)
+    seed: int = option("random seed", 0, at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -537,14 +594,14 @@ class DemoConfig(DraftingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpaceConfig(Config):
-    """Serve the page on which plain target and drafter race; without arguments, with SmolLM2-135M-Instruct."""
+    """Serve a page on which the target races with and without a drafter. Without arguments: SmolLM2-135M-Instruct."""
 
-    target: str | None = option("target model: Hub id, folder or GGUF file; none: SmolLM2-135M-Instruct", None)
+    target: str | None = option(f"{_TARGET}; none: SmolLM2-135M-Instruct", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
     baseline: str | None = option("a second drafter to race, such as the drafter's stage 1", None)
-    host: str = option("address to listen on; 0.0.0.0: all", "127.0.0.1")
+    host: str = option("address to listen on; 0.0.0.0: reachable from other machines", "127.0.0.1")
     port: int = option("port to listen on", 7860, at_least=0, at_most=65535)
-    threads: int | None = option("CPU threads of torch; none: torch's choice", None, at_least=1)
+    threads: int | None = option(_THREADS, None, at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -580,22 +637,29 @@ class ExportConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PushConfig(Config):
-    """Make a drafter a repository of the Hub, in one commit, with its card; or push the Space that shows it."""
+    """Push a drafter to the Hub with its code, card and figures; or push the Space that shows it."""
 
     _positional = "drafter"
 
-    drafter: str = option("drafter to push: a folder, or a Hub id")
-    repo: str = option("ORG/NAME on the Hub; made when missing")
-    space: bool = option("push the demo Space of a drafter that is on the Hub", False)
-    target: str | None = option("Hub id of the target; none: the one that the drafter records", None)
-    baseline: str | None = option("Hub id of a second drafter for the Space to race, such as stage 1", None)
-    metrics: str | None = option("output folder of `ppow evaluate`; none: metrics.json beside the drafter", None)
-    private: bool = option("a new repository is private", False)
-    revision: str = option("branch to push to; made when missing", "main")
-    create_pr: bool = option("open a pull request instead of pushing to the branch", False)
-    tag: str | None = option("tag the commit, and pin the card's snippets to the tag", None)
-    license: str | None = option("licence of the weights, as the Hub names it", None)
+    drafter: str = option("drafter to push: a folder, or a Hub id", group="basics")
+    repo: str = option("Hub repository to push to (ORG/NAME); created when missing")
     dry_run: bool = option("show the files and the card, and upload nothing", False)
+
+    target: str | None = option(
+        "Hub id of the target; none: the one that the drafter records", None, group="what the card says"
+    )
+    metrics: str | None = option(
+        "output folder of `ppow evaluate`, for the figures; none: metrics.json beside the drafter", None
+    )
+    license: str | None = option("licence of the weights, as the Hub names it, e.g. apache-2.0", None)
+
+    private: bool = option("create the repository as a private one", False, group="repository")
+    revision: str = option("branch to push to; created when missing", "main")
+    create_pr: bool = option("open a pull request instead of pushing to the branch", False)
+    tag: str | None = option("tag the commit; the card's snippets then load this tag", None)
+
+    space: bool = option("push a Space that shows this drafter, which is already on the Hub", False, group="Space")
+    baseline: str | None = option("Hub id of a second drafter that races there, such as stage 1", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

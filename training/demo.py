@@ -45,7 +45,9 @@ def main(config: DemoConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     if not (config.prompts or PROMPTS.exists()):
-        raise ValueError(f"{PROMPTS} is missing: run the demo from a checkout of the repository, or name --prompts.")
+        raise ValueError(
+            f"{PROMPTS} is missing: the installation is not complete. Install ppow again, or name --prompts."
+        )
     prompts = load_prompts(config.prompts or str(PROMPTS))
     given = (config.target, config.drafter) if config.target and config.drafter else None
     target_name, drafter_name = given or demo_pair()
@@ -80,7 +82,7 @@ def main(config: DemoConfig) -> None:
     spread = f"{min(speedups):.2f}x to {max(speedups):.2f}x"
     print(f"median speedup {statistics.median(speedups):.2f}x over {len(speedups)} prompts ({spread})")
     if statistics.median(speedups) < 1:
-        print("Slower here: a verification costs more of the target's time than the tokens that it gains.")
+        print("Slower here: a window costs more time than the tokens that it gains would cost without a drafter.")
     if faults := sum(answer["fault"] for answer in answers):
         raise ValueError(
             f"{faults} answers differ from the plain target's, and rounding does not explain it: this must not happen "

@@ -144,7 +144,7 @@ def read_records(
         findings.append(Finding("special tokens", words, mended(config, mend)))
     room, most = own.max_position_embeddings, positions(target)
     if most and room < most:
-        words = f"The drafter has {room} positions, the target {most}: behind them servers draft badly or not at all."
+        words = f"The drafter has {room} positions, the target {most}: after them servers draft badly or not at all."
         mend = mended(config, f"drafter.config.max_position_embeddings = {most}")
         findings.append(Finding("positions", words, mend))
     held = own.draft_vocab_size
@@ -184,7 +184,7 @@ def page(report: dict) -> str:
         lines += [shown("ceiling", held["ceiling"], f"{held['coverage']:.0%} of the tokens can be drafted")]
         if "first_draft" in far:
             alone = f"{far['first_draft']:.2f}; in the same answers alone {far['first_draft_alone']:.2f}"
-            lines += [f"{'behind ' + str(far['limit']) + ' tokens':<36}{alone}"]
+            lines += [f"{'after ' + str(far['limit']) + ' tokens':<36}{alone}"]
     lines.append("")
     for number, finding in enumerate(report["findings"], 1):
         lines += [f"{number}. {finding['fault']}: {finding['words']}", f"   Next: {finding['next']}"]

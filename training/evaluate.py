@@ -15,7 +15,7 @@ scores say whether that is a near tie or a fault (``ppow.lossless_ppow``). With 
 untimed, with the same loop without drafts; of chains on the fast path, whose shapes never change, every token must
 agree. A fault ends the command with an error, after everything was written.
 
-Every prompt is kept in ``samples.jsonl`` as soon as it is measured; ``--resume`` goes on behind the last one.
+Every prompt is kept in ``samples.jsonl`` as soon as it is measured; ``--resume`` goes on after the last one.
 """
 
 import contextlib

@@ -213,7 +213,7 @@ def _lock(file: FileIO) -> bool:
     """
     try:
         if sys.platform == "win32":
-            file.seek(1 << 30)  # behind what the file says, which others are to read
+            file.seek(1 << 30)  # after what the file says, which others are to read
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -190,7 +190,7 @@ class TextWindows:
     entries where ``mask`` is False are 0 and mean nothing.
 
     Attributes:
-        mask: bool, False from the first step on whose token is no answer's or lies behind the text.
+        mask: bool, False from the first step on whose token is no answer's or lies after the text.
         states: drafter and target compared at each step.
         greedy: bool, whether every token of the window before this step is the target's argmax.
         sampled: (W,) bool, whether the target sampled this text (else it wrote it greedily).
@@ -373,14 +373,14 @@ def exact_loss(
 def _worth_of_acceptance(
     stands: torch.Tensor, chance: torch.Tensor, gains: torch.Tensor, sampled: torch.Tensor
 ) -> torch.Tensor:
-    """(W, K) what is to be expected behind an accepted step i: the mean over the other sampled windows; else 0.
+    """(W, K) what is to be expected after an accepted step i: the mean over the other sampled windows; else 0.
 
     Behind step i a window earns F_{i+1} = gains_{i+1} * chance_{i+1} + stands_{i+1} * F_{i+2}. A window's own future
     depends on its token at step i, and would bias the gradient; so it is left out of its mean.
     """
     follows, futures = torch.zeros_like(stands[:, 0]), []
     for i in range(stands.shape[1] - 1, -1, -1):
-        futures.append(follows)  # F behind step i
+        futures.append(follows)  # F after step i
         follows = gains[i] * chance[:, i] + stands[:, i] * follows
     future = torch.where(sampled, torch.stack(futures[::-1], -1), 0.0)
     others = sampled.sum(0) - 1

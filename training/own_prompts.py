@@ -44,7 +44,7 @@ class Opening(NamedTuple):
     behind: str
 
     def end(self) -> str:
-        """The first word behind them, which ends a turn."""
+        """The first word after them, which ends a turn."""
         return self.behind.split()[0]
 
 

@@ -166,7 +166,7 @@ def plan(
         memory_gib: parts by name, with ``total`` (the peak) and ``available``; operations: of matrix products, by part;
         seconds: that the products take at least (``products``), and the bytes (``memory``).
 
-    Rollouts with a proximity bonus continue the target's argmax behind windows whose first draft was rejected, one
+    Rollouts with a proximity bonus continue the target's argmax after windows whose first draft was rejected, one
     token a forward, where the text is not that continuation: counted in time, as if every step had such a window, but
     not in operations, which are few.
 
@@ -205,7 +205,7 @@ class _Step:
         else:
             self.rows = min(config.windows_of(self.block) or self.pairs, self.pairs)
         self.again = (self.reinforce or self.block > 0) and not self.rolls  # logits are computed twice, not kept
-        self.nodes = self.rows * (self.size - 1)  # behind the first, of each text
+        self.nodes = self.rows * (self.size - 1)  # after the first, of each text
         self.forest = 0  # of them, verified in one forward
         if self.rolls:
             at_once = max(1, config.max_forest_nodes // (self.size * self.batch))

@@ -74,7 +74,7 @@ _REINFORCE = 0.5
 _PROMPT = 256  # tokens of a prompt that the target writes: the default of `ppow prompts`
 TEMPLATE = 64  # tokens that a chat template puts around it, with a system message
 _WARMUP = 50  # of the 14M pair's stage 1; never more than a twentieth of the steps
-EVALUATED = 60  # prompts of the final figures, as in the README's
+EVALUATED = 60  # prompts of the final figures, as on docs/results.md
 # share of a device's memory that a plan may take: its figures are bounds of tensors, without the allocator's waste
 _USED = {"cuda": 0.9, "cpu": 0.5}
 _AT_ONCE = 1024  # texts that one call of generate writes, at most, on a GPU; on a CPU the commands' own defaults
@@ -111,9 +111,9 @@ class Part(NamedTuple):
     results: tuple[str, ...]
 
 
-# The shares (ours): stage 1 decides what a drafter is worth (README, "Which objective wins?"), so it has nearly half.
-# The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few percent.
-# The figures need some sixty prompts to tell the two apart.
+# The shares (ours): stage 1 decides what a drafter is worth (docs/results.md, "Stage 1 matters most"), so it has nearly
+# half. The texts for it have a quarter, and their prompts, which are shorter, a quarter of that. Stage 2 gains a few
+# percent. The figures need some sixty prompts to tell the two apart.
 PARTS = {
     "prompts": Part("prompts", 0.06, ("prompts.jsonl", "heldout.jsonl")),
     "answers": Part("answers", 0.24, ("answers.jsonl",)),

@@ -115,7 +115,7 @@ def draw(lines: list[dict], path: Path, log: Path) -> str:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return f"Without matplotlib there is no {path.name}; pip install -e '.[plot]', and the next run draws it."
+        return f"Without matplotlib there is no {path.name}; pip install matplotlib, and the next run draws it."
     there = {key for line in lines for key, value in line.items() if value is not None}
     panels = {title: {key: kind for key, kind in keys.items() if key in there} for title, keys in _SHOWN.items()}
     panels = {title: keys for title, keys in panels.items() if keys}

@@ -86,7 +86,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def reachable(accepted: torch.Tensor, window_size: int) -> torch.Tensor:
-    """(..) k -> (.., K) bool: the first k + 1 drafted tokens, those verified after a prefix that stands (ours).
+    """(..) k -> (.., K) bool: the first k + 1 drafted tokens, those verified after an accepted prefix (ours).
 
     What comes after the first rejection is drafted on a text that will not exist. At k = K all K are reachable.
     """

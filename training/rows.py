@@ -82,7 +82,7 @@ def _chat_of(row: dict) -> tuple[set[str], list[dict]] | None:
 
 
 def _with_system(row: dict, messages: list[dict]) -> list[dict]:
-    """The messages behind the system prompt of a column, unless they have one."""
+    """The messages after the system prompt of a column, unless they have one."""
     given = next((row[key] for key in SYSTEM if isinstance(row.get(key), str) and row[key].strip()), None)
     if given is None or messages[0]["role"] in ("system", "developer"):
         return messages

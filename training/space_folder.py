@@ -19,11 +19,11 @@ def assemble_space(config: PushConfig, folder: Path) -> None:
     """Write the Space of a pair that is on the Hub into an empty folder, pinned to the commits that it is at now.
 
     Raises:
-        ValueError: outside a checkout of the repository, or for a pair that is not on the Hub.
+        ValueError: the page is missing, or the pair is not on the Hub.
     """
     if not FOLDER.is_dir():
         raise ValueError(
-            "The Space's files come with a checkout of the repository, not with the package; run this there."
+            f"{FOLDER}, which holds the page, is missing: the installation is not complete. Install ppow again."
         )
     drafter, target, baseline = config.drafter, config.target, config.baseline
     for option, name in {"the drafter": drafter, "--target": target, "--baseline": baseline}.items():

@@ -1,8 +1,8 @@
 """What ``ppow doctor`` measures of a pair, along answers that the target wrote greedily with this drafter.
 
 Two ways to put a pair together are compared by what a window gains, in tokens with the bonus, if one begins at every
-token of the answers and each draft stands with the chance that sampling's rule gives it, min(1, Q / P). That is
-smoother than greedy's yes or no, one window behind the other (:func:`decoding`), so that few prompts tell more. The
+token of the answers and each draft is accepted with the chance that sampling's rule gives it, min(1, Q / P). That is
+smoother than greedy's yes or no, one window after the other (:func:`decoding`), so that few prompts tell more. The
 thresholds are ours.
 """
 
@@ -36,7 +36,7 @@ MISSING = 0.05  # share of the target's tokens that may be missing from the draf
 ENTRIES = 10  # entries of the draft vocabulary that must be drafted often before it is called another run's
 FAR = 0.8  # share of the first drafts that must still stand far from a text's beginning
 FARTHEST, FEWEST = 4096, 32  # tokens of a long text, and of those in it that must lie far enough
-OPENING = 8  # tokens of an answer behind a question without template: alone, chat models often end it at once
+OPENING = 8  # tokens of an answer after a question without template: alone, chat models often end it at once
 BATCH = 4  # texts of one pass
 Prompts = list[tuple[list[int], str | None]]  # ids, and what was put through the chat template; None: nothing was
 Drafts = tuple[torch.Tensor, torch.Tensor]  # of first_drafts
@@ -69,7 +69,7 @@ class Case:
     bar: tqdm
 
     def answers(self, prompts: Prompts, title: str) -> list[Text]:
-        """Decode behind prompts; without those that leave no room, and answers of one token."""
+        """Decode after prompts; without those that leave no room, and answers of one token."""
         model, found = self.target.model, []
         drafting = {"window_size": self.size, "draft_threshold": 0.0}
         _, options = generation_configs(model, 0.0, self.config.max_new_tokens, drafting)
@@ -188,7 +188,7 @@ def draft_vocabulary(
 ) -> Iterator[Finding]:
     """How many of the target's own tokens can be drafted, the ceiling that follows, and whether tokens are misnamed.
 
-    Lengths are greedy here: a draft of a missing token never stands.
+    Lengths are greedy here: a draft of a missing token is never accepted.
     """
     size, held = case.drafter.config.vocab_size, case.drafter.config.draft_vocab_size
     known = torch.zeros(size, dtype=torch.bool).index_fill_(0, case.drafter.draft_columns().cpu(), True)
@@ -262,9 +262,9 @@ def decoding(case: Case, texts: list[Text], stands: list[torch.Tensor], figures:
 def far_from_the_beginning(
     case: Case, texts: list[Text], limit: int, first: list[Drafts], figures: dict
 ) -> Iterator[Finding]:
-    """First drafts behind ``limit`` tokens: of answers alone, and at the end of a text that holds all of them.
+    """First drafts after ``limit`` tokens: of answers alone, and at the end of a text that holds all of them.
 
-    A draft stands if the target would choose it there: far from the beginning it may choose otherwise than alone.
+    A draft is accepted if the target would choose it there: far from the beginning it may choose otherwise than alone.
     """
     end = min(limit + sum(len(text.ids) for text in texts), FARTHEST, positions(case.target.model.config) or FARTHEST)
     ids: list[int] = []
@@ -278,13 +278,11 @@ def far_from_the_beginning(
     figures["far"] = {"limit": limit, "tokens": end, "places": len(places)}
     if len(places) < FEWEST:
         return
-    case.bar.set_description(f"behind {limit} tokens")
+    case.bar.set_description(f"after {limit} tokens")
     far, near = float(torch.eq(*case.first(ids[:end]))[places].float().mean()), sum(alone) / len(alone)
     figures["far"] |= {"first_draft": far, "first_draft_alone": near}
     if far < FAR * near and near - far > SURE * (0.5 / len(places)) ** 0.5:  # each of the two deviates by 0.5 at most
-        words = (
-            f"{far:.0%} of its first drafts stand behind {limit} tokens; {near:.0%} in the same answers, each alone."
-        )
+        words = f"{far:.0%} of its first drafts are accepted after {limit} tokens; {near:.0%} in these answers alone."
         yield Finding("long texts", words, trained(case.config, "--max-length", str(end)), near - far)
 
 

@@ -91,7 +91,7 @@ class FrozenTarget:
         """Read texts (B, T), padded on the right (padding comes after every real token, so it needs no mask).
 
         Args:
-            room: keep the target's keys, with space for this many nodes of windows behind them; 0 keeps nothing.
+            room: keep the target's keys, with space for this many nodes of windows after them; 0 keeps nothing.
         """
         config = self.model.config.get_text_config(decoder=True)
         cache = SlotCache(config.num_hidden_layers, input_ids.shape[1] + room) if room else None

@@ -208,7 +208,7 @@ def test_length_dependent_rope_is_right_on_one_side_of_its_border(walk, make, pr
 def test_length_dependent_rope_is_refused_where_a_call_may_cross_its_border(make, prompt, new):
     target = make()
     ids = torch.randint(2, 64, (1, prompt))
-    with pytest.raises(ValueError, match=r"RoPE .* changes its frequencies behind 32 tokens"):
+    with pytest.raises(ValueError, match=r"RoPE .* changes its frequencies after 32 tokens"):
         generate_with(target, random_drafter(target), ids, None, {"max_new_tokens": new})
 
 
@@ -243,10 +243,10 @@ def test_training_and_its_plan_refuse_what_decoding_refuses(tmp_path):
     with pytest.raises(ValueError, match="--target .*GPTNeoForCausalLM is not served: the logits of a tree"):
         preparation.load_target(given, where)
     dynamic_target().save_pretrained(tmp_path / "target")
-    with pytest.raises(ValueError, match=r"RoPE \(dynamic\) changes its frequencies behind 32 tokens"):
+    with pytest.raises(ValueError, match=r"RoPE \(dynamic\) changes its frequencies after 32 tokens"):
         preparation.load_target(given, where)
     config = dynamic_target().config
-    with pytest.raises(ValueError, match=r"RoPE \(dynamic\) changes its frequencies behind 32 tokens"):
+    with pytest.raises(ValueError, match=r"RoPE \(dynamic\) changes its frequencies after 32 tokens"):
         plan.plan(given, config, PPOWConfig.from_target(config), plan.DEVICES["h100"])
 
 

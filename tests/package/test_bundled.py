@@ -1,7 +1,6 @@
-"""What comes with the checkout: the drafter of SmolLM2-135M-Instruct, and what README and cards say of it."""
+"""What comes with the checkout: the drafter of SmolLM2-135M-Instruct, and what its card says of it."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from huggingface_hub import RepoCard
 from safetensors import safe_open
 from transformers import GenerationConfig
 
-import small_pair
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.model_cards import render
 from ppow.training.card import card
@@ -49,13 +47,3 @@ def test_the_card_measures_the_drafting_that_ships():
 def test_unknown_card():
     with pytest.raises(ValueError, match="there are drafter"):
         render("space", {})
-
-
-def test_the_readmes_python_example_runs(monkeypatch, capsys):
-    """With the tests' pair in the place of the two names."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    for name, place in ((TARGET, small_pair.TARGET), ("bundled/drafter", small_pair.DRAFTER)):
-        assert f'"{name}"' in code
-        code = code.replace(f'"{name}"', f'"{place.as_posix()}"')
-    exec(compile(code, "README.md", "exec"), {})
-    assert "assistant" in capsys.readouterr().out

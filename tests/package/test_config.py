@@ -297,7 +297,7 @@ def test_help_shows_presets_in_full_and_groups():
         "data",
         "method",
         "resources",
-        "rollouts, with --estimator rollout",
+        "only with --estimator rollout",
     ]
     with pytest.raises(ValueError, match="preset must be one of ppow, published, cst, lk, got 'best'"):
         ReinforceConfig.from_args([*STAGE2, "--preset", "best"])
@@ -329,3 +329,22 @@ def test_reading_options_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [
+        (configs.EvaluateConfig, ["basics", "how to draft", "resources", "what to measure"]),
+        (DemoConfig, ["basics", "how to draft", "resources"]),
+        (
+            configs.RegenerateConfig,
+            ["basics", "a server that answers (OpenAI's protocol)", "data", "answers", "resources"],
+        ),
+        (configs.PushConfig, ["basics", "what the card says", "repository", "Space"]),
+    ],
+)
+def test_long_help_is_grouped_and_begins_with_what_is_needed(kind, groups):
+    page = kind.help()
+    assert re.findall(r"^(\w[^:\n]*):$", page, re.MULTILINE) == groups
+    first = page[page.index("basics:") : page.index(f"{groups[1]}:")]
+    assert all(f"--{name.replace('_', '-')}\n" in first for name in kind._required())

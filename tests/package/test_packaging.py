@@ -12,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"modeling_ppow": "ppow", "training": "ppow/training", "model_cards": "ppow/model_cards"}
+CARRIED = {"space": "ppow/space", "bundled/drafter": "ppow/bundled/drafter"}  # what the demo and the page need
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def distributions(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
-    for folder in FOLDERS:
+    for folder in FOLDERS | CARRIED:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
@@ -54,6 +55,8 @@ def sources() -> set[str]:
         for path in (ROOT / folder).iterdir():
             if path.suffix in (".py", ".md", ".jinja") or path.name == "py.typed":
                 files.add(f"{package}/{path.name}")
+    for folder, package in CARRIED.items():
+        files |= {f"{package}/{path.name}" for path in (ROOT / folder).iterdir() if path.is_file()}
     return files
 
 
@@ -98,6 +101,21 @@ def test_the_wheels_command(unpacked, tmp_path):
     assert entry.split("\n")[:2] == ["[console_scripts]", "ppow = ppow.training.cli:main"]
     page = isolated(unpacked, "from ppow.training.cli import main; main(['supervised', '--help'])", tmp_path)
     assert page.startswith("usage: ppow supervised --target TARGET")
+
+
+def test_demo_page_and_space_find_what_they_show_outside_of_a_checkout(unpacked, tmp_path):
+    code = """
+from ppow.training import smollm2, space, space_folder
+assert smollm2.PROMPTS.read_text("utf-8").count("prompt") > 4
+assert (space.FOLDER / "app.py").is_file() and space_folder.FOLDER == space.FOLDER
+smollm2.demo_target = lambda: "target"
+target, drafter = smollm2.demo_pair()
+from ppow import PPOWDrafter
+print(target, PPOWDrafter.from_pretrained(drafter).config.target_name_or_path, smollm2.ROOT)
+"""
+    target, recorded, root = isolated(unpacked, code, tmp_path).split()
+    assert target == "target" and recorded == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert Path(root) == unpacked / "ppow"
 
 
 def test_metadata(unpacked):
@@ -226,7 +244,9 @@ def test_type_checkers_and_editors_find_every_module_under_its_import_name():
     roots = [".imports/core", ".imports/rest"]
     assert tools["mypy"]["mypy_path"] == [f"$MYPY_CONFIG_FILE_DIR/{root}" for root in roots]
     assert tools["pyright"]["extraPaths"][:2] == roots
-    assert sorted(tools["mypy"]["packages"]) == sorted(tools["setuptools"]["packages"])
+    assert {name.replace(".", "/") for name in tools["mypy"]["packages"]} == set(FOLDERS.values())
+    carried = {name.replace(".", "/") for name in tools["setuptools"]["packages"]}
+    assert carried == {*FOLDERS.values(), *CARRIED.values()}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).glob("*.py"):
             found = [place for root in roots if (place := ROOT / root / package / path.name).exists()]
@@ -283,3 +303,22 @@ def test_the_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == ppow.__version__
     assert citation["preferred-citation"]["url"] == "https://arxiv.org/abs/2605.14978"
+
+
+def test_the_citation_is_one_that_others_can_read_and_names_the_papers_facts():
+    """The fields that the Citation File Format 1.2.0 asks for, and those of the paper as README and card give them."""
+    import ppow
+
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    citation = yaml.safe_load(text)
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software" and citation["license"] == "Apache-2.0"
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{ppow.__version__}] - {citation['date-released']}" in changes
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors", "year"} <= paper.keys() and paper["type"] == "article"
+    people = [f"{person['given-names']} {person['family-names']}" for person in paper["authors"]]
+    card = (ROOT / "model_cards" / "drafter.md.jinja").read_text(encoding="utf-8")
+    assert paper["title"] in card and f"author = {{{' and '.join(people)}}}" in card
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert paper["title"] in readme and ", ".join(people) in readme

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from decoding_helpers import build_target, random_drafter
 from figures_of_a_drafter import METRICS
 from ppow.training import cli, hub, provenance
-from ppow.training.card import check_figures
+from ppow.training.card import began_with_baseline, check_figures, data_name, public_command
 from ppow.training.config import PushConfig, ReinforceConfig, SupervisedConfig
 from ppow.training.fingerprints import fingerprint
 from ppow.training.repository import assemble, check_private
@@ -230,14 +230,16 @@ def test_training_records_the_weights_of_its_target(pair):
     ("options", "says", "never"),
     [
         (recorded("ppow"), "every window of the texts, without rollouts", "group"),
-        (recorded("ppow"), "beside a supervised loss\n(lk) at weight 3", "group"),
+        (recorded("ppow"), "plus a supervised loss (lk) at weight 3", "group"),
         (
             {**recorded("ppow"), "supervised_loss": "cst", "all_windows": False},
-            "loss\n(cst) at weight 3",
+            "loss (cst) at weight 3",
             "every window",
         ),
         (recorded("published"), "groups of\n8 rollouts", "closed form"),
-        (recorded("lk"), "with\n`lk`, an objective that", "closed form"),
+        (recorded("lk"), "**Trained with** LK's loss (`lk`, arXiv 2602.23881)", "closed form"),
+        (recorded("cst"), "stage 1's supervised loss, continued (`cst`)", "closed form"),
+        ({**recorded("cst"), "objective": "eal"}, "**Trained with** `eal`.\nThis is not", "closed form"),
     ],
 )
 def test_the_card_follows_how_the_drafter_was_trained(pair, options, says, never):
@@ -246,6 +248,23 @@ def test_the_card_follows_how_the_drafter_was_trained(pair, options, says, never
     (pair / "drafter" / "provenance.json").write_text(json.dumps(record))
     text = ModelCard.load(assembled(pair) / "README.md").text
     assert says in text and never not in text
+
+
+def test_a_card_names_no_folder_of_a_run():
+    argv = "ppow reinforce --target=runs/t --drafter runs/s1 --data=runs/a.jsonl --output-dir=runs/x --resume --steps 5"
+    told = "ppow reinforce --target=ORG/T --drafter STAGE1 --data=a.jsonl --output-dir=OUT --steps 5"
+    assert public_command(argv.split(), {"target": "ORG/T", "drafter": None}) == told
+    argv = (
+        "ppow evaluate --target m.Q4.gguf --drafter=here --no-reference --prompts gsm8k --prompts-dir p --output-dir o"
+    )
+    told = "ppow evaluate --target m.Q4.gguf --drafter=ORG/D --no-reference --prompts gsm8k --output-dir OUT"
+    assert public_command(argv.split(), {"drafter": "ORG/D"}) == told
+    assert data_name("runs/a.jsonl") == "a.jsonl" and data_name("ORG/chats") == "ORG/chats"
+    start = [{"weights": {"drafter": "1"}}]
+    assert began_with_baseline({"weights": {"baseline": "1"}}, start)
+    assert not any(
+        began_with_baseline(given, start) for given in ({}, {"weights": {"baseline": "2"}}, {"weights": None})
+    )
 
 
 def test_the_cards_snippets_run(pair, monkeypatch):

@@ -76,7 +76,7 @@ def test_a_pair_makes_the_trip(hub, pair, target, monkeypatch, xet):
     assert any("/xorbs/" in request.path for request in hub.requests) == xet
 
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "share.md"
 TARGETS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "me/target"}
 PULL = """
 import torch
@@ -91,21 +91,21 @@ assert torch.equal(output, target.generate(**inputs, max_new_tokens=32, do_sampl
 """
 
 
-def test_the_readmes_walk_with_a_trained_pair(hub, tmp_path, monkeypatch):
-    """The commands of "Push and pull" in the README, on a hub of one's own: a real drafter with its record."""
+def test_the_pages_walk_with_a_trained_pair(hub, tmp_path, monkeypatch):
+    """The commands of "Push and pull" in docs/share.md, on a hub of one's own: a real drafter with its record."""
     monkeypatch.setenv("HF_TOKEN", hub.add_token("me", orgs=("acme",)))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bundled").symlink_to(small_pair.PAIR)
     HfApi().create_repo("me/target")
     HfApi().upload_folder(repo_id="me/target", folder_path=small_pair.TARGET)  # `hf upload me/target FOLDER .`
-    (part,) = re.findall(r"## Push and pull.*?```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    (part,) = re.findall(r"## Push and pull.*?```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     walk = [line.partition("#")[0].split() for line in part.splitlines() if line.startswith("ppow ")]
     assert len(walk) == 3
     for line in walk:
         assert cli.main([TARGETS.get(word, word) for word in line[1:]]) == 0, line
     assert [row.title for row in HfApi().list_repo_commits("me/drafter")] == ["ppow push v1", "initial commit"]
     scope = {}
-    exec(compile(PULL, "README.md", "exec"), scope)
+    exec(compile(PULL, PAGE.name, "exec"), scope)
     before = generated(scope["target"], PPOWDrafter.from_pretrained(small_pair.DRAFTER, dtype="float32"))
     assert generated(scope["target"], scope["drafter"]) == before
 

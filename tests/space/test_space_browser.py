@@ -1,6 +1,6 @@
 """The Space in a real browser. Screenshots stay in PPOW_SCREENSHOTS, or in pytest's own folder, to be looked at.
 
-The README's picture is made here, of the demo's own pair (which is fetched where it is not in PPOW_CACHE)::
+The picture of docs/share.md is made here, of the demo's own pair (which is fetched where it is not in PPOW_CACHE)::
 
     PPOW_PICTURE=1 pytest tests/space/test_space_browser.py -k picture
 """
@@ -400,7 +400,7 @@ def test_looks_and_accessibility(visit, shots, width, dark):
     assert page.evaluate("document.body.classList.contains('dark')") is not dark
 
 
-# -- the README's picture ----------------------------------------------------------------------------------------------
+# -- the page's picture ------------------------------------------------------------------------------------------------
 
 
 def no_pair():
@@ -451,7 +451,7 @@ def take_picture(page, place: Path) -> None:
     Image.open(place).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(place, optimize=True, pnginfo=kept)
 
 
-def test_the_readmes_picture_can_be_taken(visit, browser, shots, tmp_path):
+def test_the_pages_picture_can_be_taken(visit, browser, shots, tmp_path):
     if not os.environ.get("PPOW_PICTURE"):
         take_picture(visit(), shots / "picture.png")
         assert Image.open(shots / "picture.png").text["target"] == TARGET.name
@@ -464,7 +464,7 @@ def test_the_readmes_picture_can_be_taken(visit, browser, shots, tmp_path):
         take_picture(page, PICTURE)
 
 
-def test_the_readmes_picture_shows_todays_page_and_the_demos_target():
+def test_the_pages_picture_shows_todays_page_and_the_demos_target():
     kept, anew = Image.open(PICTURE).text, "take it anew: PPOW_PICTURE=1 pytest -k picture tests/space"
     assert kept.get("look") == look(), f"docs/space.png shows another page; {anew}"
     target = kept.get("target", "none")
