@@ -479,9 +479,13 @@ class ImportConfig(Config):
 
     _positional = "source"
 
-    source: str = option("the drafter: Hub id or folder")
+    source: str = option("the drafter: Hub id, folder or GGUF file")
     target: str = option("the target that it was trained for: Hub id, folder or GGUF file")
     out: str | None = option("folder to write; none: the drafter's name with -ppow, here", None)
+    rope_theta: float | None = option("base of its RoPE; none: as stored, or as its trainer is known to set it", None)
+    norm_output: bool | None = option("whether normed states are fed back; none: as stored", None)
+    norm_before_residual: bool | None = option("whether its residual is the normed state; none: as stored", None)
+    taps: list[int] | None = option("hidden-state indices of the target that it reads; none: as stored", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)
 
 

@@ -24,8 +24,8 @@ from .config import ExportConfig, ImportConfig
 from .export_formats import Exported, from_ppow
 from .files import claim_beside, whole
 from .foreign_files import find_file, read_json
-from .import_formats import Row, import_checkpoint
-from .loading import check_model, named, place_of
+from .import_formats import Known, Row, import_checkpoint
+from .loading import check_model, is_gguf, named, place_of
 
 
 def main(config: ImportConfig | ExportConfig) -> None:
@@ -42,7 +42,8 @@ def import_drafter(config: ImportConfig) -> None:
         check_model(option, name)
     with named("target", config.target):
         target_config = AutoConfig.from_pretrained(**place_of(config.target))
-    imported = import_checkpoint(config.source, target_config, PPOWDrafter)
+    known = Known(config.rope_theta, config.norm_output, config.norm_before_residual, config.taps)
+    imported = import_checkpoint(config.source, target_config, PPOWDrafter, known)
     print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
     if config.dry_run:
         return
@@ -65,7 +66,8 @@ def export_drafter(config: ExportConfig) -> None:
         with torch.device("meta"):  # the whole of it may not fit into memory
             target_model = AutoModelForCausalLM.from_config(target_config)
         check_pair(target_model, drafter)
-        embeddings = _embeddings(config.target, target_model) if config.format == "sglang" else None
+        if config.format == "sglang" or config.format == "speculators" and drafter.config.share_target_embeddings:
+            embeddings = _embeddings(config.target, target_model)
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
     exported = from_ppow(
@@ -149,13 +151,15 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
 
 def _embeddings(target: str, model: PreTrainedModel) -> torch.Tensor:
     """(V, Ht) embeddings of a target, read alone; ``model`` is the target on no device."""
+    if is_gguf(target):
+        return AutoModelForCausalLM.from_pretrained(**place_of(target), dtype="auto").get_input_embeddings().weight.data
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     file = find_file(target, "model.safetensors")
     if index := find_file(target, "model.safetensors.index.json"):
         file = find_file(target, read_json(index)["weight_map"].get(name, ""))
     if file is None:
-        raise ValueError(f"{target} has no safetensors with {name}, which SGLang export compares with the drafter's.")
+        raise ValueError(f"{target} has no safetensors with {name}, which this format needs beside the drafter.")
     with named("target", target), safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
 

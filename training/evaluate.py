@@ -7,8 +7,9 @@ With ``--baseline STAGE1`` a second drafter is measured on the same prompts, and
 Protocol: batch 1, prefill included, the systems take turns prompt by prompt so that the machine's drift hits all alike,
 after ``warmup`` untimed generations. Tokens are the ids produced, counted the same way on both sides (never
 re-tokenised text). Tokens per second are the mean over prompts, as in Spec-Bench, and the speedup is the ratio of those
-means; the acceptance length is pooled over all verifications, bonus included. Intervals are 95% bootstrap intervals
-over prompts. How it drafted is read back from what ran.
+means; the acceptance length is pooled over all verifications, bonus included: tokens that stand in the text, by which
+drafters are compared, and beside it as engines count, with drafts that were accepted behind a text's end. Intervals are
+95% bootstrap intervals over prompts. How it drafted is read back from what ran.
 
 At temperature 0 every answer is compared with stock ``generate``'s, and where they part the target's own precise
 scores say whether that is a near tie or a fault (``ppow.lossless_ppow``). With ``reference`` it is also compared,
@@ -243,6 +244,7 @@ def compare(
             answer == expected,
             ends_in_a_loop(answer),
             drafting={name: value for name, value in dataclasses.asdict(ran).items() if name != "accept_drafts"},
+            verified=figures.verified[0] if figures.verified else None,
         )
         if not plain.do_sample:
             sample.difference = _recorded(first_difference(target, ids, answer, expected, plain))

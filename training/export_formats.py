@@ -2,8 +2,8 @@
 
     speculators   layers.N, its own nested config; vLLM reads it too
     vllm          layers.N, Eagle3LlamaForCausalLM or Eagle3Qwen3ForCausalLM, tap ids as hidden-state indices
-    sglang        layers.N, LlamaForCausalLMEagle3, tap ids as block outputs (one less)
-    specforge     midlayer, LlamaForCausalLMEagle3, always with d2t and t2d
+    sglang        layers.N, LlamaForCausalLMEagle3, tap ids as block outputs (one less), and as vLLM wants them beside
+    specforge     midlayer, LlamaForCausalLMEagle3, always with d2t and t2d, tap ids as sglang's
     eagle         midlayer, LlamaForCausalLM, default taps only
 
 What an engine would load and then run wrong, without a word, is refused with the reason. The other direction is
@@ -77,6 +77,8 @@ def _checks(c: PPOWConfig, form: str) -> Iterator[tuple[bool, str]]:
         yield c.norm_before_residual, "norm_before_residual: it knows no such switch and runs the raw residual"
         yield c.qk_norm, "qk_norm: it has no norms on q and k and drops them"
         yield 0 in taps, "tap 0: its ids name outputs of blocks, and the embeddings are none"
+        last = f"tap {c.target_num_layers}: it keeps no output of the last block from before the final norm"
+        yield c.target_num_layers in taps, last
     if form in ("sglang", "eagle"):
         fused = len(taps) * c.target_hidden_size
         yield fused == c.hidden_size, f"taps as wide as the drafter ({fused}): it takes them for fused and skips fc"
@@ -114,7 +116,8 @@ def from_ppow(
         tensors: its state dict.
         form: one of :data:`FORMATS`.
         target_config: of its target; raises ``max_position_embeddings`` to the target's and names its architecture.
-        target_embeddings: (V, Ht) of its target; needed for SGLang, to tell whether the drafter's own are the same.
+        target_embeddings: (V, Ht) of its target; needed for SGLang, to tell whether the drafter's own are the same,
+            and for speculators, whose loader would leave memory as it finds it where a drafter stores none.
         speculative_tokens: recorded for speculators.
         target_name: recorded for speculators.
 
@@ -128,15 +131,20 @@ def from_ppow(
     reasons, tensors = refusals(config, form), dict(tensors)
     if form == "sglang" and "embed_tokens.weight" in tensors and config.hidden_size == config.target_hidden_size:
         reasons += _share_embeddings(tensors, target_embeddings, rows)
-    if form == "speculators" and config.share_target_embeddings and not target_name:
-        reasons.append("its embeddings are its target's, and none is recorded: give --target")
+    if form == "speculators" and config.share_target_embeddings:
+        if target_embeddings is None:
+            reasons.append("embed_tokens: speculators wants them stored, and they are the target's: give --target")
+        else:
+            tensors["embed_tokens.weight"] = target_embeddings.to(tensors["fc.weight"])
     if reasons:
         raise ValueError(
             f"This drafter cannot be exported to {form}, which would not load it or silently draft badly: "
             f"{'; '.join(reasons)}."
         )
     if config.share_target_embeddings:
-        rows.append(Row("assumed", "embed_tokens", "not stored: the engine takes the target's"))
+        stored = form == "speculators"
+        how = "the target's, stored: its loader takes none" if stored else "not stored: the engine takes the target's"
+        rows.append(Row("mapped" if stored else "assumed", "embed_tokens", how))
     _write_vocabulary(tensors, config, form, rows)
     tensors = _engine_names(tensors, form, rows)
     layer = _layer_config(config)
@@ -167,8 +175,6 @@ def _write_vocabulary(tensors: Tensors, config: PPOWConfig, form: str, rows: lis
         tensors["d2t"] = torch.zeros(config.draft_vocab_size, dtype=torch.long)
         tensors["t2d"] = torch.ones(config.vocab_size, dtype=torch.bool)
         rows.append(Row("mapped", "full draft vocabulary", "d2t of zeros, t2d of ones"))
-    if form in ("vllm", "sglang") and tensors.pop("t2d", None) is not None:
-        rows.append(Row("dropped", "t2d", "follows from d2t"))
 
 
 def _engine_names(tensors: Tensors, form: str, rows: list[Row]) -> Tensors:
@@ -287,6 +293,7 @@ def _plain_config(config: PPOWConfig, layer: dict, form: str, tensors: Tensors, 
         result["eagle_aux_hidden_state_layer_ids"] = config.target_taps
         rows.append(Row("mapped", "target_taps", f"eagle_aux_hidden_state_layer_ids {config.target_taps}"))
     else:
+        result["eagle_aux_hidden_state_layer_ids"] = config.target_taps  # only vLLM and llama.cpp read this one
         outputs = [tap - 1 for tap in config.target_taps]
         result["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": outputs}
         rows.append(Row("mapped", f"target_taps {config.target_taps}", f"outputs of blocks {outputs}"))

@@ -29,6 +29,7 @@ def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
         "samples": len(samples),
         "acceptance_length": acceptance_length(samples),
         "acceptance_length_95": interval(acceptance_length, resamples, seed, samples),
+        "engine_acceptance_length": engine_acceptance_length(samples),
         "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
         "loops": len(samples) - len(straight),
         "per_position": Acceptance(*([getattr(s, n) for s in samples] for n in _COUNTS)).per_position(),
@@ -71,6 +72,13 @@ def acceptance_length(samples: Sequence[Sample]) -> float:
     return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
 
 
+def engine_acceptance_length(samples: Sequence[Sample]) -> float:
+    """1 + drafts accepted per verification, those behind a text's end, too: what vLLM and SGLang report of a server."""
+    verifications = sum(len(s.gained) for s in samples)
+    accepted = sum(sum(s.accepted if s.verified is None else s.verified) for s in samples)
+    return 1 + accepted / verifications if verifications else 1.0
+
+
 def rate(samples: Sequence[Sample], tokens: str, seconds: str) -> float:
     """Tokens per second, the mean over samples, by the names of the two fields."""
     return sum(getattr(s, tokens) / getattr(s, seconds) for s in samples) / len(samples)
@@ -109,6 +117,8 @@ def table(results: dict) -> str:
     """The figures as a Markdown table."""
     columns = ["prompts", "n", "acceptance length (95%)", "not looping", "plain tok/s", "drafter tok/s"]
     columns += ["speedup (95%)", "identical", "as without drafts"]
+    counted = all("engine_acceptance_length" in r for r in results.values())  # not by earlier versions
+    columns += ["as engines count"] * counted
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, r in results.items():
         straight, sampled = r["acceptance_length_without_loops"], not name.endswith("T=0")
@@ -119,6 +129,7 @@ def table(results: dict) -> str:
             f"| {'-' if straight is None else f'{straight:.2f}'} | {r['plain_tokens_per_second']:.0f} "
             f"| {r['tokens_per_second']:.0f} | {r['speedup']:.2f}x ({slow:.2f}-{fast:.2f}) "
             f"| {'-' if sampled else identical(r)} | {without_drafts(r)} |"
+            + (f" {r['engine_acceptance_length']:.2f} |" if counted else "")
         )
     return "\n".join(lines)
 

@@ -42,6 +42,7 @@ FEATURES = {
     "3 other taps": {"target_taps": [1, 3, 6]},
     "4 taps": {"target_taps": [1, 3, 5, 6]},
     "tap 0 (the embeddings)": {"target_taps": [0, 4, 5]},
+    "tap L (what leaves the last block)": {"target_taps": [2, 4, DEEP]},
     "fc_norm": {"fc_norm": True},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm and norm_before_fc": {"fc_norm": True, "norm_before_fc": True},
@@ -90,6 +91,9 @@ def assert_same(drafter: PPOWDrafter, config: dict, tensors: dict, form: str) ->
     if form == "sglang" and drafter.config.hidden_size == HT:  # it runs the target's embeddings; ours equal them
         expected["share_target_embeddings"] = True
         weights.pop("embed_tokens.weight", None)
+    if form == "speculators" and drafter.config.share_target_embeddings:  # its loader takes stored ones alone
+        expected["share_target_embeddings"] = False
+        weights["embed_tokens.weight"] = EMBEDDINGS
     assert fields_of(imported.config) == expected
     assert imported.tensors.keys() == weights.keys()
     assert all(torch.equal(imported.tensors[name], weights[name]) for name in weights)
