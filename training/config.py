@@ -356,6 +356,8 @@ class TrainConfig(Config):
         filled: dict = dict.fromkeys(kind._required(), "-")
         if name == "regenerate" and "endpoint" not in section:
             filled["target"] = "-"
+        if name == "evaluate":
+            filled |= {"target": "-", "drafter": "-"}
         if isinstance(warmup := section.get("warmup_steps"), int):
             filled["steps"] = warmup + 1  # at least so many will be taken
         try:
@@ -392,8 +394,14 @@ class DraftingConfig(Config):
 class EvaluateConfig(DraftingConfig):
     """Measure a drafter: acceptance length, tokens per second and speedup over the plain target."""
 
-    target: str = option("target model: Hub id, folder or GGUF file")
-    drafter: str = option("drafter: Hub id or folder")
+    target: str | None = option("target model: Hub id, folder or GGUF file; not with endpoint", None)
+    drafter: str | None = option("drafter: Hub id or folder; not with endpoint", None)
+    endpoint: str | None = option(
+        "base URL of an OpenAI-compatible server whose drafter is measured by its own counters, e.g. "
+        "http://localhost:8000/v1",
+        None,
+    )
+    model: str | None = option("the model's name on the endpoint", None)
     baseline: str | None = option("another drafter to measure in the same run, such as its stage 1", None)
     output_dir: str = option("folder for metrics.json, the plot and samples.jsonl; empty or new")
     prompts: list[str] = option("benchmarks by name or .jsonl files", ["mt_bench", "humaneval", "gsm8k"])
@@ -413,6 +421,23 @@ class EvaluateConfig(DraftingConfig):
         super().__post_init__()
         if not self.prompts or not self.temperatures:
             raise ValueError(f"prompts={self.prompts} and temperatures={self.temperatures} must not be empty.")
+        if self.endpoint is None:
+            if self.target is None or self.drafter is None or self.model is not None:
+                raise ValueError(
+                    "evaluate needs --target and --drafter, or the --endpoint of a server with its --model, got "
+                    f"target={self.target!r}, drafter={self.drafter!r}, endpoint=None, model={self.model!r}."
+                )
+            return
+        if not self.endpoint.startswith(("http://", "https://")) or self.model is None:
+            raise ValueError(
+                f"--endpoint is a URL such as http://localhost:8000/v1, and --model names what it serves; got "
+                f"{self.endpoint!r} and {self.model!r}."
+            )
+        local = {field.name for field in dataclasses.fields(DraftingConfig)}
+        local |= {"target", "drafter", "baseline", "repetitions", "dtype", "reference", "resume"}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if given := sorted(name for name in local if getattr(self, name) != defaults[name]):
+            raise ValueError(f"With --endpoint the server decides these: leave {', '.join(given)} out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -496,7 +521,7 @@ class ExportConfig(Config):
     _positional = "drafter"
 
     drafter: str = option("PPOW drafter: Hub id or folder")
-    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle"] = option("who is to read it")
+    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle", "gguf"] = option("who is to read it")
     target: str | None = option("its target: Hub id, folder or GGUF file; none: as the drafter records it", None)
     out: str | None = option("folder to write; none: the drafter's name with the format, here", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)

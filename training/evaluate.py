@@ -2,6 +2,7 @@
 
     ppow evaluate --target TARGET --drafter DRAFTER --prompts gsm8k --prompts-dir PROMPTS --output-dir runs/figures
 
+With ``--endpoint URL`` instead, a drafter that a server runs is measured by the server's own counters (``served``).
 With ``--baseline STAGE1`` a second drafter is measured on the same prompts, and the difference with its interval.
 
 Protocol: batch 1, prefill included, the systems take turns prompt by prompt so that the machine's drift hits all alike,
@@ -40,7 +41,7 @@ from ppow import PPOWDrafter
 from ppow.drafting_ppow import DraftOptions, call_config, what_was_drafted
 from ppow.lossless_ppow import Difference, first_difference, without_drafts
 
-from . import provenance
+from . import provenance, served
 from .config import DraftingConfig, EvaluateConfig
 from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import claim_folder, write_json
@@ -64,11 +65,12 @@ def main(config: EvaluateConfig) -> float:
         OSError: what cannot be read or written.
     """
     with claim_folder(config.output_dir):
-        return evaluate(config)
+        return served.evaluate(config) if config.endpoint else evaluate(config)
 
 
 def evaluate(config: EvaluateConfig) -> float:
     """The command itself, once the output folder is this run's alone."""
+    assert config.target is not None and config.drafter is not None
     if config.threads:
         torch.set_num_threads(config.threads)
     prompts = prompt_sets(config.prompts, config.prompts_dir, config.limit)

