@@ -14,6 +14,7 @@ Windows are counted as engines do: each that begins before the text is long enou
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -157,36 +158,45 @@ def prompts() -> list[list[int]]:
 
 
 def ours(target: PreTrainedModel, drafter: PPOWDrafter) -> dict:
-    """Answers and counts of this package's loop, a chain of WINDOW drafts at a time."""
+    """Answers and counts of this package's loop, a chain of WINDOW drafts at a time, all prompts side by side."""
+    width = max(map(len, prompts()))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts()])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts()])
     config = chain(NEW + WINDOW + 1)  # so that no window that counts is cut
-    found = {"tokens": [], "drafts": 0, "per_position": [0] * WINDOW}
-    for prompt in prompts():
-        out = target.generate(torch.tensor([prompt]), generation_config=config, assistant_model=drafter)
-        found["tokens"].append(out.sequences[0, len(prompt) : len(prompt) + NEW].tolist())
+    out = target.generate(ids, attention_mask=mask, generation_config=config, assistant_model=drafter)
+    found = {"tokens": out.sequences[:, width : width + NEW].tolist(), "drafts": 0, "per_position": [0] * WINDOW}
+    for verified, gained in zip(out.acceptance.verified, out.acceptance.gained):
         length = 1  # the prompt's own
-        for verified, gained in zip(out.acceptance.verified[0], out.acceptance.gained[0]):
+        for accepted, more in zip(verified, gained):
             if length >= NEW:
                 break
-            length += gained
+            length += more
             found["drafts"] += 1
-            for position in range(verified):
+            for position in range(accepted):
                 found["per_position"][position] += 1
     return found | {"accepted": sum(found["per_position"])}
 
 
-def run(family: str, folder: Path, steps: int = 40) -> list[dict]:
-    """Every variant of a family ("pair": by llama.cpp): made, trained, exported, run by both. -> rows of the summary.
+def run(variants: list[Variant], steps: int = 40) -> list[dict]:
+    """Variants of one family ("pair": by llama.cpp), made, trained, exported, run by both. -> rows of the summary.
 
     A row has ``variant``, and ``refused`` (the reason) or ``ours``, ``vllm`` (drafts, accepted, per_position; or
     error) and ``texts``: how many of the answers are plain vLLM's, in vLLM with the drafter and in transformers.
     llama.cpp's have ``llama_cpp`` (drafted, accepted: of each answer).
     """
-    if family == "pair":
-        return run_llama_cpp(folder, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        if variants[0].family == "pair":
+            return run_llama_cpp(variants, Path(folder), steps)
+        return run_vllm(variants, Path(folder), steps)
+
+
+def run_vllm(variants: list[Variant], folder: Path, steps: int) -> list[dict]:
+    """Variants of one family in vLLM. -> rows, as :func:`run`."""
+    family = variants[0].family
     target, rows, jobs = make_target(family), [], []
     target.save_pretrained(folder / "target")
     embeddings = target.get_input_embeddings().weight.detach()
-    for number, variant in enumerate(variant for variant in VARIANTS if variant.family == family):
+    for number, variant in enumerate(variants):
         drafter = random_drafter(target, **{"draft_vocab_size": D, **(variant.fields or {})})
         row: dict = {"variant": variant._asdict()}
         rows.append(row)
@@ -231,7 +241,7 @@ def run(family: str, folder: Path, steps: int = 40) -> list[dict]:
     return rows
 
 
-def run_llama_cpp(folder: Path, steps: int) -> list[dict]:
+def run_llama_cpp(variants: list[Variant], folder: Path, steps: int) -> list[dict]:
     """The variants of the tests' pair in llama.cpp. -> rows, as :func:`run`."""
     target = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
@@ -240,7 +250,7 @@ def run_llama_cpp(folder: Path, steps: int) -> list[dict]:
     chats = [[{"role": "user", "content": question}] for question in questions]
     asked = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
     rows, jobs = [], []
-    for number, variant in enumerate(variant for variant in VARIANTS if variant.family == "pair"):
+    for number, variant in enumerate(variants):
         if variant.fields is None:
             drafter = PPOWDrafter.from_pretrained(PAIR / "drafter", dtype=torch.float32)
             drafter.generation_config = GenerationConfig()  # which has a threshold, and llama.cpp another
@@ -349,12 +359,18 @@ def main(argv=None) -> dict:
     parser.add_argument(
         "--families", default="Llama,Qwen2,Qwen3,pair", help="of the targets, by commas; pair: llama.cpp"
     )
+    parser.add_argument("--processes", type=int, default=1, help="parts at once, each with an engine of its own")
     add_output(parser)
     arguments = parser.parse_args(argv)
     report = facts("engines", arguments, argv) | {"variants": []}
+    parts = []
     for family in arguments.families.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            report["variants"] += run(family, Path(folder))
+        found = [variant for variant in VARIANTS if variant.family == family]
+        size = -(-len(found) // arguments.processes)
+        parts += [found[start : start + size] for start in range(0, len(found), size)]
+    with concurrent.futures.ProcessPoolExecutor(arguments.processes) as pool:
+        for part in pool.map(run, parts):
+            report["variants"] += part
     print(table(report))
     write(report, arguments.output or SUMMARY)
     if arguments.output is None:

@@ -51,7 +51,8 @@ class Acceptance:
     def engine_acceptance_length(self) -> float:
         """The same as serving engines count: 1 + drafts accepted per verification, those behind the text's end, too.
 
-        vLLM's and SGLang's metrics give this one; compare with them by it alone. NaN before the first verification.
+        What vLLM's metrics give; compare with an engine's own figures by it alone, of texts that end by themselves (no
+        window here is longer than the room that ``max_new_tokens`` leaves). NaN before the first verification.
         """
         verified = self.accepted if self.verified is None else self.verified
         return 1 + sum(map(sum, verified)) / self.verifications if self.verifications else float("nan")

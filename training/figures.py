@@ -80,7 +80,7 @@ def pooled(answers: Sequence[Any], count: Callable[[Any], int]) -> float:
 
 
 def engine_acceptance_length(samples: Sequence[Sample]) -> float:
-    """1 + drafts accepted per verification, those behind a text's end, too: what vLLM and SGLang report of a server."""
+    """1 + drafts accepted per verification, those behind a text's end, too: what vLLM reports of a server."""
     verifications = sum(len(s.gained) for s in samples)
     accepted = sum(sum(s.accepted if s.verified is None else s.verified) for s in samples)
     return 1 + accepted / verifications if verifications else 1.0

@@ -185,7 +185,7 @@ def read_gguf(path: str, target: PreTrainedConfig) -> tuple[dict, Tensors]:
         "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": value("context_length"),
         "rope_parameters": rope,
-        "eagle_aux_hidden_state_layer_ids": value("target_layers") or value("extract_layers"),
+        "target_layers": value("target_layers") or value("extract_layers"),
         "norm_before_residual": value("norm_before_residual", False),
         "norm_before_fc": value("norm_before_fc", False),
     }

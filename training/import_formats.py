@@ -71,7 +71,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {  # of the fields that are read, w
     **dict.fromkeys(("eagle_config", "rope_parameters", "rope_scaling", "speculators_config"), dict),
     **dict.fromkeys(("transformer_layer_config", "verifier"), dict),
     **dict.fromkeys(("architectures", "layer_types"), list),
-    **dict.fromkeys(("aux_hidden_states_layer_ids", "eagle_aux_hidden_state_layer_ids"), list),
+    **dict.fromkeys(("aux_hidden_states_layer_ids", "eagle_aux_hidden_state_layer_ids", "target_layers"), list),
     **dict.fromkeys(("head_dim", "max_position_embeddings", "num_attention_heads"), int),
     **dict.fromkeys(("initializer_range", "partial_rotary_factor", "rms_norm_eps", "rope_theta"), (int, float)),
     "hidden_act": str,
@@ -402,6 +402,7 @@ def _taps(dialect: str, config: dict, known: Known, width: int, text: PreTrained
         ("eagle_config.eagle_aux_hidden_state_layer_ids", nested, dialect != "vLLM"),  # outputs of blocks, but in vLLM
         ("aux_hidden_states_layer_ids", config.get("aux_hidden_states_layer_ids"), 1),  # AngelSlim
         ("eagle_aux_hidden_state_layer_ids", config.get("eagle_aux_hidden_state_layer_ids"), 0),
+        ("target_layers", config.get("target_layers"), 0),  # a GGUF file's
     )
     found = {name: _as_indices(ids, int(shift), layers, rows) for name, ids, shift in fields if ids}
     default = [2, layers // 2, layers - 3]

@@ -6,8 +6,6 @@ each answer how much it drafted and accepted. What an engine cannot run is refus
 """
 
 import functools
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -33,8 +31,8 @@ def rows(family: str) -> dict[str, dict]:
     engine = "llama-cpp" if family == "pair" else "vllm"
     if engines.python(engine) is None:
         pytest.fail(f"no environment with {engine}: run `make engines`, or name the folder of both with PPOW_ENGINES")
-    with tempfile.TemporaryDirectory() as folder:
-        return {str(engines.Variant(**row["variant"])): row for row in engines.run(family, Path(folder))}
+    made = engines.run([variant for variant in engines.VARIANTS if variant.family == family])
+    return {str(engines.Variant(**row["variant"])): row for row in made}
 
 
 @pytest.mark.parametrize("variant", engines.VARIANTS, ids=str)
