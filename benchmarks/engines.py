@@ -105,7 +105,7 @@ VARIANTS = [
     ),
     Variant("Llama", "speculators", "the target's embeddings", {"share_target_embeddings": True}),
     Variant("Llama", "speculators", "narrower", {"hidden_size": 32, "num_attention_heads": 1}),
-    Variant("Llama", "sglang", "3 other taps", TAPS),
+    Variant("Llama", "sglang", "3 other taps, the target's embeddings", {**TAPS, "share_target_embeddings": True}),
     Variant("Llama", "specforge", "3 other taps", TAPS),
     Variant("Qwen2", "vllm", "plain, D < V", {}),
     Variant("Qwen2", "vllm", "3 other taps", TAPS),
@@ -366,13 +366,15 @@ def main(argv=None) -> dict:
     parts = []
     for family in arguments.families.split(","):
         found = [variant for variant in VARIANTS if variant.family == family]
-        size = -(-len(found) // arguments.processes)
+        size = max(3, -(-len(found) // arguments.processes))
         parts += [found[start : start + size] for start in range(0, len(found), size)]
+    order = [str(variant) for variant in VARIANTS]
     with concurrent.futures.ProcessPoolExecutor(arguments.processes) as pool:
-        for part in pool.map(run, parts):
-            report["variants"] += part
+        for part in concurrent.futures.as_completed([pool.submit(run, part) for part in parts]):
+            report["variants"] += part.result()
+            report["variants"].sort(key=lambda row: order.index(str(Variant(**row["variant"]))))
+            write(report, arguments.output or SUMMARY)  # what is done stays, whatever becomes of the others
     print(table(report))
-    write(report, arguments.output or SUMMARY)
     if arguments.output is None:
         page = PAGE.read_text(encoding="utf-8")
         before, after = page.partition(START)[0], page.partition(END)[2]

@@ -57,4 +57,5 @@ def test_at_least_twelve_variants_are_run_and_the_refused_ones_are_named():
 def test_the_docs_show_the_summary_that_the_command_wrote():
     page = engines.PAGE.read_text(encoding="utf-8")
     found = page.partition(engines.START)[2].partition(engines.END)[0]
-    assert found == engines.table(json.loads(engines.SUMMARY.read_text()))
+    written = engines.SUMMARY.exists()  # without one no table stands there
+    assert found == (engines.table(json.loads(engines.SUMMARY.read_text())) if written else "")
