@@ -158,21 +158,19 @@ def prompts() -> list[list[int]]:
 
 
 def ours(target: PreTrainedModel, drafter: PPOWDrafter) -> dict:
-    """Answers and counts of this package's loop, a chain of WINDOW drafts at a time, all prompts side by side."""
-    width = max(map(len, prompts()))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts()])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts()])
+    """Answers and counts of this package's loop, a chain of WINDOW drafts at a time, one prompt after the other."""
     config = chain(NEW + WINDOW + 1)  # so that no window that counts is cut
-    out = target.generate(ids, attention_mask=mask, generation_config=config, assistant_model=drafter)
-    found = {"tokens": out.sequences[:, width : width + NEW].tolist(), "drafts": 0, "per_position": [0] * WINDOW}
-    for verified, gained in zip(out.acceptance.verified, out.acceptance.gained):
+    found: dict = {"tokens": [], "drafts": 0, "per_position": [0] * WINDOW}
+    for prompt in prompts():
+        out = target.generate(torch.tensor([prompt]), generation_config=config, assistant_model=drafter)
+        found["tokens"].append(out.sequences[0, len(prompt) : len(prompt) + NEW].tolist())
         length = 1  # the prompt's own
-        for accepted, more in zip(verified, gained):
+        for verified, gained in zip(out.acceptance.verified[0], out.acceptance.gained[0]):
             if length >= NEW:
                 break
-            length += more
+            length += gained
             found["drafts"] += 1
-            for position in range(accepted):
+            for position in range(verified):
                 found["per_position"][position] += 1
     return found | {"accepted": sum(found["per_position"])}
 
