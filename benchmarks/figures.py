@@ -27,8 +27,9 @@ UNITS = r"x|tokens/s|rollouts/s|texts/s|ms|us|s|minutes?|seconds?|hours?|GB|MB|G
 FIGURE = re.compile(  # a number with a unit, with a decimal point, or alone in a cell
     rf"(?<![\w.])(?:({NUMBER})(?:%|\s?(?:{UNITS})\b)|([+-]?\d[\d,]*\.\d+)(?![\d.]))|(?<=\| )({NUMBER})(?= \|)"
 )
-# code, comments and addresses; papers; names that hold a number
-PASSAGES = r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]\w*-\d[\w.-]*|\A---\n.*?\n---\n"
+# tables that another command wrote; code, comments and addresses; papers; names that hold a number
+PASSAGES = r"<!-- written by python -m benchmarks\.\w+ -->.*?end -->|"
+PASSAGES += r"```.*?```|`[^`]*`|<!--.*?-->|\]\([^)]*\)|arXiv\s[\d.]+|[A-Za-z]\w*-\d[\w.-]*|\A---\n.*?\n---\n"
 NO_FIGURES = re.compile(PASSAGES, re.S)
 
 # -- what figures.txt is written with ----------------------------------------------------------------------------------

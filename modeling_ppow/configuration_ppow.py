@@ -2,7 +2,8 @@
 
 The drafter reads hidden states of its target ("taps") and drafts windows of tokens that the target verifies.
 Taps are stored as Hugging Face hidden-state indices: index ``i`` is the residual stream that enters block ``i`` of the
-target, as in ``output_hidden_states``. (The peers' explicit tap fields do not agree with each other on this point.)
+target, as in ``output_hidden_states``; index L is what the last block puts out, before the final norm (where
+``output_hidden_states`` has it normed). (The peers' explicit tap fields do not agree with each other on this point.)
 """
 
 import difflib
@@ -99,7 +100,7 @@ class PPOWConfig(PreTrainedConfig):
         qk_norm: RMS norm on the heads of q and k ("Qwen3 style"); False is "Llama style".
         target_hidden_size: Ht, width of the target's residual stream.
         target_num_layers: L, blocks of the target.
-        target_taps: hidden-state indices in increasing order, each in ``0 .. L - 1``. At least one; default EAGLE-3's.
+        target_taps: hidden-state indices in increasing order, each in ``0 .. L``. At least one; default EAGLE-3's.
         target_model_type: ``config.model_type`` of the target, for messages.
         target_name_or_path: Hub id of the target it was trained for, or None when it has none.
         share_target_embeddings: keep no embedding of its own and read the target's (needs H == Ht).
@@ -207,10 +208,11 @@ class PPOWConfig(PreTrainedConfig):
         if self.is_block:
             self._check_block()
         taps = self.target_taps
-        if not taps or sorted(set(taps)) != taps or taps[0] < 0 or taps[-1] >= self.target_num_layers:
+        if not taps or sorted(set(taps)) != taps or taps[0] < 0 or taps[-1] > self.target_num_layers:
             raise ValueError(
                 f"target_taps={taps} must be strictly increasing hidden-state indices in "
-                f"0..{self.target_num_layers - 1} (index i is the residual stream entering block i of the target)."
+                f"0..{self.target_num_layers} (index i is the residual stream entering block i of the target, the last "
+                "one what leaves its last block)."
             )
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: a drafter has at least one decoder layer.")

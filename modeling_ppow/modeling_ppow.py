@@ -41,6 +41,7 @@ from .graphs_ppow import GraphDrafter
 from .lossless_ppow import Difference, explain
 from .masks_ppow import additive_mask
 from .paths_ppow import check_path
+from .target_ppow import read_taps
 
 CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
 from .entrances_ppow import generate  # noqa: F401
@@ -338,6 +339,10 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         return PPOWDrafterOutput(logits=self.logits(hidden), hidden_states=hidden)
 
     # -- vocabulary and embeddings -----------------------------------------------------------------------------------
+
+    def read_target(self, target: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the target on ``inputs``: -> its logits, and the taps (B, T, n_taps * Ht) that this drafter reads."""
+        return read_taps(target, self.config.target_taps, **inputs)
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
         """Ids in the draft vocabulary -> ids in the target's. ``d2t`` holds offsets: target id = i + d2t[i]."""

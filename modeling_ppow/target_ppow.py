@@ -43,8 +43,8 @@ def read_taps(target: PreTrainedModel, taps: list[int], **inputs: Any) -> tuple[
     target, this call's and all later ones', and names a list's entries differently from version to version.
 
     Args:
-        taps: indices into what ``output_hidden_states=True`` returns, below the layer count: the states entering those
-            blocks.
+        taps: the states entering those blocks; the layer count is what leaves the last one, before the final norm
+            (``output_hidden_states=True`` would show that one normed).
         inputs: of the target's forward.
     """
     layers, thread, states = decoder_layers(target), threading.get_ident(), {}
@@ -55,6 +55,11 @@ def read_taps(target: PreTrainedModel, taps: list[int], **inputs: Any) -> tuple[
             if threading.get_ident() == thread:  # others may be running the same target
                 states[tap] = args[0] if args else kwargs["hidden_states"]
 
+        def hook_behind(layer: torch.nn.Module, args: tuple, out: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            hook(layer, (out if isinstance(out, torch.Tensor) else out[0],))
+
+        if tap == len(layers):
+            return layers[-1].register_forward_hook(hook_behind)
         return layers[tap].register_forward_pre_hook(hook, with_kwargs=True)
 
     hooks = [catch(tap) for tap in taps]

@@ -24,11 +24,14 @@ class Acceptance:
         drafted: drafted[b][i], longest way through window i of row b (K for a chain).
         accepted: accepted[b][i], drafted tokens of window i that stand in the text (bonus not counted).
         gained: gained[b][i], tokens it added to the text: accepted + 1, less where a stop cut the window.
+        verified: verified[b][i], drafted tokens that the verification accepted, whether or not the text ended before
+            them; None where that was not kept.
     """
 
     drafted: list[list[int]]
     accepted: list[list[int]]
     gained: list[list[int]]
+    verified: list[list[int]] | None = None
 
     @property
     def verifications(self) -> int:
@@ -40,8 +43,19 @@ class Acceptance:
         """Mean tokens gained per verification, bonus included, pooled over rows; NaN before the first.
 
         Tokens after the end of the text do not count, so the last window of a text pulls the mean down a little.
+        This is the figure to compare drafters by: it is what a reader gets.
         """
         return sum(map(sum, self.gained)) / self.verifications if self.verifications else float("nan")
+
+    @property
+    def engine_acceptance_length(self) -> float:
+        """The same as serving engines count: 1 + drafts accepted per verification, those behind the text's end, too.
+
+        What vLLM's metrics give; compare with an engine's own figures by it alone, of texts that end by themselves (no
+        window here is longer than the room that ``max_new_tokens`` leaves). NaN before the first verification.
+        """
+        verified = self.accepted if self.verified is None else self.verified
+        return 1 + sum(map(sum, verified)) / self.verifications if self.verifications else float("nan")
 
     def per_position(self) -> list[float]:
         """Entry j: of the windows that were tried at position j + 1, the share in which its draft was accepted.
@@ -121,7 +135,7 @@ class Transcript:
         collect = generation_config.return_dict_in_generate
         self.scores: Collected | None = self._lists() if collect and generation_config.output_scores else None
         self.logits: Collected | None = self._lists() if collect and generation_config.output_logits else None
-        self.acceptance = Acceptance(self._lists(), self._lists(), self._lists())
+        self.acceptance = Acceptance(self._lists(), self._lists(), self._lists(), self._lists())
         self.device = input_ids.device
         self.ids = input_ids.to("cpu", torch.long)  # written token by token, so kept by the host
         self.lengths = [self.prompt_length] * self.batch
@@ -199,10 +213,12 @@ class Transcript:
                 self.extend(rows, [tokens[row][:count] for row in rows], scores, logits)
             counts = [length - start for length, start in zip(self.lengths, before)]
         if drafted is not None:
+            assert self.acceptance.verified is not None
             for row in [row for row in range(self.batch) if counts[row]]:
                 self.acceptance.drafted[row].append(drafted)
                 self.acceptance.accepted[row].append(min(accepted[row], counts[row]))
                 self.acceptance.gained[row].append(counts[row])
+                self.acceptance.verified[row].append(accepted[row])
         return counts
 
     def extend(

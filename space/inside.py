@@ -29,9 +29,8 @@ def look_inside(pair, drafter, prompt: torch.Tensor, run, settings) -> list[dict
     """
     device = prompt.device
     ids = torch.cat((prompt, torch.tensor([run.tokens], device=device)), 1)  # (1, T)
-    out = pair.target(ids, output_hidden_states=True, use_cache=False)
-    taps = torch.cat([out.hidden_states[i].to(device) for i in drafter.config.target_taps], -1)  # (1, T, n_taps * Ht)
-    text = Text(pair, drafter, ids, taps, out.logits[0].float(), prompt.shape[1], settings.temperature)
+    logits, taps = drafter.read_target(pair.target, input_ids=ids, use_cache=False)  # taps (1, T, n_taps * Ht)
+    text = Text(pair, drafter, ids, taps.to(device), logits[0].float(), prompt.shape[1], settings.temperature)
     windows = []
     for drafted, accepted, gained in zip(run.drafted, run.accepted, run.gained):
         windows.append(text.window(drafted, accepted, gained, settings))

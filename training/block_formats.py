@@ -15,7 +15,16 @@ from ppow import PPOWConfig
 
 from .export_formats import Exported, layer_config
 from .foreign_files import Tensors
-from .import_formats import Imported, Row, attention_shape, check_tensors, layer_fields, refuse_foreign, stored_dtype
+from .import_formats import (
+    READ,
+    Imported,
+    Row,
+    attention_shape,
+    check_tensors,
+    layer_fields,
+    refuse_foreign,
+    stored_dtype,
+)
 
 ARCHITECTURE = "DFlashDraftModel"
 _NEEDED = ("block_size", "mask_token_id", "target_layer_ids")
@@ -80,7 +89,7 @@ def from_dflash(
         attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
         target_taps=taps,
         **attention_shape(tensors, config, text, rows),
-        **layer_fields({"model_type": "qwen3", **config}, text, rows),
+        **layer_fields("dflash", {"model_type": "qwen3", **config}, READ, text, rows),
     )
     result.dtype = stored_dtype(tensors, rows)
     with torch.device("meta"):

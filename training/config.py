@@ -472,6 +472,8 @@ class TrainConfig(Config):
             filled["architecture"] = self.architecture
         if name == "regenerate" and "endpoint" not in section:
             filled["target"] = "-"
+        if name == "evaluate":
+            filled |= {"target": "-", "drafter": "-"}
         if isinstance(warmup := section.get("warmup_steps"), int):
             filled["steps"] = warmup + 1  # at least so many will be taken
         try:
@@ -525,8 +527,14 @@ class EvaluateConfig(DraftingConfig):
 
     dtype: Literal["float32", "bfloat16"] = option(_DTYPE, "float32", group="resources")
 
-    target: str = option(_TARGET, group="basics")
-    drafter: str = option("drafter: Hub id or folder")
+    target: str | None = option(f"{_TARGET}; not with endpoint", None, group="basics")
+    drafter: str | None = option("drafter: Hub id or folder; not with endpoint", None)
+    endpoint: str | None = option(
+        "base URL of an OpenAI-compatible server whose drafter is measured by its own counters, e.g. "
+        "http://localhost:8000/v1",
+        None,
+    )
+    model: str | None = option("the model's name on the endpoint", None)
     output_dir: str = option("folder to write: metrics.json, the plot and samples.jsonl; new or empty")
     baseline: str | None = option("another drafter to compare with in the same run, such as its stage 1", None)
     resume: bool = option("continue the evaluation that output_dir holds", False)
@@ -546,6 +554,23 @@ class EvaluateConfig(DraftingConfig):
         super().__post_init__()
         if not self.prompts or not self.temperatures:
             raise ValueError(f"prompts={self.prompts} and temperatures={self.temperatures} must not be empty.")
+        if self.endpoint is None:
+            if self.target is None or self.drafter is None or self.model is not None:
+                raise ValueError(
+                    "evaluate needs --target and --drafter, or the --endpoint of a server with its --model, got "
+                    f"target={self.target!r}, drafter={self.drafter!r}, endpoint=None, model={self.model!r}."
+                )
+            return
+        if not self.endpoint.startswith(("http://", "https://")) or self.model is None:
+            raise ValueError(
+                f"--endpoint is a URL such as http://localhost:8000/v1, and --model names what it serves; got "
+                f"{self.endpoint!r} and {self.model!r}."
+            )
+        local = {field.name for field in dataclasses.fields(DraftingConfig)}
+        local |= {"target", "drafter", "baseline", "repetitions", "dtype", "reference", "resume"}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if given := sorted(name for name in local if getattr(self, name) != defaults[name]):
+            raise ValueError(f"With --endpoint the server decides these: leave {', '.join(given)} out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -614,9 +639,13 @@ class ImportConfig(Config):
 
     _positional = "source"
 
-    source: str = option("the drafter: Hub id or folder")
+    source: str = option("the drafter: Hub id, folder or GGUF file")
     target: str = option("the target that it was trained for: Hub id, folder or GGUF file")
     out: str | None = option("folder to write; none: the drafter's name with -ppow, here", None)
+    rope_theta: float | None = option("base of its RoPE; none: as stored, or as its trainer is known to set it", None)
+    norm_output: bool | None = option("whether normed states are fed back; none: as stored", None)
+    norm_before_residual: bool | None = option("whether its residual is the normed state; none: as stored", None)
+    taps: list[int] | None = option("hidden-state indices of the target that it reads; none: as stored", None)
     dry_run: bool = option("only print what would be mapped, dropped and assumed", False)
 
 
@@ -627,8 +656,8 @@ class ExportConfig(Config):
     _positional = "drafter"
 
     drafter: str = option("PPOW drafter: Hub id or folder")
-    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle", "dflash"] = option(
-        "who is to read it; dflash: z-lab, vLLM and SGLang, a block drafter"
+    format: Literal["speculators", "vllm", "sglang", "specforge", "eagle", "gguf", "dflash"] = option(
+        "who is to read it; gguf: llama.cpp; dflash: z-lab, vLLM and SGLang, a block drafter"
     )
     target: str | None = option("its target: Hub id, folder or GGUF file; none: as the drafter records it", None)
     out: str | None = option("folder to write; none: the drafter's name with the format, here", None)

@@ -25,8 +25,11 @@ from .config import ExportConfig, ImportConfig
 from .export_formats import Exported, from_ppow
 from .files import claim_beside, whole
 from .foreign_files import find_file, read_json
-from .import_formats import Row, import_checkpoint
-from .loading import check_model, named, place_of
+from .gguf_format import write_gguf
+from .import_formats import Known, Row, import_checkpoint
+from .loading import check_model, is_gguf, named, place_of
+
+GGUF = "drafter.gguf"  # the one file of a folder that llama.cpp reads
 
 
 def main(config: ImportConfig | ExportConfig) -> None:
@@ -39,11 +42,13 @@ def main(config: ImportConfig | ExportConfig) -> None:
 
 def import_drafter(config: ImportConfig) -> None:
     """Write another trainer's drafter as a PPOW drafter, in its folder with code and ``custom_generate/``."""
-    for option, name in (("source", config.source), ("target", config.target)):
-        check_model(option, name)
+    if not (is_gguf(config.source) and Path(config.source).is_file()):
+        check_model("source", config.source)
+    check_model("target", config.target)
     with named("target", config.target):
         target_config = AutoConfig.from_pretrained(**place_of(config.target))
-    imported = import_checkpoint(config.source, target_config, PPOWDrafter)
+    known = Known(config.rope_theta, config.norm_output, config.norm_before_residual, config.taps)
+    imported = import_checkpoint(config.source, target_config, PPOWDrafter, known)
     print(report(f"{imported.dialect}, {len(imported.tensors)} tensors", imported.rows))
     if config.dry_run:
         return
@@ -57,6 +62,11 @@ def import_drafter(config: ImportConfig) -> None:
 def export_drafter(config: ExportConfig) -> None:
     """Write a drafter, PPOW's or another trainer's, in an engine's format, and print the command that serves it."""
     target_config = embeddings = None
+    if config.format == "gguf" and not (config.target and is_gguf(config.target) and Path(config.target).is_file()):
+        raise ValueError(
+            "--format gguf writes a drafter with its target's tokenizer: give --target the GGUF file of the target "
+            "that llama.cpp is to serve."
+        )
     if config.target:
         with named("target", config.target):
             target_config = AutoConfig.from_pretrained(**place_of(config.target))
@@ -66,7 +76,8 @@ def export_drafter(config: ExportConfig) -> None:
         with torch.device("meta"):  # the whole of it may not fit into memory
             target_model = AutoModelForCausalLM.from_config(target_config)
         check_pair(target_model, drafter)
-        embeddings = _embeddings(config.target, target_model) if config.format == "sglang" else None
+        if config.format == "sglang" or config.format == "speculators" and drafter.config.share_target_embeddings:
+            embeddings = _embeddings(config.target, target_model)
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
     if drafter.config.is_block != (config.format == "dflash"):
@@ -90,7 +101,8 @@ def export_drafter(config: ExportConfig) -> None:
     print(report(f"{config.format}, {len(exported.tensors)} tensors", exported.rows))
     if config.dry_run:
         return
-    folder = write_folder(config.out or f"{_name(config.drafter)}-{config.format}", lambda path: save(exported, path))
+    place = config.out or f"{_name(config.drafter)}-{config.format}"
+    folder = write_folder(place, lambda path: save(exported, path, config.target if config.format == "gguf" else None))
     print(f"wrote {folder}; then")
     print(serving_command(config.format, target or "TARGET", str(folder), tokens))
 
@@ -102,8 +114,17 @@ def report(title: str, rows: list[Row]) -> str:
     return "\n".join([f"{'dialect':<9}{title}", *lines])
 
 
-def save(exported: Exported, folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` (one file: EAGLE's own loader knows no shards)."""
+def save(exported: Exported, folder: Path, gguf_target: str | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` (one file: EAGLE's own loader knows no shards), or a GGUF file.
+
+    Args:
+        exported: what to write.
+        folder: where.
+        gguf_target: of the format gguf, the target's GGUF file.
+    """
+    if gguf_target:
+        write_gguf(exported.config, exported.tensors, gguf_target, folder / GGUF)
+        return
     save_file(exported.tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(exported.config, indent=2) + "\n", encoding="utf-8")
 
@@ -152,6 +173,9 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return shlex.join(["python", "-m", "sglang.launch_server", *arguments])
+    if form == "gguf":
+        draft = ["-md", f"{drafter}/{GGUF}", "--spec-type", "draft-eagle3", "--spec-draft-n-max", str(tokens)]
+        return shlex.join(["llama-server", "-m", target, *draft])
     if form == "eagle":
         return f"EaModel.from_pretrained(base_model_path={target!r}, ea_model_path={drafter!r}, use_eagle3=True)"
     return f"train on from {drafter} with SpecForge; to serve it, export with --format vllm or sglang"
@@ -159,16 +183,18 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
 
 def _embeddings(target: str, model: PreTrainedModel) -> torch.Tensor:
     """(V, Ht) embeddings of a target, read alone; ``model`` is the target on no device."""
+    if is_gguf(target):
+        return AutoModelForCausalLM.from_pretrained(**place_of(target), dtype="auto").get_input_embeddings().weight.data
     weight = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     file = find_file(target, "model.safetensors")
     if index := find_file(target, "model.safetensors.index.json"):
         file = find_file(target, read_json(index)["weight_map"].get(name, ""))
     if file is None:
-        raise ValueError(f"{target} has no safetensors with {name}, which SGLang export compares with the drafter's.")
+        raise ValueError(f"{target} has no safetensors with {name}, which this format needs beside the drafter.")
     with named("target", target), safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
 
 
 def _name(source: str) -> str:
-    return Path(source.rstrip("/")).name or "drafter"
+    return Path(source.rstrip("/")).name.removesuffix(".gguf") or "drafter"

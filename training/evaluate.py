@@ -2,13 +2,15 @@
 
     ppow evaluate --target TARGET --drafter DRAFTER --prompts gsm8k --prompts-dir PROMPTS --output-dir runs/figures
 
+With ``--endpoint URL`` instead, a drafter that a server runs is measured by the server's own counters (``served``).
 With ``--baseline STAGE1`` a second drafter is measured on the same prompts, and the difference with its interval.
 
 Protocol: batch 1, prefill included, the systems take turns prompt by prompt so that the machine's drift hits all alike,
 after ``warmup`` untimed generations. Tokens are the ids produced, counted the same way on both sides (never
 re-tokenised text). Tokens per second are the mean over prompts, as in Spec-Bench, and the speedup is the ratio of those
-means; the acceptance length is pooled over all verifications, bonus included. Intervals are 95% bootstrap intervals
-over prompts. How it drafted is read back from what ran.
+means; the acceptance length is pooled over all verifications, bonus included: tokens that stand in the text, by which
+drafters are compared, and beside it as engines count, with drafts that were accepted behind a text's end. Intervals are
+95% bootstrap intervals over prompts. How it drafted is read back from what ran.
 
 At temperature 0 every answer is compared with stock ``generate``'s, and where they part the target's own precise
 scores say whether that is a near tie or a fault (``ppow.lossless_ppow``). With ``reference`` it is also compared,
@@ -39,7 +41,7 @@ from ppow import PPOWDrafter
 from ppow.drafting_ppow import DraftOptions, call_config, what_was_drafted
 from ppow.lossless_ppow import Difference, first_difference, without_drafts
 
-from . import provenance
+from . import provenance, served
 from .config import DraftingConfig, EvaluateConfig
 from .figures import ends_in_a_loop, faults, gain, plot, summarize, table
 from .files import claim_folder, write_json
@@ -63,11 +65,12 @@ def main(config: EvaluateConfig) -> float:
         OSError: what cannot be read or written.
     """
     with claim_folder(config.output_dir):
-        return evaluate(config)
+        return served.evaluate(config) if config.endpoint else evaluate(config)
 
 
 def evaluate(config: EvaluateConfig) -> float:
     """The command itself, once the output folder is this run's alone."""
+    assert config.target is not None and config.drafter is not None
     if config.threads:
         torch.set_num_threads(config.threads)
     prompts = prompt_sets(config.prompts, config.prompts_dir, config.limit)
@@ -243,6 +246,7 @@ def compare(
             answer == expected,
             ends_in_a_loop(answer),
             drafting={name: value for name, value in dataclasses.asdict(ran).items() if name != "accept_drafts"},
+            verified=figures.verified[0] if figures.verified else None,
         )
         if not plain.do_sample:
             sample.difference = _recorded(first_difference(target, ids, answer, expected, plain))

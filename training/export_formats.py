@@ -2,12 +2,13 @@
 
     speculators   layers.N, its own nested config; vLLM reads it too
     vllm          layers.N, Eagle3LlamaForCausalLM or Eagle3Qwen3ForCausalLM, tap ids as hidden-state indices
-    sglang        layers.N, LlamaForCausalLMEagle3, tap ids as block outputs (one less)
-    specforge     midlayer, LlamaForCausalLMEagle3, always with d2t and t2d
+    sglang        layers.N, LlamaForCausalLMEagle3, tap ids as block outputs (one less), and as vLLM wants them beside
+    specforge     midlayer, LlamaForCausalLMEagle3, always with d2t and t2d, tap ids as sglang's
     eagle         midlayer, LlamaForCausalLM, default taps only
+    gguf          one file for llama.cpp, see ``gguf_format``
 
 What an engine would load and then run wrong, without a word, is refused with the reason. The other direction is
-``import_formats``. Read from: speculators 0.9.0, vLLM 0.33.0, SGLang 0.5.23, SpecForge 0.2.0.
+``import_formats``. Read from: speculators 0.9.0, vLLM 0.33.0, SGLang 0.5.23, SpecForge 0.2.0, llama.cpp build 11434.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ppow import PPOWConfig
 
 from .foreign_files import Tensors
+from .gguf_format import metadata, to_llama_cpp
 from .import_formats import UNSCALED_ROPE, Row
 
-FORMATS = ("speculators", "vllm", "sglang", "specforge", "eagle")
+FORMATS = ("speculators", "vllm", "sglang", "specforge", "eagle", "gguf")
 SPECULATORS_VERSION = "0.9.0"
 # Targets for which SGLang reads explicit tap id i as the output of block i; others guess, or take it as it stands.
 SGLANG_BLOCK_OUTPUTS = (
@@ -41,7 +43,7 @@ SGLANG_BLOCK_OUTPUTS = (
 
 @dataclass
 class Exported:
-    """What to write: config.json, the tensors under the engine's names, and the report."""
+    """What to write: config.json (a GGUF file's metadata), the tensors under the engine's names, and the report."""
 
     config: dict
     tensors: Tensors
@@ -71,12 +73,26 @@ def _checks(c: PPOWConfig, form: str) -> Iterator[tuple[bool, str]]:
     if form == "speculators":
         differ = c.hidden_size != c.target_hidden_size
         yield differ, "a drafter narrower or wider than its target: speculators has one width (vLLM has two)"
-    if form in ("vllm", "speculators", "sglang"):
+    if form in ("vllm", "speculators", "sglang", "gguf"):
         yield c.hidden_act != "silu", f"hidden_act={c.hidden_act}: the engines' MLP is silu"
     if form in ("sglang", "specforge", "eagle"):
         yield c.norm_before_residual, "norm_before_residual: it knows no such switch and runs the raw residual"
         yield c.qk_norm, "qk_norm: it has no norms on q and k and drops them"
         yield 0 in taps, "tap 0: its ids name outputs of blocks, and the embeddings are none"
+        last = f"tap {c.target_num_layers}: it keeps no output of the last block from before the final norm"
+        yield c.target_num_layers in taps, last
+    if form == "gguf":
+        yield c.num_hidden_layers > 1, f"{c.num_hidden_layers} layers: llama.cpp has one"
+        yield c.qk_norm, "qk_norm: llama.cpp has no norms on q and k of a drafter"
+        yield c.fc_norm, "fc_norm: llama.cpp has no such norm"
+        yield c.norm_output, "norm_output: llama.cpp feeds raw states back"
+        yield len(taps) != 3, f"{len(taps)} taps: llama.cpp reads three"
+        yield c.target_num_layers in taps, f"tap {c.target_num_layers}: llama.cpp keeps what enters a block alone"
+        yield (
+            rope not in UNSCALED_ROPE,
+            f"RoPE of type {rope}: only default, linear and llama3 have a place in the file",
+        )
+        yield c.dtype == torch.float64, "float64: a GGUF file has 32 bits"
     if form in ("sglang", "eagle"):
         fused = len(taps) * c.target_hidden_size
         yield fused == c.hidden_size, f"taps as wide as the drafter ({fused}): it takes them for fused and skips fc"
@@ -114,7 +130,8 @@ def from_ppow(
         tensors: its state dict.
         form: one of :data:`FORMATS`.
         target_config: of its target; raises ``max_position_embeddings`` to the target's and names its architecture.
-        target_embeddings: (V, Ht) of its target; needed for SGLang, to tell whether the drafter's own are the same.
+        target_embeddings: (V, Ht) of its target; needed for SGLang, to tell whether the drafter's own are the same,
+            and for speculators, whose loader would leave memory as it finds it where a drafter stores none.
         speculative_tokens: recorded for speculators.
         target_name: recorded for speculators.
 
@@ -128,24 +145,34 @@ def from_ppow(
     reasons, tensors = refusals(config, form), dict(tensors)
     if form == "sglang" and "embed_tokens.weight" in tensors and config.hidden_size == config.target_hidden_size:
         reasons += _share_embeddings(tensors, target_embeddings, rows)
-    if form == "speculators" and config.share_target_embeddings and not target_name:
-        reasons.append("its embeddings are its target's, and none is recorded: give --target")
+    if form == "speculators" and config.share_target_embeddings:
+        if target_embeddings is None:
+            reasons.append("embed_tokens: speculators wants them stored, and they are the target's: give --target")
+        else:
+            tensors["embed_tokens.weight"] = target_embeddings.to(tensors["fc.weight"])
     if reasons:
         raise ValueError(
             f"This drafter cannot be exported to {form}, which would not load it or silently draft badly: "
             f"{'; '.join(reasons)}."
         )
     if config.share_target_embeddings:
-        rows.append(Row("assumed", "embed_tokens", "not stored: the engine takes the target's"))
+        stored = form == "speculators"
+        how = "the target's, stored: its loader takes none" if stored else "not stored: the engine takes the target's"
+        rows.append(Row("mapped" if stored else "assumed", "embed_tokens", how))
     if config.confidence_head:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("confidence_head.")}
         rows.append(Row("dropped", "confidence_head", "engines end windows by rules of their own"))
-    _write_vocabulary(tensors, config, form, rows)
-    tensors = _engine_names(tensors, form, rows)
     layer = layer_config(config)
     if target_config is not None and config.rope_parameters["rope_type"] in UNSCALED_ROPE:
         positions = target_config.get_text_config(decoder=True).max_position_embeddings
         layer["max_position_embeddings"] = max(positions, config.max_position_embeddings)
+    if form == "gguf":
+        rows.append(Row("mapped", "target_taps", f"target_layers {config.target_taps}"))
+        if "t2d" in tensors:
+            rows.append(Row("mapped", "d2t", "token ids instead of offsets, without t2d"))
+        return Exported(metadata(config, layer["max_position_embeddings"]), to_llama_cpp(tensors, config), rows)
+    _write_vocabulary(tensors, config, form, rows)
+    tensors = _engine_names(tensors, form, rows)
     if form == "speculators":
         return Exported(
             _speculators_config(config, layer, target_config, speculative_tokens, target_name, rows), tensors, rows
@@ -170,8 +197,6 @@ def _write_vocabulary(tensors: Tensors, config: PPOWConfig, form: str, rows: lis
         tensors["d2t"] = torch.zeros(config.draft_vocab_size, dtype=torch.long)
         tensors["t2d"] = torch.ones(config.vocab_size, dtype=torch.bool)
         rows.append(Row("mapped", "full draft vocabulary", "d2t of zeros, t2d of ones"))
-    if form in ("vllm", "sglang") and tensors.pop("t2d", None) is not None:
-        rows.append(Row("dropped", "t2d", "follows from d2t"))
 
 
 def _engine_names(tensors: Tensors, form: str, rows: list[Row]) -> Tensors:
@@ -291,6 +316,7 @@ def _plain_config(config: PPOWConfig, layer: dict, form: str, tensors: Tensors, 
         result["eagle_aux_hidden_state_layer_ids"] = config.target_taps
         rows.append(Row("mapped", "target_taps", f"eagle_aux_hidden_state_layer_ids {config.target_taps}"))
     else:
+        result["eagle_aux_hidden_state_layer_ids"] = config.target_taps  # only vLLM and llama.cpp read this one
         outputs = [tap - 1 for tap in config.target_taps]
         result["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": outputs}
         rows.append(Row("mapped", f"target_taps {config.target_taps}", f"outputs of blocks {outputs}"))

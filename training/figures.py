@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ppow.lossless_ppow import FAULT, NEAR_TIE, Difference
 from ppow.transcript_ppow import Acceptance
@@ -29,6 +30,7 @@ def summarize(samples: list[Sample], resamples: int, seed: int) -> dict:
         "samples": len(samples),
         "acceptance_length": acceptance_length(samples),
         "acceptance_length_95": interval(acceptance_length, resamples, seed, samples),
+        "engine_acceptance_length": engine_acceptance_length(samples),
         "acceptance_length_without_loops": acceptance_length(straight) if straight else None,
         "loops": len(samples) - len(straight),
         "per_position": Acceptance(*([getattr(s, n) for s in samples] for n in _COUNTS)).per_position(),
@@ -71,7 +73,20 @@ def acceptance_length(samples: Sequence[Sample]) -> float:
     return sum(sum(s.gained) for s in samples) / verifications if verifications else 1.0
 
 
-def rate(samples: Sequence[Sample], tokens: str, seconds: str) -> float:
+def pooled(answers: Sequence[Any], count: Callable[[Any], int]) -> float:
+    """``count`` of every answer over their ``verifications``, pooled; 0 when nothing was verified."""
+    verifications = sum(answer.verifications for answer in answers)
+    return sum(map(count, answers)) / verifications if verifications else 0.0
+
+
+def engine_acceptance_length(samples: Sequence[Sample]) -> float:
+    """1 + drafts accepted per verification, those behind a text's end, too: what vLLM reports of a server."""
+    verifications = sum(len(s.gained) for s in samples)
+    accepted = sum(sum(s.accepted if s.verified is None else s.verified) for s in samples)
+    return 1 + accepted / verifications if verifications else 1.0
+
+
+def rate(samples: Sequence[Any], tokens: str, seconds: str) -> float:
     """Tokens per second, the mean over samples, by the names of the two fields."""
     return sum(getattr(s, tokens) / getattr(s, seconds) for s in samples) / len(samples)
 
@@ -93,10 +108,10 @@ def gain(samples: list[Sample], baseline: list[Sample], resamples: int, seed: in
     }
 
 
-def interval(figure: Callable[..., float], resamples: int, seed: int, *systems: list[Sample]) -> list[float]:
+def interval(figure: Callable[..., float], resamples: int, seed: int, *systems: Sequence[Any]) -> list[float]:
     """95% percentile bootstrap over prompts, each with all its samples; ``figure`` is given those of every system."""
     draw = random.Random(seed)
-    prompts: dict[int, list[tuple[Sample, ...]]] = {}
+    prompts: dict[int, list[tuple[Any, ...]]] = {}
     for row in zip(*systems):
         prompts.setdefault(row[0].prompt, []).append(row)
     groups = list(prompts.values())
@@ -106,21 +121,33 @@ def interval(figure: Callable[..., float], resamples: int, seed: int, *systems: 
 
 
 def table(results: dict) -> str:
-    """The figures as a Markdown table."""
+    """The figures as a Markdown table; "-" where a figure was not measured, as of a server."""
     columns = ["prompts", "n", "acceptance length (95%)", "not looping", "plain tok/s", "drafter tok/s"]
     columns += ["speedup (95%)", "identical", "as without drafts"]
+    counted = any("engine_acceptance_length" in r for r in results.values())  # not by earlier versions
+    columns += ["as engines count"] * counted
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, r in results.items():
-        straight, sampled = r["acceptance_length_without_loops"], not name.endswith("T=0")
-        low, high = r["acceptance_length_95"]
-        slow, fast = r["speedup_95"]
-        lines.append(
-            f"| {name} | {r['prompts']} | {r['acceptance_length']:.2f} ({low:.2f}-{high:.2f}) "
-            f"| {'-' if straight is None else f'{straight:.2f}'} | {r['plain_tokens_per_second']:.0f} "
-            f"| {r['tokens_per_second']:.0f} | {r['speedup']:.2f}x ({slow:.2f}-{fast:.2f}) "
-            f"| {'-' if sampled else identical(r)} | {without_drafts(r)} |"
-        )
+        sampled = not name.endswith("T=0")
+        cells = [name, str(r["prompts"]), _with_interval(r, "acceptance_length", "")]
+        cells += [_number(r, "acceptance_length_without_loops", ".2f"), _number(r, "plain_tokens_per_second", ".0f")]
+        cells += [_number(r, "tokens_per_second", ".0f"), _with_interval(r, "speedup", "x")]
+        cells += ["-" if sampled or "identical" not in r else identical(r), without_drafts(r)]
+        cells += [_number(r, "engine_acceptance_length", ".2f")] * counted
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _number(figures: dict, name: str, form: str) -> str:
+    value = figures.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def _with_interval(figures: dict, name: str, unit: str) -> str:
+    if name not in figures:
+        return "-"
+    low, high = figures[f"{name}_95"]
+    return f"{figures[name]:.2f}{unit} ({low:.2f}-{high:.2f})"
 
 
 def identical(figures: dict) -> str:

@@ -1,12 +1,15 @@
 """EAGLE-3 checkpoints of other trainers: which dialect they speak, and what their tensors and fields mean here.
 
 The architecture is one, the dialects are many: EAGLE, SpecForge, AngelSlim, speculators (old and new), Model-Optimizer,
-and the layouts that vLLM and SGLang read. They differ in names (``midlayer`` or ``layers.0``), in what they leave to
-the target (embeddings, vocabulary maps, positions), and in what their explicit tap ids count:
+and the layouts that vLLM, SGLang and llama.cpp read. They differ in names (``midlayer`` or ``layers.0``), in what they
+leave to the target (embeddings, vocabulary maps, positions), and in what their explicit tap ids count:
 
-    speculators, vLLM                                  id i is the hidden state ENTERING block i, as here
+    speculators, vLLM, llama.cpp                       id i is the hidden state ENTERING block i, as here
     SpecForge, Model-Optimizer, AngelSlim, SGLang      id i is the OUTPUT of block i, here i + 1
     no ids                                             [2, L // 2, L - 3] entering, everywhere
+    ids up to L                                        hidden states, whoever wrote them: no block L has an output
+
+What a checkpoint leaves open is assumed, in a row of its own, and :class:`Known` overrides it.
 
 Shapes come from the tensors and the target, never from the checkpoint's own configuration. ``PPOWDrafter`` reaches this
 module by its name when it is given such a checkpoint. The other direction is ``export_formats``.
@@ -28,7 +31,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ppow import PPOWConfig
 
 from .foreign_files import Tensors, read_config, read_tensors
-from .loading import place_of
+from .gguf_format import ARCHITECTURE, read_gguf
+from .loading import is_gguf, place_of
 
 _LEGACY_NAMES = {
     "midlayer.": "layers.0.",
@@ -36,7 +40,8 @@ _LEGACY_NAMES = {
     "aux_norm_mid.": "fc_norm.1.",
     "aux_norm_high.": "fc_norm.2.",
 }
-_BY_ARCHITECTURE = {
+_OTHER_NAMES = [f"Eagle3{name}ForCausalLM" for name in ("MiniMaxM2", "Qwen2_5vl", "Qwen3vl")]  # vLLM: the same class
+_BY_ARCHITECTURE: dict[tuple[str, str | None], str] = {
     ("midlayer", None): "EAGLE",
     ("midlayer", "LlamaForCausalLM"): "EAGLE",
     ("midlayer", "LlamaForCausalLMEagle3"): "SpecForge",
@@ -44,7 +49,14 @@ _BY_ARCHITECTURE = {
     ("layers", "LlamaForCausalLMEagle3"): "SGLang",
     ("layers", "Eagle3LlamaForCausalLM"): "vLLM",
     ("layers", "Eagle3Qwen3ForCausalLM"): "vLLM",
+    ("layers", ARCHITECTURE): "llama.cpp",  # a GGUF file's
+    **dict.fromkeys((("layers", name) for name in _OTHER_NAMES), "vLLM"),
+    **dict.fromkeys((("midlayer", name) for name in _OTHER_NAMES), "AngelSlim"),
 }
+# Some write their target's model_type around what is, by its architecture and its tensors, a Llama layer.
+_MODEL_TYPES = {"llama", "qwen3", "eagle", "qwen2", "phi3", "mistral", "minimax_m2"}
+_MODEL_TYPES |= {f"{name}{end}" for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl") for end in ("", "_text")}
+ANGELSLIM_ROPE_THETA = 10000.0
 _LAYER_FIELDS = (
     "head_dim",
     "hidden_act",
@@ -59,7 +71,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {  # of the fields that are read, w
     **dict.fromkeys(("dflash_config", "eagle_config", "rope_parameters", "rope_scaling", "speculators_config"), dict),
     **dict.fromkeys(("transformer_layer_config", "verifier"), dict),
     **dict.fromkeys(("architectures", "layer_types"), list),
-    **dict.fromkeys(("aux_hidden_states_layer_ids", "eagle_aux_hidden_state_layer_ids"), list),
+    **dict.fromkeys(("aux_hidden_states_layer_ids", "eagle_aux_hidden_state_layer_ids", "target_layers"), list),
     **dict.fromkeys(("head_dim", "max_position_embeddings", "num_attention_heads"), int),
     **dict.fromkeys(("initializer_range", "partial_rotary_factor", "rms_norm_eps", "rope_theta"), (int, float)),
     "hidden_act": str,
@@ -69,11 +81,26 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Row(NamedTuple):
-    """One line of the report: what was ``mapped``, ``dropped`` or ``assumed``, and how."""
+    """One line of the report: what was ``mapped``, ``dropped``, ``assumed`` or ``given`` by the user, and how."""
 
     action: str
     what: str
     how: str
+
+
+class Known(NamedTuple):
+    """What a user knows of a checkpoint and it does not say, or says wrongly; None: as it is read or assumed.
+
+    ``taps`` are hidden-state indices, as :class:`PPOWConfig` has them.
+    """
+
+    rope_theta: float | None = None
+    norm_output: bool | None = None
+    norm_before_residual: bool | None = None
+    taps: list[int] | None = None
+
+
+READ = Known()  # nothing: everything as it is read or assumed
 
 
 @dataclass
@@ -87,14 +114,19 @@ class Imported:
 
 
 def import_checkpoint(
-    source: str, target: PreTrainedModel | PreTrainedConfig | str, drafter_class: type[PreTrainedModel], **hub: Any
+    source: str,
+    target: PreTrainedModel | PreTrainedConfig | str,
+    drafter_class: type[PreTrainedModel],
+    known: Known = READ,
+    **hub: Any,
 ) -> Imported:
     """Read another trainer's EAGLE-3 or DFlash drafter.
 
     Args:
-        source: folder or Hub id of the drafter.
+        source: folder, Hub id or GGUF file of the drafter.
         target: its target: a model, a configuration, or a folder or Hub id.
         drafter_class: ``PPOWDrafter``, the package's or a repository's, whose tensors it must have.
+        known: overrides what is assumed.
         **hub: of ``modeling_ppow.HUB_OPTIONS``, for ``source``.
 
     Returns:
@@ -105,7 +137,9 @@ def import_checkpoint(
     """
     if not isinstance(target, PreTrainedConfig):
         target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(**place_of(target))
-    return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target, drafter_class)
+    if is_gguf(source):
+        return to_ppow(*read_gguf(source, target), target, drafter_class, known)
+    return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target, drafter_class, known)
 
 
 def detect(config: dict, names: Iterable[str]) -> str:
@@ -136,7 +170,11 @@ def detect(config: dict, names: Iterable[str]) -> str:
 
 
 def to_ppow(
-    config: dict, tensors: Tensors, target_config: PreTrainedConfig, drafter_class: type[PreTrainedModel]
+    config: dict,
+    tensors: Tensors,
+    target_config: PreTrainedConfig,
+    drafter_class: type[PreTrainedModel],
+    known: Known = READ,
 ) -> Imported:
     """Translate a checkpoint as read, its config.json and its tensors under their own names; they are not copied.
 
@@ -149,14 +187,19 @@ def to_ppow(
 
     if is_dflash(config):
         return from_dflash(config, tensors, target_config, drafter_class)
+    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        raise ValueError("use_aux_hidden_state=false: this drafter reads one hidden state, as EAGLE-1/2; not EAGLE-3.")
+    rows: list[Row] = []
+    if any(name.startswith("model.") for name in tensors):
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        rows.append(Row("mapped", "model.*", "without the prefix"))
     dialect = detect(config, tensors)
     text = target_config.get_text_config(decoder=True)
     if missing := [key for key in ("vocab_size", "max_position_embeddings") if not hasattr(text, key)]:
         raise ValueError(f"The target's {type(text).__name__} lacks {', '.join(missing)}: no decoder-only target.")
-    rows: list[Row] = []
     tensors = _rename(tensors, rows)
     fields = config.get("transformer_layer_config") or {} if dialect.startswith("speculators") else config
-    norms = _norms(dialect, config, rows)
+    norms = _norms(dialect, config, known, rows)
     refuse_foreign(config, fields, norms)
     pruned = _vocabulary(tensors, text.vocab_size, rows)
     width = tensors["norm.weight"].shape[0]
@@ -174,11 +217,11 @@ def to_ppow(
         num_hidden_layers=len({name.split(".")[1] for name in tensors if name.startswith("layers.")}),
         attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
         qk_norm="layers.0.self_attn.q_norm.weight" in tensors,
-        target_taps=_taps(dialect, config, tensors["fc.weight"].shape[1], text, rows),
+        target_taps=_taps(dialect, config, known, tensors["fc.weight"].shape[1], text, rows),
         share_target_embeddings=shared,
         **norms,
         **attention_shape(tensors, fields, text, rows),
-        **layer_fields(fields, text, rows),
+        **layer_fields(dialect, fields, known, text, rows),
     )
     result.dtype = stored_dtype(tensors, rows)
     with torch.device("meta"):
@@ -243,7 +286,7 @@ def _require(tensors: Tensors) -> None:
             raise ValueError(f"{name}.weight has shape {shape}; expected {dim} dimensions, none of them empty.")
 
 
-def _norms(dialect: str, config: dict, rows: list[Row]) -> dict:
+def _norms(dialect: str, config: dict, known: Known, rows: list[Row]) -> dict:
     """The four norm switches, which only the configuration knows (their weights are checked against them)."""
     fused = {**config, **(config.get("eagle_config") or {})}
     norms = {
@@ -252,30 +295,42 @@ def _norms(dialect: str, config: dict, rows: list[Row]) -> dict:
         "norm_before_residual": bool(config.get("norm_before_residual")),
         "norm_output": bool(config.get("norm_output")),
     }
-    if "norm_before_residual" not in config and dialect in ("speculators", "speculators (old)", "vLLM"):
-        rows.append(Row("assumed", "norm_before_residual", "not stored: false"))
-    if dialect == "SpecForge" and "norm_output" in config:
-        if not norms["norm_output"]:
-            raise ValueError(
-                "norm_output=false in a SpecForge checkpoint: there it means no norm before the head, which PPOW "
-                "drafters always have. If it is meant as elsewhere (raw states are fed back), delete the key from "
-                "config.json and import again."
-            )
+    if known.norm_before_residual is not None:
+        norms["norm_before_residual"] = known.norm_before_residual
+        rows.append(Row("given", "norm_before_residual", str(known.norm_before_residual)))
+    elif "norm_before_residual" not in config and dialect.startswith("speculators"):
+        how = "not stored: false, as speculators has it (vLLM takes true; --norm-before-residual does so here)"
+        rows.append(Row("assumed", "norm_before_residual", how))
+    elif "norm_before_residual" not in config and dialect == "vLLM":
+        rows.append(Row("assumed", "norm_before_residual", "not stored: false, as vLLM has it"))
+    if known.norm_output is not None:
+        norms["norm_output"] = known.norm_output
+        kind = "normed" if known.norm_output else "raw"
+        rows.append(Row("given", "norm_output", f"{known.norm_output}: {kind} states are fed back"))
+    elif dialect == "SpecForge" and "norm_output" in config:
+        # Until September 2026 it told whether the head is normed, and raw states were fed back either way.
+        if norms["norm_output"]:
+            how = "true, as SpecForge meant it until 2026-09: norm before the head, raw states fed back; one trained "
+            how += "since then feeds normed states back: give --norm-output"
+        else:
+            how = "false, as SpecForge means it since 2026-09: raw states fed back, norm before the head; one trained "
+            how += "before has no norm there, which PPOW drafters always have"
         norms["norm_output"] = False
-        rows.append(Row("assumed", "norm_output true", "as SpecForge means it: norm before the head, raw fed back"))
+        rows.append(Row("assumed", "norm_output", how))
     return norms
 
 
 def refuse_foreign(config: dict, fields: dict, norms: dict) -> None:
     """Raise a ValueError for what no drafter here can do: other layers, sliding windows, quantized weights."""
-    if fields.get("model_type", "llama") not in ("llama", "qwen3", "eagle"):
-        raise ValueError(f"Drafter layers of type {fields['model_type']!r} are not supported, only llama and qwen3.")
+    if fields.get("model_type", "llama") not in _MODEL_TYPES:
+        raise ValueError(
+            f"Drafter layers of type {fields['model_type']!r} are not supported, only Llama's and Qwen3's (which some "
+            f"write as one of {', '.join(sorted(_MODEL_TYPES))})."
+        )
     if "sliding_attention" in (fields.get("layer_types") or ()) or fields.get("use_sliding_window"):
         raise ValueError("This drafter attends to a sliding window; PPOW drafters attend to everything.")
     if config.get("quantization_config"):
         raise ValueError("This drafter is quantized; import the checkpoint in 16 or 32 bit that it was made from.")
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
-        raise ValueError("use_aux_hidden_state=false: this drafter reads one hidden state, as EAGLE-1/2; not EAGLE-3.")
     if norms["norm_before_fc"] and norms["fc_norm"]:
         raise ValueError("norm_before_fc with fc_norm: serving engines run the former first, PPOW the latter.")
 
@@ -338,7 +393,7 @@ def _membership(ids: torch.Tensor, vocab_size: int, t2d: torch.Tensor | None) ->
     return member if int(member.sum()) == len(ids) and (t2d is None or torch.equal(member, t2d.bool())) else None
 
 
-def _taps(dialect: str, config: dict, width: int, text: PreTrainedConfig, rows: list[Row]) -> list[int]:
+def _taps(dialect: str, config: dict, known: Known, width: int, text: PreTrainedConfig, rows: list[Row]) -> list[int]:
     """Hidden-state indices of the taps, ``width`` values together, from whichever field the dialect has."""
     count, rest = divmod(width, text.hidden_size)
     if rest or not count:
@@ -346,35 +401,56 @@ def _taps(dialect: str, config: dict, width: int, text: PreTrainedConfig, rows: 
             f"This drafter was made for another target: its fc reads {width} features, which is no multiple of the "
             f"target's hidden size {text.hidden_size}. Name the target that it was trained for."
         )
+    layers = text.num_hidden_layers
     nested = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     fields = (
         ("eagle_config.eagle_aux_hidden_state_layer_ids", nested, dialect != "vLLM"),  # outputs of blocks, but in vLLM
         ("aux_hidden_states_layer_ids", config.get("aux_hidden_states_layer_ids"), 1),  # AngelSlim
         ("eagle_aux_hidden_state_layer_ids", config.get("eagle_aux_hidden_state_layer_ids"), 0),
+        ("target_layers", config.get("target_layers"), 0),  # a GGUF file's
     )
-    found = {name: [int(tap) + shift for tap in taps] for name, taps, shift in fields if taps}
-    if len({tuple(taps) for taps in found.values()}) > 1:
-        raise ValueError(f"The tap fields of this checkpoint disagree, as hidden-state indices: {found}. Remove one.")
-    if found:
+    found = {name: _as_indices(ids, int(shift), layers, rows) for name, ids, shift in fields if ids}
+    default = [2, layers // 2, layers - 3]
+    if known.taps is not None:
+        taps = known.taps
+        rows.append(Row("given", "target_taps", f"{taps} (hidden states entering these blocks)"))
+    elif len({tuple(taps) for taps in found.values()}) > 1:
+        raise ValueError(
+            f"The tap fields of this checkpoint disagree, as hidden-state indices: {found}. Say which: --taps."
+        )
+    elif found:
         name, taps = next(reversed(found.items()))
         rows.append(Row("mapped", name, f"target_taps {taps} (hidden states entering these blocks)"))
+        for step, means in ((1, "outputs of blocks"), (-1, "hidden states")):
+            if [tap + step for tap in taps] == default:  # as likely, and nothing in the checkpoint tells
+                said = ",".join(map(str, default))
+                how = f"{taps} as it stands; if its trainer meant {means}, these are EAGLE-3's default: --taps {said}"
+                rows.append(Row("assumed", "target_taps", how))
     else:
-        taps = [2, text.num_hidden_layers // 2, text.num_hidden_layers - 3]
+        taps = default
         if count == 3 and sorted(set(taps)) != taps:
             raise ValueError(
-                f"The checkpoint names no taps, and EAGLE-3's default {taps} does not fit a target of "
-                f"{text.num_hidden_layers} layers. Name its target, or write eagle_aux_hidden_state_layer_ids "
-                "(hidden-state indices) into its config.json."
+                f"The checkpoint names no taps, and EAGLE-3's default {taps} does not fit a target of {layers} layers. "
+                "Name its target, or give the taps (hidden-state indices) with --taps."
             )
         rows.append(Row("assumed", "taps", f"not stored: EAGLE-3's default, target_taps {taps}"))
     if len(taps) != count:
         raise ValueError(
             f"fc reads {width} values, {width / len(taps):g} for each of the taps {taps} that the checkpoint "
             f"{'names' if found else 'leaves to the default'}; this target's hidden size is {text.hidden_size}. Name "
-            "the target that the drafter was trained for (is --target another one?), or, if this is it, correct "
-            "eagle_aux_hidden_state_layer_ids (hidden-state indices) in config.json."
+            "the target that the drafter was trained for (is --target another one?), or, if this is it, give the taps "
+            "(hidden-state indices) with --taps."
         )
     return taps
+
+
+def _as_indices(ids: list[int], shift: int, layers: int, rows: list[Row]) -> list[int]:
+    """Layer ids of a field that counts from ``shift`` -> hidden-state indices."""
+    if shift and max(ids) == layers:
+        how = f"{ids} as hidden states: no block of {layers} has an output {layers}, which is what leaves the last one"
+        rows.append(Row("assumed", "target_taps", how))
+        shift = 0
+    return [tap + shift for tap in ids]
 
 
 def attention_shape(tensors: Tensors, fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
@@ -396,9 +472,16 @@ def attention_shape(tensors: Tensors, fields: dict, text: PreTrainedConfig, rows
     return {"num_attention_heads": width_q // size, "num_key_value_heads": width_k // size, "head_dim": size}
 
 
-def layer_fields(fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
+def layer_fields(dialect: str, fields: dict, known: Known, text: PreTrainedConfig, rows: list[Row]) -> dict:
     """Norm epsilon, activation, RoPE and positions, with the defaults of the drafter's own configuration class."""
     given = {key: fields[key] for key in _LAYER_FIELDS if fields.get(key) is not None}
+    sections = False  # of RoPE, for the axes of images; of a text all have the same position
+    for key in ("rope_scaling", "rope_parameters"):
+        if "mrope_section" in given.get(key, {}):
+            sections, kind = True, given[key].get("rope_type", given[key].get("type"))
+            plain = {name: value for name, value in given[key].items() if name != "type" and "mrope" not in name}
+            given[key] = {**plain, "rope_type": "default" if kind in (None, "mrope") else kind}
+            rows.append(Row("dropped", "mrope_section", "positions of a text are the same in every section"))
     config_class = Qwen3Config if fields.get("model_type") == "qwen3" else LlamaConfig
     try:
         layer = config_class(**given)
@@ -410,7 +493,14 @@ def layer_fields(fields: dict, text: PreTrainedConfig, rows: list[Row]) -> dict:
         raise ValueError(f"RoPE of type {kind!r} with partial_rotary_factor {partial} is not supported.")
     if layer.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={layer.hidden_act!r} is not an activation that transformers knows.")
-    if "rope_theta" not in given and "rope_parameters" not in given:
+    if known.rope_theta is not None:
+        rope["rope_theta"] = known.rope_theta
+        rows.append(Row("given", "rope_theta", f"{known.rope_theta:g}"))
+    elif dialect == "AngelSlim" and not sections and rope["rope_theta"] != ANGELSLIM_ROPE_THETA:
+        how = f"{ANGELSLIM_ROPE_THETA:g}: its trainer ignores the stored {rope['rope_theta']:g}; else give --rope-theta"
+        rows.append(Row("assumed", "rope_theta", how))
+        rope["rope_theta"] = ANGELSLIM_ROPE_THETA
+    elif "rope_theta" not in given and "rope_theta" not in given.get("rope_parameters", {}):
         rows.append(Row("assumed", "rope_theta", f"not stored: {rope['rope_theta']:g}"))
     if "rms_norm_eps" not in given:
         rows.append(Row("assumed", "rms_norm_eps", f"not stored: {layer.rms_norm_eps:g}"))

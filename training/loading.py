@@ -113,7 +113,7 @@ def check_model(option: str, name: str | Path) -> None:
     if is_gguf(name):
         if option != "target":
             raise ValueError(
-                f"{said} is a GGUF file; only targets are read from one, a drafter's weights are safetensors."
+                f"{said} is a GGUF file; a drafter in one is for llama.cpp: `ppow import` it first (a file, here)."
             )
         folder = place_of(name)["pretrained_model_name_or_path"]
         if path.is_file():

@@ -19,7 +19,7 @@ class Sample:
     Attributes:
         prompt: number of the prompt; the turns and repetitions of one prompt belong together.
         plain_tokens, plain_seconds: of stock ``generate``; tokens, seconds: with the drafter.
-        gained, accepted, drafted: per verification, as in :class:`ppow.transcript_ppow.Acceptance`.
+        gained, accepted, drafted, verified: per verification, as in :class:`ppow.transcript_ppow.Acceptance`.
         identical: whether the ids are the same (meaningful at temperature 0 only).
         loops: whether the answer ends in an exact repetition.
         difference: at temperature 0, where it parts from stock ``generate``'s: a
@@ -41,6 +41,7 @@ class Sample:
     difference: dict | None = None
     reference: dict | None = None
     drafting: dict | None = None
+    verified: list[int] | None = None
 
 
 class SampleLog:

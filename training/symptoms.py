@@ -157,7 +157,7 @@ def ways(drafter: PPOWDrafter, layers: int) -> Iterator[tuple[str, str, str]]:
     config = drafter.config
     for step, side in ((-1, "earlier"), (1, "later")):
         taps = [tap + step for tap in config.target_taps]
-        if 0 <= taps[0] and taps[-1] < layers:
+        if 0 <= taps[0] and taps[-1] <= layers:
             means = "Some count the states that enter a block, some what leaves it"
             yield f"taps one layer {side}", means, f"drafter.config.target_taps = {taps}"
     for field in ("norm_output", "norm_before_residual"):

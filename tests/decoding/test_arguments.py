@@ -559,9 +559,10 @@ def test_sampling_side_by_side_is_reproducible_and_within_the_processors_limits(
 
 def test_what_a_stop_cut_off_was_neither_accepted_nor_rejected():
     # windows of 3: all accepted; two accepted, then rejected; a stop behind the first token; a stop behind the second
-    figures = Acceptance([[3, 3, 3, 3]], [[3, 2, 1, 1]], [[4, 3, 1, 2]])
+    figures = Acceptance([[3, 3, 3, 3]], [[3, 2, 1, 1]], [[4, 3, 1, 2]], [[3, 2, 3, 1]])
     assert figures.per_position() == [1.0, 2 / 3, 1 / 2]
     assert figures.acceptance_length == 10 / 4
+    assert figures.engine_acceptance_length == 1 + 9 / 4  # engines count what was accepted behind the end
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -569,13 +570,16 @@ def test_drafts_behind_the_end_are_no_rejections(fast, anywhere):
     """On this cycle the pair drafts perfectly, so any rejection would be one behind the end."""
     target, drafter = trained_pair()
     free = generate_with(target, drafter, PROMPT, config={**GREEDY, **CHAIN, "max_new_tokens": 60})
-    drafted, accepted, gained = (row[0] for row in vars(free.acceptance).values())
+    drafted, accepted, gained, verified = (row[0] for row in vars(free.acceptance).values())
+    assert verified[:-1] == accepted[:-1]
+    assert free.acceptance.engine_acceptance_length == 1 + sum(verified) / len(gained)
     at = next(i for i, (d, a) in enumerate(zip(drafted, accepted)) if i and a == d == 4)
     start = PROMPT.shape[1] + 1 + sum(gained[:at])
     for length in range(start + 1, start + 5):
         config = {**GREEDY, **CHAIN, "max_new_tokens": length - PROMPT.shape[1], "cuda_graphs": fast}
         cut = generate_with(target, drafter, PROMPT, config=config).acceptance
         assert cut.gained[0][-1] == length - start and cut.accepted[0][-1] <= cut.gained[0][-1]
+        assert cut.accepted[0][-1] <= cut.verified[0][-1] <= cut.drafted[0][-1]
         last = Acceptance(*([row[0][-1:]] for row in (cut.drafted, cut.accepted, cut.gained)))
         assert all(rate == 1.0 for rate in last.per_position())
 

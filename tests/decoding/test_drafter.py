@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from decoding_helpers import FAMILIES, build_target, prompt_batches, random_drafter
+from decoding_helpers import FAMILIES, build_target, generate_with, prompt_batches, random_drafter
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.drafting_ppow import DraftWindow
-from ppow.target_ppow import TargetState, read_taps
+from ppow.target_ppow import TargetState, decoder_layers, read_taps
 from ppow.training.target import FrozenTarget
 
 V, H, HT, MLP, HEADS, KV, D_HEAD = 24, 16, 12, 20, 4, 2, 6
@@ -222,6 +222,30 @@ def test_taps_are_hidden_state_indices(family, taps):
     tolerance = 1e-9 if target.dtype == torch.float64 else 1e-4
     for found in (torch.cat((first, second), 1), read):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gpt-oss"])
+def test_a_tap_at_the_layer_count_is_what_leaves_the_last_block_before_the_final_norm(family):
+    """The states' last entry of ``output_hidden_states=True`` is this one, normed."""
+    target = build_target(family, FAMILIES[family][4][0])
+    layers = target.config.num_hidden_layers
+    drafter = random_drafter(target, target_taps=[1, layers])
+    ((ids, _),) = prompt_batches(1, 1, seed=4)
+    with torch.no_grad():
+        taps = drafter.read_target(target, input_ids=ids)[1]
+        seen = []
+        hook = target.get_decoder().get_submodule("norm" if family != "gpt-neox" else "final_layer_norm")
+        handle = hook.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        normed = target(ids, output_hidden_states=True).hidden_states[-1]
+        handle.remove()
+    low, last = taps.chunk(2, -1)
+    torch.testing.assert_close(last, seen[0], rtol=0, atol=0)
+    assert low.shape == last.shape and not torch.allclose(last, normed)
+    expected = target.generate(ids, do_sample=False, max_new_tokens=12)
+    before = dict(decoder_layers(target)[-1]._forward_hooks)  # transformers leaves its own
+    out = generate_with(target, drafter, ids, config={"max_new_tokens": 12})
+    assert torch.equal(out.sequences, expected)
+    assert decoder_layers(target)[-1]._forward_hooks == before
 
 
 def test_taps_are_those_of_the_threads_own_forward():

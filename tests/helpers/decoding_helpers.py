@@ -141,9 +141,9 @@ def train(drafter: PPOWDrafter, target, steps: int = 50, unroll: int = 3, seed: 
         prompts = torch.randint(1, target.config.vocab_size, (32, 6))
     text = target.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, do_sample=False)
     with torch.no_grad():
-        out = target(text, output_hidden_states=True)
-    taps = torch.cat([out.hidden_states[i] for i in drafter.config.target_taps], -1)[:, :-1]  # (B, T-1, 3 Ht)
-    labels = out.logits[:, 1:].argmax(-1)  # (B, T-1) target ids
+        logits, taps = drafter.read_target(target, input_ids=text)
+    taps = taps[:, :-1]  # (B, T-1, n_taps * Ht)
+    labels = logits[:, 1:].argmax(-1)  # (B, T-1) target ids
     columns = drafter.draft_columns()
     to_draft = torch.full((drafter.config.vocab_size,), -100)
     to_draft[columns] = torch.arange(len(columns))

@@ -1,8 +1,10 @@
 """Tiny drafters with every feature that a format may or may not express, and their way through files."""
 
 import json
+import tempfile
 from pathlib import Path
 
+import gguf
 import torch
 from safetensors.torch import load, save, save_file
 from transformers import LlamaConfig
@@ -10,6 +12,7 @@ from transformers import LlamaConfig
 from decoding_helpers import offsets_of
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training.export_formats import from_ppow
+from ppow.training.gguf_format import read_gguf, write_gguf
 from ppow.training.import_formats import to_ppow
 
 V, D, H, HT, DEEP = 40, 24, 16, 32, 8
@@ -42,6 +45,7 @@ FEATURES = {
     "3 other taps": {"target_taps": [1, 3, 6]},
     "4 taps": {"target_taps": [1, 3, 5, 6]},
     "tap 0 (the embeddings)": {"target_taps": [0, 4, 5]},
+    "tap L (what leaves the last block)": {"target_taps": [2, 4, DEEP]},
     "fc_norm": {"fc_norm": True},
     "norm_before_fc": {"norm_before_fc": True},
     "fc_norm and norm_before_fc": {"fc_norm": True, "norm_before_fc": True},
@@ -74,7 +78,25 @@ def build(*features: str, **overrides) -> PPOWDrafter:
 def export(drafter: PPOWDrafter, form: str):
     """What ``ppow export`` would write, as it would be read again: configuration, tensors."""
     exported = from_ppow(drafter.config, drafter.state_dict(), form, TARGET, EMBEDDINGS, target_name="ORG/TARGET")
+    if form == "gguf":
+        with tempfile.TemporaryDirectory() as folder:
+            write_gguf(exported.config, exported.tensors, gguf_tokens(Path(folder)), Path(folder) / "drafter.gguf")
+            return read_gguf(f"{folder}/drafter.gguf", TARGET)
     return json.loads(json.dumps(exported.config)), load(save(exported.tensors))
+
+
+def gguf_tokens(folder: Path, count: int = V) -> str:
+    """A GGUF file with nothing but a tokenizer, as the target's has one."""
+    writer = gguf.GGUFWriter(folder / "target.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(count)])
+    writer.add_token_types([1] * count)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(folder / "target.gguf")
 
 
 def fields_of(config: PPOWConfig) -> dict:
@@ -90,6 +112,9 @@ def assert_same(drafter: PPOWDrafter, config: dict, tensors: dict, form: str) ->
     if form == "sglang" and drafter.config.hidden_size == HT:  # it runs the target's embeddings; ours equal them
         expected["share_target_embeddings"] = True
         weights.pop("embed_tokens.weight", None)
+    if form == "speculators" and drafter.config.share_target_embeddings:  # its loader takes stored ones alone
+        expected["share_target_embeddings"] = False
+        weights["embed_tokens.weight"] = EMBEDDINGS
     assert fields_of(imported.config) == expected
     assert imported.tensors.keys() == weights.keys()
     assert all(torch.equal(imported.tensors[name], weights[name]) for name in weights)

@@ -106,8 +106,8 @@ def test_the_command_line_overrides_the_file(tmp_path):
 @pytest.mark.parametrize("config_class", ALL)
 def test_to_dict_survives_json(config_class):
     required = dict.fromkeys(config_class._required(), "x")
-    if config_class is RegenerateConfig:
-        required["target"] = "t"
+    extra = {RegenerateConfig: {"target": "t"}, EvaluateConfig: {"target": "t", "drafter": "d"}}
+    required |= extra.get(config_class, {})
     config = config_class.from_dict(required)
     assert config_class.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -24,11 +24,12 @@ from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import cli, convert
 from ppow.training.config import ReinforceConfig
 from ppow.training.export_formats import FORMATS, from_ppow
-from ppow.training.import_formats import detect, import_checkpoint, to_ppow
+from ppow.training.import_formats import READ, Known, detect, import_checkpoint, to_ppow
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "serve.md"
 START, END = "<!-- written by tests/sharing/test_formats.py -->\n", "<!-- end -->"
+FOLDERS = [form for form in FORMATS if form != "gguf"]  # config.json and safetensors; the file has its own tests
 AXES = [
     ("D = V",),
     ("2 layers",),
@@ -70,7 +71,7 @@ def test_round_trips_are_bit_exact_or_refused_over_the_product_of_options(most):
             with pytest.raises(ValueError, match=f"cannot be exported to {form}") as error:
                 export(drafter, form)
             assert all(reason in str(error.value) for reason in reasons)
-    assert list(exact.values()) == ([44, 58, 35, 11, 4] if most == 2 else [288, 576, 144, 16, 4])
+    assert list(exact.values()) == ([44, 58, 35, 11, 4, 16] if most == 2 else [288, 576, 144, 16, 4, 32])
 
 
 def table() -> str:
@@ -112,6 +113,32 @@ def test_sglang_leaves_out_the_embeddings_that_it_replaces_as_the_docs_say():
     assert drafter.state_dict().keys() - imported.tensors.keys() == {"embed_tokens.weight"}
     page = " ".join(PAGE.read_text(encoding="utf-8").split())
     assert "`share_target_embeddings` true instead of false and no `embed_tokens`" in page
+
+
+def test_speculators_stores_the_embeddings_that_its_loader_would_leave_uninitialised():
+    drafter = build("the target's embeddings")
+    with pytest.raises(ValueError, match="speculators wants them stored, .* give --target"):
+        from_ppow(drafter.config, drafter.state_dict(), "speculators", TARGET, target_name="ORG/TARGET")
+    config, tensors = export(drafter, "speculators")
+    assert torch.equal(tensors["embed_tokens.weight"], EMBEDDINGS)
+    imported = to_ppow(config, tensors, TARGET, PPOWDrafter)
+    assert not imported.config.share_target_embeddings
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang", "specforge", "speculators"])
+def test_exports_keep_both_vocabulary_maps(form):
+    """vLLM and SGLang pass t2d over, and speculators' converter wants it."""
+    drafter = build()
+    _, tensors = export(drafter, form)
+    assert torch.equal(tensors["t2d"], drafter.t2d) and torch.equal(tensors["d2t"], drafter.d2t)
+
+
+@pytest.mark.parametrize("form", ["sglang", "specforge"])
+def test_explicit_taps_are_right_in_vllm_too(form):
+    """vLLM reads the top-level field first, as hidden-state indices; SGLang and SpecForge the nested one alone."""
+    config, _ = export(build("3 other taps"), form)
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 5]
 
 
 @pytest.mark.parametrize("form", ["sglang", "eagle"])
@@ -202,7 +229,8 @@ DIALECTS = {
 def checkpoint(dialect: str) -> tuple[PPOWDrafter, dict, dict]:
     """A drafter, and the config.json and tensors that ``dialect`` has for it."""
     config, layer, left_out, taps = DIALECTS[dialect]
-    drafter = build(target_taps=taps, share_target_embeddings="embed_tokens.weight" in left_out)
+    own = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}} if dialect == "AngelSlim" else {}
+    drafter = build(target_taps=taps, share_target_embeddings="embed_tokens.weight" in left_out, **own)
     tensors = {name: tensor for name, tensor in drafter.state_dict().items() if name not in left_out}
     tensors = {name.replace("layers.0", layer): tensor for name, tensor in tensors.items()}
     return drafter, config if dialect.startswith("speculators") else {**PLAIN, **config}, tensors
@@ -239,6 +267,80 @@ def test_what_is_missing_is_assumed_and_said():
     said = {(row.action, row.what) for row in imported.rows}
     assumed = {"embed_tokens", "taps", "rope_theta", "rms_norm_eps", "num_attention_heads"}
     assert {("assumed", what) for what in assumed} <= said and ("mapped", "midlayer.*") in said
+
+
+def imported_with(dialect: str, known: Known = READ, **fields):
+    """A dialect's checkpoint with other fields in its config.json, imported: -> configuration, the rows' words."""
+    _, config, tensors = checkpoint(dialect)
+    imported = to_ppow({**config, **fields}, tensors, TARGET, PPOWDrafter, known)
+    return imported.config, {(row.action, row.what): row.how for row in imported.rows}
+
+
+def test_angelslim_trains_with_a_rope_base_of_its_own():
+    stored = {"rope_theta": 1e6}
+    config, rows = imported_with("AngelSlim", **stored)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+    assert rows["assumed", "rope_theta"] == "10000: its trainer ignores the stored 1e+06; else give --rope-theta"
+    config, rows = imported_with("AngelSlim", Known(rope_theta=1e6), **stored)
+    assert config.rope_parameters["rope_theta"] == 1e6 and rows["given", "rope_theta"] == "1e+06"
+    sections = {"rope_type": "default", "mrope_section": [1, 1, 2], "type": "mrope"}
+    config, rows = imported_with("AngelSlim", **stored, rope_scaling=sections)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+    assert ("dropped", "mrope_section") in rows and ("assumed", "rope_theta") not in rows
+    assert imported_with("SpecForge", **stored)[0].rope_parameters["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize(("stored", "year"), [(True, "until 2026-09"), (False, "since 2026-09")])
+def test_specforge_changed_what_norm_output_means(stored, year):
+    config, rows = imported_with("SpecForge", norm_output=stored)
+    assert not config.norm_output and year in rows["assumed", "norm_output"]
+    config, rows = imported_with("SpecForge", Known(norm_output=True), norm_output=stored)
+    assert config.norm_output and rows["given", "norm_output"] == "True: normed states are fed back"
+    assert ("assumed", "norm_output") not in rows
+
+
+def test_a_missing_norm_before_residual_is_said_and_can_be_given():
+    config, rows = imported_with("speculators")
+    assert not config.norm_before_residual and "vLLM takes true" in rows["assumed", "norm_before_residual"]
+    config, rows = imported_with("speculators", Known(norm_before_residual=True))
+    assert config.norm_before_residual and ("given", "norm_before_residual") in rows
+
+
+@pytest.mark.parametrize(
+    ("dialect", "field", "ids", "taps", "means"),
+    [
+        # of 8 layers EAGLE-3's default is [2, 4, 5], as outputs of blocks [1, 3, 4]
+        ("vLLM", "eagle_aux_hidden_state_layer_ids", [1, 3, 4], [1, 3, 4], "outputs of blocks"),
+        ("SpecForge", "eagle_config", [2, 4, 5], [3, 5, 6], "hidden states"),
+        ("Model-Optimizer", "eagle_config", [1, 4, 8], [1, 4, 8], None),  # a block 8 would be the ninth
+    ],
+)
+def test_ids_that_another_reading_would_make_the_default_or_possible_are_said(dialect, field, ids, taps, means):
+    value = {"eagle_aux_hidden_state_layer_ids": ids} if field == "eagle_config" else ids
+    fields = {"eagle_config": None, field: value}
+    config, rows = imported_with(dialect, **fields)
+    assert config.target_taps == taps
+    said = rows["assumed", "target_taps"]
+    assert f"if its trainer meant {means}" in said and "--taps 2,4,5" in said if means else "no block of 8" in said
+    assert imported_with(dialect, Known(taps=[2, 4, 5]), **fields)[0].target_taps == [2, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["Eagle3MiniMaxM2", "Eagle3Qwen2_5vl", "Eagle3Qwen3vl"])
+def test_class_names_that_vllm_maps_to_the_llama_class(name):
+    config, rows = imported_with("vLLM", architectures=[f"{name}ForCausalLM"], model_type="qwen2")
+    assert config.target_taps == [1, 3, 6]
+    _, angelslim, tensors = checkpoint("AngelSlim")
+    assert detect({**angelslim, "architectures": [f"{name}ForCausalLM"]}, tensors) == "AngelSlim"
+
+
+def test_a_prefix_of_names_and_the_targets_model_type_around_a_llama_layer():
+    drafter, config, tensors = checkpoint("SGLang")
+    prefixed = {name if name.startswith(("d2t", "lm_head")) else f"model.{name}": t for name, t in tensors.items()}
+    imported = to_ppow({**config, "model_type": "phi3"}, prefixed, TARGET, PPOWDrafter)
+    assert ("mapped", "model.*") in {(row.action, row.what) for row in imported.rows}
+    assert torch.equal(
+        imported.tensors["layers.0.mlp.up_proj.weight"], drafter.state_dict()["layers.0.mlp.up_proj.weight"]
+    )
 
 
 def test_sglangs_former_names_of_norms():
@@ -322,7 +424,7 @@ BAD = {
     "d2t of floats": (put("d2t", torch.zeros(D)), "d2t must be int64"),
     "another depth": (
         say(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}),
-        r"target_taps=\[2, 16, 29\] must be strictly increasing hidden-state indices in 0..7",
+        r"target_taps=\[2, 16, 29\] must be strictly increasing hidden-state indices in 0..8",
     ),
     "taps that disagree": (
         say(aux_hidden_states_layer_ids=[1, 2, 3], eagle_aux_hidden_state_layer_ids=[1, 2, 3]),
@@ -333,14 +435,14 @@ BAD = {
         r"fc reads 96 values, 48 for each of the taps \[1, 2\] that the checkpoint names; .* hidden size is 32",
     ),
     "one feature": (say(eagle_config={"use_aux_hidden_state": False}), "EAGLE-1/2; not EAGLE-3"),
+    "one feature, and so no fc": (
+        lambda c, t: (c.update(eagle_config={"use_aux_hidden_state": False}), t.pop("fc.weight")),
+        "EAGLE-1/2; not EAGLE-3",
+    ),
     "sliding window": (say(layer_types=["sliding_attention"]), "attends to a sliding window"),
     "quantized": (say(quantization_config={"bits": 4}), "is quantized"),
     "mixture": (say(model_type="mixtral"), "layers of type 'mixtral'"),
     "unknown RoPE": (say(rope_scaling={"rope_type": "swirl", "factor": 2.0}), "RoPE of type 'swirl'"),
-    "no norm before the head": (
-        say(architectures=["LlamaForCausalLMEagle3"], norm_output=False),
-        "there it means no norm before the head",
-    ),
     "a string for a number": (say(rms_norm_eps="abc"), "rms_norm_eps='abc' in config.json is of the wrong type"),
     "a string for a table": (say(eagle_config="x"), "eagle_config='x' in config.json is of the wrong type"),
     "taps that are no list": (say(eagle_config={"eagle_aux_hidden_state_layer_ids": 3}), "=3 .* wrong type"),
@@ -461,9 +563,8 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(pair, tmp_path, monkeypat
     target, drafter = pair
     assert ppow("export", drafter, "--format", "sglang", "--target", target, "--dry-run") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "dialect  sglang, 14 tensors",
+        "dialect  sglang, 15 tensors",
         "dropped  embed_tokens  equal to the target's, which SGLang uses anyway",
-        "dropped  t2d           follows from d2t",
         "mapped   target_taps   left out: [2, 4, 5] is the default",
     ]
     source = write(tmp_path / "in" / "foreign", *checkpoint("AngelSlim")[1:])
@@ -483,7 +584,7 @@ SERVE = {
 }
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FOLDERS)
 def test_export_prints_how_to_serve_and_import_brings_it_back(pair, tmp_path, monkeypatch, capsys, form):
     monkeypatch.chdir(tmp_path)
     target, drafter = pair
@@ -512,7 +613,7 @@ def test_a_foreign_drafter_exports_without_a_stop(pair, tmp_path):
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 6] and config["norm_before_residual"] is False
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", FOLDERS)
 def test_export_refuses_a_target_that_the_drafter_does_not_fit(pair, tmp_path, capsys, form):
     target, drafter = pair
     for changes, message in (
@@ -568,7 +669,11 @@ def test_nothing_is_half_written(pair, tmp_path, monkeypatch, capsys):
     [
         (["import", "x"], "import needs --target"),
         (["import", "x", "y", "--target", "t"], "unexpected argument 'y'"),
-        (["export", "x", "--format", "gguf"], "format must be one of speculators, vllm, sglang, specforge, eagle"),
+        (
+            ["export", "x", "--format", "onnx"],
+            "format must be one of speculators, vllm, sglang, specforge, eagle, gguf",
+        ),
+        (["export", "x", "--format", "gguf", "--target", "t"], "give --target the GGUF file of the target"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, message, capsys):
@@ -644,7 +749,7 @@ def test_the_eagle_dialect_has_no_field_for_other_taps(tmp_path, capsys):
     assert "its code reads [2, L // 2, L - 3]" in capsys.readouterr().err and not (tmp_path / "eagle").exists()
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form != "eagle"])
+@pytest.mark.parametrize("form", [form for form in FOLDERS if form != "eagle"])
 def test_a_trained_drafter_drafts_the_same_after_a_round_trip(tmp_path, form):
     target_folder, drafter_folder = small_pair.TARGET, small_pair.DRAFTER
     assert ppow("export", drafter_folder, "--format", form, "--target", target_folder, "--out", tmp_path / form) == 0

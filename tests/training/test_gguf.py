@@ -93,7 +93,7 @@ def test_answers_end_with_a_turn_too(home, tmp_path, tiny_config, tiny_tokenizer
 def test_what_cannot_be_read_is_told_at_once(home, tmp_path):
     with pytest.raises(ValueError, match=r"--target \S*nothing.gguf: there is no such file"):
         loading.check_model("target", tmp_path / "nothing.gguf")
-    with pytest.raises(ValueError, match=r"--drafter \S*target.gguf is a GGUF file; only targets are read from one"):
+    with pytest.raises(ValueError, match=r"--drafter \S*target.gguf is a GGUF file; a drafter in one is for llama.cpp"):
         loading.check_model("drafter", home / "target.gguf")
     (tmp_path / "torn.gguf").write_bytes((home / "target.gguf").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"--target \S*torn.gguf"), loading.named("target", tmp_path / "torn.gguf"):

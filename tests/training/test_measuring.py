@@ -37,6 +37,9 @@ def sample(gained, accepted, drafted, prompt=0, tokens=10, seconds=1.0, plain_se
 def test_figures_by_hand():
     samples = [sample([3, 1], [2, 0], [2, 2]), sample([2], [1], [2], 1, plain_seconds=4.0, loops=True)]
     assert figures.acceptance_length(samples) == pytest.approx(6 / 3)  # pooled, not the mean of 2 and 2
+    cut = dataclasses.replace(samples[0], verified=[2, 2])  # both drafts of the last window stood, behind the end
+    assert figures.engine_acceptance_length([cut, samples[1]]) == pytest.approx(1 + 5 / 3)
+    assert figures.engine_acceptance_length(samples) == pytest.approx(1 + 3 / 3)
     # first position: accepted in 2 of 3 windows; second: in 1 of the 2 that got there
     assert figures.summarize(samples, 200, seed=0)["per_position"] == pytest.approx([2 / 3, 1 / 2])
     # plain: mean of 10 / 2 and 10 / 4 tokens per second = 3.75; with the drafter 10
