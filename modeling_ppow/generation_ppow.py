@@ -85,7 +85,8 @@ def decode(
     cache = prompt.past
     wanted = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
-    most = prompt.end + text.remaining() + 2 * options.slots
+    rows = drafter.config.block_size if drafter.config.is_block else 0  # that a block's forward writes, all of them
+    most = prompt.end + text.remaining() + 2 * max(options.slots, rows)
     with (
         without_cudnn_attention(),
         fast_path(target, drafter, options, prompt, most) as fast,

@@ -26,6 +26,7 @@ import itertools
 import math
 import operator
 import statistics
+import threading
 import time
 import weakref
 from collections import deque
@@ -152,7 +153,8 @@ class Costs:
     A part's cost is the median of its newest ``KEPT`` measurements. It moves only when that median has left it by more
     than ``STEADY``, so that noise alone changes no window. The first measurement of a verification of n nodes is left
     out: libraries choose their ways of multiplying then. Until ``ENOUGH`` others are there, the size counts as unknown.
-    Known sizes stand as they are: to verify 4 nodes may well cost less than 3.
+    Known sizes stand as they are: to verify 4 nodes may well cost less than 3. Where the cost of a size moves, the
+    machine has become slower or faster, and those of the others move with it.
     """
 
     KEPT, STEADY, ENOUGH = 21, 0.1, 3
@@ -160,20 +162,39 @@ class Costs:
     def __init__(self) -> None:
         self.seconds: dict[Hashable, float] = {}  # in use
         self._measured: dict[Hashable, deque[float]] = {}
+        self._lock = threading.Lock()
         self._met: set[int] = set()
+        self.windows, self.newest = 0, dict[int, int]()  # verifications measured; of each size, which was its newest
         self._table: list[tuple[int, float]] = []  # known verifications: nodes, ascending, and seconds
 
     def add(self, part: Hashable, seconds: float) -> None:
         """Take in a measurement of "rest", "first", "step" (of drafting), or of a verification by its nodes."""
-        if isinstance(part, int) and part not in self._met:
-            self._met.add(part)
-            return
+        with self._lock:  # several threads may decode with one pair
+            self._add(part, seconds)
+
+    def _add(self, part: Hashable, seconds: float) -> None:
+        if isinstance(part, int):
+            self.windows += 1
+            self.newest[part] = self.windows
+            if part not in self._met:
+                self._met.add(part)
+                return
         measured = self._measured.setdefault(part, deque(maxlen=self.KEPT))
         measured.append(seconds)
         median, now = statistics.median(measured), self.seconds.get(part)
         if now is None or len(measured) <= self.ENOUGH or abs(median - now) > self.STEADY * now:
             self.seconds[part] = median
+            if isinstance(part, int) and now is not None and len(measured) > self.ENOUGH:
+                self._drift(part, median / now)
             self._table = sorted((n, cost) for n, cost in self.seconds.items() if isinstance(n, int) and self.enough(n))
+
+    def _drift(self, part: int, factor: float) -> None:
+        """All sizes but ``part`` take ``factor`` as long as they did."""
+        for other, measured in self._measured.items():
+            if isinstance(other, int) and other != part:
+                self._measured[other] = deque((factor * seconds for seconds in measured), maxlen=self.KEPT)
+                if other in self.seconds:
+                    self.seconds[other] *= factor
 
     def enough(self, nodes: int) -> bool:
         """Whether verifications of so many nodes were measured a few times."""
@@ -333,6 +354,7 @@ class CostAware(Schedule):
 
     watches = True
     WEIGHT = 4  # windows that the first estimate of the running average counts for
+    AGAIN = 128  # windows after which a length is measured again that was not used meanwhile
 
     def __init__(self, size: int, costs: Costs, clock: Callable[[], float] = time.perf_counter):
         super().__init__(size)
@@ -360,12 +382,13 @@ class CostAware(Schedule):
         return self.longest
 
     def trial(self, room: int) -> int | None:
-        """A length that is to be measured; None when enough is known: of these, or of as many up to the largest."""
+        """A length that is to be measured, for the first time or again; None when enough is known of as many."""
         lengths = dict.fromkeys((self.size, 0, self.size // 2, 1))
         known = self.costs.known()
-        if len(known) >= len(lengths) and max(known) > self.size:
-            return None
-        return next((k for k in lengths if k <= room and not self.costs.enough(k + 1)), None)
+        if len(known) < len(lengths) or max(known) <= self.size:
+            return next((k for k in lengths if k <= room and not self.costs.enough(k + 1)), None)
+        old = self.costs.windows - self.AGAIN
+        return next((k for k in lengths if k <= room and self.costs.newest.get(k + 1, 0) < old), None)
 
     def takes(self, confidence: list[float]) -> bool:
         """See :class:`Schedule`."""

@@ -18,6 +18,7 @@ from .foreign_files import Tensors
 from .import_formats import (
     READ,
     Imported,
+    Known,
     Row,
     attention_shape,
     check_tensors,
@@ -36,12 +37,17 @@ def is_dflash(config: dict) -> bool:
 
 
 def from_dflash(
-    config: dict, tensors: Tensors, target_config: PreTrainedConfig, drafter_class: type[PreTrainedModel]
+    config: dict,
+    tensors: Tensors,
+    target_config: PreTrainedConfig,
+    drafter_class: type[PreTrainedModel],
+    known: Known = READ,
 ) -> Imported:
     """Translate a DFlash checkpoint: config.json and tensors under their own names.
 
     Args:
         drafter_class: ``PPOWDrafter``, which knows the class of block drafters.
+        known: overrides what is read; of these ``rope_theta`` and ``taps`` mean something here.
 
     Raises:
         ValueError: fields that are missing or that PPOW cannot express, tensors that do not fit, another target.
@@ -69,14 +75,19 @@ def from_dflash(
         if name in tensors:
             rows.append(Row("dropped", name.removesuffix(".weight"), "the target's is used"))
     tensors = {name: t for name, t in tensors.items() if not name.startswith(("embed_tokens.", "lm_head."))}
-    known = ("fc.weight", "norm.weight", "layers.0.mlp.gate_proj.weight", "layers.0.self_attn.q_proj.weight")
-    if missing := [name for name in (*known, "layers.0.self_attn.k_proj.weight") if name not in tensors]:
+    needed = ("fc.weight", "norm.weight", "layers.0.mlp.gate_proj.weight", "layers.0.self_attn.q_proj.weight")
+    if missing := [name for name in (*needed, "layers.0.self_attn.k_proj.weight") if name not in tensors]:
         raise ValueError(f"This checkpoint lacks {', '.join(missing)}: it is incomplete, or no DFlash drafter.")
     from_anchor = bool(own.get("sample_from_anchor"))
     if "sample_from_anchor" not in own:
         rows.append(Row("assumed", "predict_from_anchor", "not stored: false, the anchor's row predicts nothing"))
     taps = [i + 1 for i in ids or ()]
     rows.append(Row("mapped", f"target_layer_ids {ids}", f"target_taps {taps} (hidden states entering these blocks)"))
+    if given := [name for name in ("norm_output", "norm_before_residual") if getattr(known, name) is not None]:
+        raise ValueError(f"{', '.join(given)}: DFlash's layers leave no choice here; leave it out.")
+    if known.taps is not None:
+        taps = known.taps
+        rows.append(Row("given", "target_taps", str(taps)))
     result = drafter_class.config_class.from_target(
         target_config,
         architecture="block",
@@ -89,7 +100,7 @@ def from_dflash(
         attention_bias="layers.0.self_attn.q_proj.bias" in tensors,
         target_taps=taps,
         **attention_shape(tensors, config, text, rows),
-        **layer_fields("dflash", {"model_type": "qwen3", **config}, READ, text, rows),
+        **layer_fields("dflash", {"model_type": "qwen3", **config}, known, text, rows),
     )
     result.dtype = stored_dtype(tensors, rows)
     with torch.device("meta"):
@@ -105,7 +116,6 @@ def to_dflash(config: PPOWConfig, tensors: Tensors) -> Exported:
     """
     reasons = {
         "markov_rank: DFlash's slots know nothing of each other": config.markov_rank,
-        "confidence_head: DFlash has none": config.confidence_head,
         "attention_bias: the engines put biases on o_proj too, or none anywhere": config.attention_bias,
         f"hidden_act={config.hidden_act}: the engines' MLP is silu": config.hidden_act != "silu",
         "tap 0: DFlash's ids name outputs of blocks, and the embeddings are none": 0 in (config.target_taps or ()),
@@ -114,6 +124,7 @@ def to_dflash(config: PPOWConfig, tensors: Tensors) -> Exported:
         raise ValueError(f"This drafter cannot be exported to dflash, which would run it badly: {'; '.join(found)}.")
     ids = [tap - 1 for tap in config.target_taps or ()]
     layer = layer_config(config)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("confidence_head.")}
     rows = [Row("mapped", f"target_taps {config.target_taps}", f"target_layer_ids {ids}, outputs of blocks")]
     own = {"mask_token_id": config.mask_token_id, "target_layer_ids": ids}
     if config.predict_from_anchor:

@@ -26,6 +26,7 @@ import functools
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def evaluate(config: EvaluateConfig) -> float:
         if config.baseline:
             figures[0]["gain"] = gain(measured[0], measured[1], config.bootstrap, config.seed)
             baseline[title] = figures[1]
-    ran = [samples[0].drafting or {} for samples in next(iter(sets.values()))]
+    ran = [drafted_by(each) for each in zip(*sets.values())]
     metrics = {"results": results, "drafting": ran[0], "weights": weights}
     if config.baseline:
         metrics |= {"baseline": baseline, "baseline_drafting": ran[1]}
@@ -164,18 +165,19 @@ def measure(
         number, turn = work[place]
         found = compare(target, drafters, number, ids_of(number)[turn], plain, ours, seed, drafting, check)
         for which, sample in enumerate(found):
-            ways.setdefault(which, sample.drafting)
-            if sample.drafting != ways[which]:
+            way = ways.setdefault((which, title.endswith(" T=0")), sample.drafting)
+            if sample.drafting != way:
                 raise ValueError(
                     f"{title}: the answer to prompt {number + 1} was drafted with {sample.drafting}, those before with "
-                    f"{ways[which]}. Choose one path with --cuda-graphs or --no-cuda-graphs."
+                    f"{way}. Choose one path with --cuda-graphs or --no-cuda-graphs."
                 )
         return found
 
     places = [
         (r * len(work) + i, i, config.seed + 1000 * r + i) for r in range(config.repetitions) for i in range(len(work))
     ]
-    ways = {w: s.drafting for samples in log.found.values() for w, s in enumerate(samples)}
+    # by drafter and verification: sampling has a schedule of its own
+    ways = {(w, name.endswith(" T=0")): s.drafting for (name, _), row in log.found.items() for w, s in enumerate(row)}
     if any(log.get(title, index) is None for index, _, _ in places):
         for place in range(min(config.warmup, len(work))):
             answer(place, config.seed)
@@ -183,6 +185,13 @@ def measure(
         if log.get(title, index) is None:
             log.add(title, index, answer(place, seed))
     return [list(column) for column in zip(*(log.get(title, index) for index, _, _ in places))]
+
+
+def drafted_by(sets: Sequence[Sequence[Sample]]) -> dict:
+    """How one drafter drafted in all sets; "auto" where greedy and sampled answers had different schedules."""
+    found = [samples[0].drafting or {} for samples in sets]
+    alike = len({way.get("window_schedule") for way in found}) == 1
+    return found[0] if alike else {**found[0], "window_schedule": "auto"}
 
 
 def drafting_options(config: DraftingConfig) -> dict:

@@ -186,7 +186,7 @@ def to_ppow(
     from .block_formats import from_dflash, is_dflash  # which is made of this module's parts
 
     if is_dflash(config):
-        return from_dflash(config, tensors, target_config, drafter_class)
+        return from_dflash(config, tensors, target_config, drafter_class, known)
     if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
         raise ValueError("use_aux_hidden_state=false: this drafter reads one hidden state, as EAGLE-1/2; not EAGLE-3.")
     rows: list[Row] = []

@@ -117,6 +117,9 @@ def loss(
     )
     value, metrics = objective.function(flat, config, rewards)
     if config.supervised_coef:
-        taught = supervised.loss(target, drafter, batch, config.window_size, STEP_WEIGHT)[0]
+        anchors = config.windows_of(drafter.config.is_block)
+        taught = supervised.loss(target, drafter, batch, config.window_size, STEP_WEIGHT, anchors, config.compile_loss)[
+            0
+        ]
         value = value + config.supervised_coef * taught
     return value, metrics

@@ -180,6 +180,8 @@ class Server:
             self.engine = "llama.cpp"
             accepted = int(timings["draft_n_accepted"])
             return max(tokens - 1 - accepted, 0), accepted, []
+        if self.engine == "llama.cpp":  # says nothing of an answer without drafts
+            return max(tokens - 1, 0), 0, []
         return 0, 0, []
 
     def _settled(self) -> dict:

@@ -123,7 +123,8 @@ def loss(
     A block drafter takes :func:`block_step` instead, of so many slots or as many as it has.
     """
     if drafter.config.is_block:
-        return block_step(target, drafter, batch, step_weight, size=min(ttt_steps, drafter.config.longest_window))
+        size = min(ttt_steps, drafter.config.longest_window)
+        return block_step(target, drafter, batch, step_weight, anchors=anchors, size=size, fused=fused)
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     reading = target.read(ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)

@@ -127,6 +127,20 @@ def test_costs_of_sizes_that_were_not_measured():
     assert costs.cycle(3, 2) == 3.0 + 5.0 + 13.0
 
 
+def test_a_machine_that_becomes_faster_does_so_for_every_size():
+    """Else what was measured while it was busy would never be measured again, and rule its sizes out."""
+    costs = Costs()
+    for nodes, seconds in ((2, 10.0), (4, 12.0), (8, 20.0)):
+        for _ in range(4):
+            costs.add(nodes, seconds)
+    for _ in range(4):
+        costs.add(2, 5.0)  # the median is halved by the last of them
+    assert [costs.verification(nodes) for nodes in (2, 4, 8)] == pytest.approx([5.0, 6.0, 10.0])
+    for _ in range(5):
+        costs.add(4, 9.0)  # what is measured comes before what was reckoned
+    assert costs.verification(4) == 9.0
+
+
 def test_costs_belong_to_a_loaded_pair_and_how_it_runs():
     target, drafter, other = (torch.nn.Linear(1, 1) for _ in range(3))
     assert costs_of(target, drafter, "cpu") is costs_of(target, drafter, "cpu")
@@ -279,6 +293,11 @@ def test_the_first_windows_of_a_pair_have_lengths_that_tell_what_verifications_c
     assert CostAware(9, costs, clock=now.__next__).trial(100) == 9
     small = CostAware(8, Costs(), clock=now.__next__)
     assert small.begin([0], 3) == 0  # a length that has no room is not tried
+    for _ in range(CostAware.AGAIN - 12):
+        costs.add(3, 0.5)  # windows of two drafts for a long time
+    assert again.trial(100) is None
+    costs.add(3, 0.5)
+    assert again.trial(100) == 8 and again.trial(7) is None  # the length whose newest measurement is oldest
 
 
 def test_lengths_are_chosen_ahead_from_cycles_and_acceptance():
