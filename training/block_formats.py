@@ -126,6 +126,8 @@ def to_dflash(config: PPOWConfig, tensors: Tensors) -> Exported:
     layer = layer_config(config)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("confidence_head.")}
     rows = [Row("mapped", f"target_taps {config.target_taps}", f"target_layer_ids {ids}, outputs of blocks")]
+    if config.confidence_head:
+        rows.append(Row("dropped", "confidence_head", "engines end windows by rules of their own"))
     own = {"mask_token_id": config.mask_token_id, "target_layer_ids": ids}
     if config.predict_from_anchor:
         own["sample_from_anchor"] = True

@@ -12,6 +12,7 @@ from ppow import PPOWBlockDrafter, PPOWDrafter
 from ppow.training import cli
 from ppow.training.block_formats import from_dflash, to_dflash
 from ppow.training.blocks import Blocks
+from ppow.training.import_formats import Known
 from ppow.training.target import FrozenTarget
 
 DFLASH = {"predict_from_anchor": False, "mask_token_id": 40}
@@ -108,14 +109,21 @@ def test_what_cannot_be_imported_or_exported_is_named(target):
     ):
         with pytest.raises(ValueError, match=match):
             read(changes)
+    told = from_dflash(config, tensors, target.config, PPOWDrafter, Known(taps=[1, 2, 4], rope_theta=5e4))
+    assert told.config.target_taps == [1, 2, 4] and told.config.rope_parameters["rope_theta"] == 5e4
+    with pytest.raises(ValueError, match="norm_output: DFlash's layers leave no choice"):
+        from_dflash(config, tensors, target.config, PPOWDrafter, Known(norm_output=True))
     with pytest.raises(ValueError, match="vocabulary of its own"):
         read({}, {**tensors, "d2t": torch.zeros(9)})
     with pytest.raises(ValueError, match="no DFlash drafter that PPOW can run: it lacks hidden_norm.weight"):
         read({}, {name: value for name, value in tensors.items() if name != "hidden_norm.weight"})
-    for shape, match in (({"markov_rank": 2}, "markov_rank"), ({"confidence_head": True}, "confidence_head")):
-        other = block_drafter(target, **shape)
-        with pytest.raises(ValueError, match=match):
-            to_dflash(other.config, other.state_dict())
+    other = block_drafter(target, markov_rank=2)
+    with pytest.raises(ValueError, match="markov_rank"):
+        to_dflash(other.config, other.state_dict())
+    other = block_drafter(target, confidence_head=True)  # ends windows, and changes no draft
+    exported = to_dflash(other.config, other.state_dict())
+    assert not [name for name in exported.tensors if "confidence" in name]
+    assert [row for row in exported.rows if row.action == "dropped" and row.what == "confidence_head"]
 
 
 @pytest.mark.skipif(not hasattr(transformers, "MuseGlimmerAssistantModel"), reason="this transformers has no DFlash")
