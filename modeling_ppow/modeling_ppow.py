@@ -385,7 +385,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
 
         So they do in a checkpoint whose tensors were all converted to a 16-bit dtype: its offsets are rounded.
         """
-        if not self.pruned or self._vocabulary_is_right == self.d2t.data_ptr():
+        if not self.pruned or self.d2t.is_meta or self._vocabulary_is_right == self.d2t.data_ptr():
             return
         ids, size, vocabulary = self.draft_columns().long(), self.config.draft_vocab_size, self.config.vocab_size
         inside = ids[(ids >= 0) & (ids < vocabulary)]

@@ -152,7 +152,7 @@ class Oracle:
     def __init__(self, text: torch.Tensor, vocab_size: int):
         self.text, self.vocab_size, self.calls = text, vocab_size, 0
 
-    def __call__(self, state, root, options, room, verifier) -> DraftWindow:
+    def __call__(self, state, root, options, room, *more) -> DraftWindow:
         self.calls += 1
         steps = torch.arange(min(4, room) + 1)
         place = (state.lengths[:, None] + steps).clamp(max=self.text.shape[1] - 1)

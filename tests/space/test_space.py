@@ -432,16 +432,16 @@ def test_a_pair_that_does_not_run_here_is_said(monkeypatch):
 def test_what_is_shown_first_is_the_first_that_is_generated(pair, monkeypatch):
     calls, generate = [], pair.target.generate
     monkeypatch.setattr(pair.target, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    settings = Settings("Name three colours.", temperature=2.0, max_new_tokens=200)
+    settings = Settings(QUESTIONS[0], temperature=2, max_new_tokens=256).check()
     runs = race(pair, settings, StopFlag())
     shown = next(run for shown in runs for run in shown if run.tokens)
-    assert shown.name == PLAIN and shown.seconds is None and len(calls) == 1
+    assert shown.name == PLAIN and len(calls) == 1
     runs.close()
 
 
 def test_a_stopped_race_keeps_what_was_written(pair):
-    stop, settings = StopFlag(), Settings(QUESTIONS[0], max_new_tokens=256).check()
-    for runs in race(pair, settings, stop):
+    stop, settings = StopFlag(), Settings(QUESTIONS[0], temperature=2, max_new_tokens=256).check()
+    for runs in race(pair, settings, stop):  # a text that does not come to an end before it is looked at
         if len(runs[-1].tokens) >= 5:
             stop.set()
     stop.clear()
