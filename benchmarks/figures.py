@@ -241,6 +241,12 @@ def accepts(name: str, which: str) -> str:
     return " | ".join(f"{found[f'{domain} {which}']['stage1']:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
 
 
+def stopped(system: str) -> str:
+    """Cells of a rule that ends windows: speedup, drafts a window, acceptance length."""
+    (row,) = (s for s in summary("stopping-cpu")["parts"][0]["systems"] if s["name"] == system)
+    return f"{row['speedup']:.2f}x | {row['drafts_per_window']:.2f} | {row['acceptance_length']:.2f}"
+
+
 def sped(name: str, which: str) -> float:
     """Speedup in a record of `ppow evaluate`."""
     return summary(name)["results"][which]["speedup"]
