@@ -52,7 +52,8 @@ def main(argv=None) -> dict:
     version = subprocess.run(
         [interpreter, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, check=True
     ).stdout.split()[-1]
-    report = facts("serving", arguments, argv, vllm=version) | {"ways": {}}
+    names = {"target": Path(target).name, "drafter": Path(drafter).name}  # not where they lie on this machine
+    report = facts("serving", arguments, argv, vllm=version, **names) | {"ways": {}}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         export_drafter(ExportConfig(drafter=drafter, format="vllm", target=target, out=str(folder / "vllm")))
