@@ -172,16 +172,15 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
             break
         began = time.perf_counter()
         trained, row = copy.deepcopy(drafter), {"seed": seed, "changes": changes}
-        if changes is not None:
-            config = make_config(arguments, changes, seed)
-            row["config"] = recipe(config)
-            known = examples(config.data)
-            if isinstance(config, SupervisedConfig):
-                torch.manual_seed(seed)
-                trained = prepare_drafter(config, target.model, known).to(device)
-            target.taps = trained.config.target_taps
-            row |= train(config, arguments, target, trained, known, pad, changes.get("alternated", False))
+        config = None if changes is None else make_config(arguments, changes, seed)
+        if isinstance(config, SupervisedConfig):
+            torch.manual_seed(seed)
+            trained = prepare_drafter(config, target.model, examples(config.data)).to(device)
         target.taps = trained.config.target_taps
+        if config is not None:
+            row["config"] = recipe(config)
+            alternated = changes.get("alternated", False)
+            row |= train(config, arguments, target, trained, examples(config.data), pad, alternated)
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -359,9 +358,7 @@ def train(
     optimizer = make_optimizer(config, drafter)
     turns = [config, dataclasses.replace(config, objective="cst", supervised_coef=0.0)] if alternated else [config]
     roll = roll_out
-    if (
-        getattr(config, "objective", None) == "gto"
-    ):  # rewards a tree by what it gains over that of the drafter as it starts
+    if getattr(config, "objective", None) == "gto":  # rewards what a tree gains over that of the drafter as it starts
         reference = copy.deepcopy(drafter).eval().requires_grad_(False)
         roll = functools.partial(gto_rollout, reference=reference)
     mean = AveragedModel(drafter) if config.average_from < 1 else None

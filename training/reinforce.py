@@ -33,8 +33,7 @@ from .rewards import speedup_reward
 from .rollout import Rollout, policy_logits, roll_out
 from .supervised import EVAL_WINDOW, evaluate
 from .target import FrozenTarget
-from .text_windows import read_windows
-from .windows import sample_windows
+from .text_windows import drawn_windows, read_windows
 
 
 def main(config: ReinforceConfig) -> None:
@@ -93,10 +92,9 @@ def loss(
     objective = objective_of(config)
     k = torch.arange(config.window_size + 1, device=batch.input_ids.device)
     rewards = speedup_reward(k, config.cost_ratio)  # (K + 1,)
+    anchors = config.windows_of(drafter.config.is_block)
     if rollout is None:
-        chosen, anchors = None, config.windows_of(drafter.config.is_block)
-        if anchors is not None:
-            chosen = sample_windows(None, batch.loss_mask[:, 2:], anchors, batch.generator(), adaptive=False)
+        chosen = drawn_windows(batch, anchors)
         windows, metrics = read_windows(target, drafter, batch, config.window_size, chosen, config.compile_loss)
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
@@ -117,9 +115,7 @@ def loss(
     )
     value, metrics = objective.function(flat, config, rewards)
     if config.supervised_coef:
-        anchors = config.windows_of(drafter.config.is_block)
-        taught = supervised.loss(target, drafter, batch, config.window_size, STEP_WEIGHT, anchors, config.compile_loss)[
-            0
-        ]
+        size, fused = config.window_size, config.compile_loss
+        taught, _ = supervised.loss(target, drafter, batch, size, STEP_WEIGHT, anchors, fused)
         value = value + config.supervised_coef * taught
     return value, metrics

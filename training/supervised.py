@@ -28,7 +28,7 @@ from .loop import Trainer
 from .objectives import block_loss, supervised_step_loss
 from .preparation import load_examples, load_target, pad_token, prepare_drafter
 from .target import FrozenTarget
-from .text_windows import read_windows
+from .text_windows import drawn_windows, read_windows
 from .unrolled import Unrolled
 from .windows import sample_windows, wanted_windows
 
@@ -97,9 +97,7 @@ def block_step(
         size: K, slots that learn; None: all.
         fused: see :func:`ppow.training.text_windows.read_windows`.
     """
-    chosen = None
-    if anchors is not None:
-        chosen = sample_windows(None, batch.loss_mask[:, 2:], anchors, batch.generator(), adaptive=False)
+    chosen = drawn_windows(batch, anchors)
     windows, _ = read_windows(target, drafter, batch, size or drafter.config.longest_window, chosen, fused)
     value, metrics = block_loss(windows, kind, step_weight)
     hit, count = windows.states.hit & windows.mask, windows.mask.sum(0).clamp(min=1)

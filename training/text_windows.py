@@ -19,10 +19,17 @@ from .data import Batch
 from .objectives import Compared, TextWindows, compare, confidence_loss
 from .target import FrozenTarget, log_norm
 from .unrolled import Unrolled
-from .windows import wanted_windows
+from .windows import sample_windows, wanted_windows
 
 LOGITS = 1 << 28  # compared together; a float32 tensor of them takes 1 GiB
 GREEDY_SHARE = 0.99  # of a text's answer tokens that are the target's argmax, from which on it counts as greedy (ours)
+
+
+def drawn_windows(batch: Batch, count: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``count`` windows of each text that begin at an answer's token, as :func:`read_windows` takes them; None: all."""
+    if count is None:
+        return None
+    return sample_windows(None, batch.loss_mask[:, 2:], count, batch.generator(), adaptive=False)
 
 
 def read_windows(
