@@ -35,6 +35,28 @@ def test_every_window_of_a_text_gives_the_loss_of_stage_1():
     assert float(other) > float(loss)
 
 
+@pytest.mark.parametrize("preset", [None, "ppow"])
+def test_either_stage_may_draw_some_windows_of_a_text(preset, monkeypatch):
+    """As many as there are: the loss of all of them. Fewer: that many of each text, others for another seed."""
+    target, drafter = make_pair()
+    batch = make_batch()
+    config = {"preset": preset} if preset else None
+
+    def loss(anchors):
+        if config is None:
+            return supervised.loss(target, drafter, batch, 4, 0.8, anchors)[0]
+        return reinforce.loss(make_config(**config, anchors=anchors), target, drafter, batch)[0]
+
+    drawn, begin = [], Unrolled.begin
+    monkeypatch.setattr(Unrolled, "begin", lambda self, starts: drawn.append(starts) or begin(self, starts))
+    torch.testing.assert_close(loss(1000), loss(None))
+    wanted = [set(row.tolist()) for row in drawn[-1]]
+    losses = {float(loss(2).detach())}
+    assert drawn[-1].shape == (2, 2) and all(set(r.tolist()) <= every for r, every in zip(drawn[-1], wanted))
+    batch.seed += 1
+    assert float(loss(2).detach()) not in losses
+
+
 def test_stage_1_drafts_the_windows_that_meet_an_answer_and_no_others(monkeypatch):
     target, drafter = make_pair()
     batch, steps = make_batch(), 4
