@@ -17,9 +17,9 @@ LLAMA_CPP_VERSION ?= 2026.10.11549
 
 help:
 	@echo "make demo   let SmolLM2-135M-Instruct answer with and without its drafter, and compare"
-	@echo "make space  serve the page on which both race, at http://127.0.0.1:7860"
+	@echo "make space  serve the demo as a page, at http://127.0.0.1:7860"
 	@echo "make test   lint, format check, type check and tests"
-	@echo "make engines  run every export in vLLM and llama.cpp, on the CPU (4 GB, some minutes)"
+	@echo "make engines  run exports in vLLM and llama.cpp, on the CPU (4 GB, some minutes)"
 	@echo "make types  the type check alone"
 	@echo "make style  apply the lint fixes and the format"
 	@echo "make hub    start a Hub of your own on this machine, to try pushing and pulling"

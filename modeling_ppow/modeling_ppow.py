@@ -43,7 +43,7 @@ from .masks_ppow import additive_mask
 from .paths_ppow import check_path
 from .target_ppow import read_taps
 
-CUSTOM_GENERATE = """# Entrance of generate(custom_generate=<this repository>); it can only import files beside it.
+CUSTOM_GENERATE = """# Entry point of generate(custom_generate=<this repository>); it can only import files beside it.
 from .entrances_ppow import generate  # noqa: F401
 """
 
@@ -395,7 +395,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"This drafter drafts {size} tokens of {vocabulary}, but d2t (target id = i + d2t[i], int64) and t2d "
                 f"(membership) agree on {found} of them: the checkpoint is damaged, as by converting every tensor to a "
-                "16-bit dtype. Convert it again without these two; `ppow doctor` says whether t2d alone can mend it."
+                "16-bit dtype. Convert it again without these two; `ppow doctor` says whether t2d alone can fix it."
             )
         self._vocabulary_is_right = self.d2t.data_ptr()
 
@@ -497,7 +497,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Save weights, configuration, code, and ``custom_generate/``, so that the folder serves every entrance."""
+        """Save weights, configuration, code, and ``custom_generate/``, so that the folder serves every entry point."""
         if is_main_process:
             folder = Path(save_directory) / "custom_generate"
             folder.mkdir(parents=True, exist_ok=True)

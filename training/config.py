@@ -619,11 +619,11 @@ class DemoConfig(DraftingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpaceConfig(Config):
-    """Serve a page on which the target races with and without a drafter. Without arguments: SmolLM2-135M-Instruct."""
+    """Serve a page on which the target answers with and without a drafter. Without arguments: SmolLM2-135M-Instruct."""
 
     target: str | None = option(f"{_TARGET}; none: SmolLM2-135M-Instruct", None)
     drafter: str | None = option("its drafter: Hub id or folder; none: the bundled one", None)
-    baseline: str | None = option("a second drafter to race, such as the drafter's stage 1", None)
+    baseline: str | None = option("a second drafter to compare, such as the drafter's stage 1", None)
     host: str = option("address to listen on; 0.0.0.0: reachable from other machines", "127.0.0.1")
     port: int = option("port to listen on", 7860, at_least=0, at_most=65535)
     threads: int | None = option(_THREADS, None, at_least=1)
@@ -688,7 +688,7 @@ class PushConfig(Config):
     tag: str | None = option("tag the commit; the card's snippets then load this tag", None)
 
     space: bool = option("push a Space that shows this drafter, which is already on the Hub", False, group="Space")
-    baseline: str | None = option("Hub id of a second drafter that races there, such as stage 1", None)
+    baseline: str | None = option("Hub id of a second drafter that the page compares, such as stage 1", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -111,7 +111,7 @@ def report(title: str, rows: list[Row]) -> str:
     """The table that both commands print."""
     width = max((len(row.what) for row in rows), default=0)
     lines = [f"{row.action:<9}{row.what:<{width}}  {row.how}" for row in rows]
-    return "\n".join([f"{'dialect':<9}{title}", *lines])
+    return "\n".join([f"{'format':<9}{title}", *lines])
 
 
 def save(exported: Exported, folder: Path, gguf_target: str | None = None) -> None:

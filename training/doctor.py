@@ -26,7 +26,7 @@ from .fingerprints import fingerprint
 from .foreign_files import find_file, read_json
 from .loading import is_gguf, load_model, load_tokenizer, named, place_of, positions
 from .prompts import first_turn, load_prompts, prompt_sets
-from .remedies import IN_ORDER, Finding, beside, command, imported_again, mended, trained
+from .remedies import IN_ORDER, Finding, beside, command, fixed, imported_again, trained
 from .samples import RESULTS
 from .smollm2 import PROMPTS
 from .symptoms import Case, Prompts, measure
@@ -125,8 +125,8 @@ def read_records(
     if names_another(target, own):
         doubts.append(f"it records {own.target_name_or_path}")
         words = f"The drafter records {own.target_name_or_path} as its target, so that generate() refuses this one."
-        mend = f"drafter.config.target_name_or_path = {target._name_or_path!r}"
-        findings.append(Finding("name of the target", words, mended(config, mend)))
+        fix = f"drafter.config.target_name_or_path = {target._name_or_path!r}"
+        findings.append(Finding("name of the target", words, fixed(config, fix)))
     recorded = [part["weights"]["target"] for part in parts if part.get("weights", {}).get("target")]
     copied = any(is_gguf(part.get("config", {}).get("target") or "") for part in parts) or is_gguf(config.target)
     here = fingerprint(config.target)
@@ -139,21 +139,21 @@ def read_records(
     differing = {name: pair for name, pair in special.items() if None not in pair and pair[0] != pair[1]}
     if differing:
         told = ", ".join(f"{name} {mine} instead of {theirs}" for name, (mine, theirs) in differing.items())
-        mend = "; ".join(f"drafter.config.{name} = {theirs}" for name, (_, theirs) in differing.items())
+        fix = "; ".join(f"drafter.config.{name} = {theirs}" for name, (_, theirs) in differing.items())
         words = f"The drafter's special tokens are not the target's ({told}); a pipeline takes the two for strangers."
-        findings.append(Finding("special tokens", words, mended(config, mend)))
+        findings.append(Finding("special tokens", words, fixed(config, fix)))
     room, most = own.max_position_embeddings, positions(target)
     if most and room < most:
         words = f"The drafter has {room} positions, the target {most}: after them servers draft badly or not at all."
-        mend = mended(config, f"drafter.config.max_position_embeddings = {most}")
-        findings.append(Finding("positions", words, mend))
+        fix = fixed(config, f"drafter.config.max_position_embeddings = {most}")
+        findings.append(Finding("positions", words, fix))
     held = own.draft_vocab_size
     try:
         drafter.check_draft_vocabulary()
     except ValueError as error:
         words = str(error).partition(";")[0] + "."
-        mend = mended(config, IN_ORDER) if int(drafter.t2d.sum()) == held else imported_again(config)
-        findings.append(Finding("draft vocabulary", words, mend, first=True))
+        fix = fixed(config, IN_ORDER) if int(drafter.t2d.sum()) == held else imported_again(config)
+        findings.append(Finding("draft vocabulary", words, fix, first=True))
     longest = max((stage.get("config", {}).get("max_length") or 0 for stage in stages), default=0)
     greedy = [result for name, result in metrics.get("results", {}).items() if name.endswith("T=0")]
     records = {

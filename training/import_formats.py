@@ -133,7 +133,7 @@ def import_checkpoint(
         The drafter in our terms; nothing is written.
 
     Raises:
-        ValueError: an unreadable checkpoint, an unknown dialect, or one that does not fit the target.
+        ValueError: an unreadable checkpoint, an unknown format, or one that does not fit the target.
     """
     if not isinstance(target, PreTrainedConfig):
         target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(**place_of(target))
@@ -162,7 +162,7 @@ def detect(config: dict, names: Iterable[str]) -> str:
     if dialect is None or f"{prefix}{'.0' * (prefix == 'layers')}.self_attn.q_proj.weight" not in names:
         known = ", ".join(sorted({name for _, name in _BY_ARCHITECTURE if name}))
         raise ValueError(
-            f"Unknown dialect: architectures={config.get('architectures')} with tensors such as "
+            f"Unknown format: architectures={config.get('architectures')} with tensors such as "
             f"{', '.join(sorted(names)[:4])}. Known are speculators' eagle3 checkpoints and {known}, with tensors "
             "midlayer.* or layers.0.*; EAGLE-1/2 and MLA drafters are other architectures."
         )
@@ -179,7 +179,7 @@ def to_ppow(
     """Translate a checkpoint as read, its config.json and its tensors under their own names; they are not copied.
 
     Raises:
-        ValueError: unknown dialect, missing, superfluous or misshapen tensors, fields that PPOW cannot express, or a
+        ValueError: unknown format, missing, superfluous or misshapen tensors, fields that PPOW cannot express, or a
             target whose width, vocabulary or depth does not fit.
     """
     _check_types(config)

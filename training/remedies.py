@@ -17,7 +17,7 @@ class Finding(NamedTuple):
         fault: its name.
         words: what was found.
         next: the command to run next.
-        gain: tokens of a window that mending it may bring; 0: that was not measured.
+        gain: tokens of a window that fixing it may bring; 0: that was not measured.
         first: whether it comes before all that was measured.
     """
 
@@ -52,9 +52,9 @@ def trained(config: DoctorConfig, *more: str, fresh: bool = False) -> str:
     return " && ".join(shlex.join(["ppow", name, "--target", config.target, *rest]) for name, *rest in (first, second))
 
 
-def mended(config: DoctorConfig, statement: str) -> str:
-    """The commands that mend the loaded ``drafter`` by a statement, and examine it again."""
-    place = beside(config, "mended")
+def fixed(config: DoctorConfig, statement: str) -> str:
+    """The commands that fix the loaded ``drafter`` by a statement, and examine it again."""
+    place = beside(config, "fixed")
     load = f"PPOWDrafter.from_pretrained({config.drafter!r}, target={config.target!r}, dtype='auto')"
     code = f"from ppow import PPOWDrafter; drafter = {load}; {statement}; drafter.save_pretrained({place!r})"
     return f"{shlex.join(['python', '-c', code])} && {command(config, 'doctor', drafter=place)}"

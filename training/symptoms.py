@@ -26,7 +26,7 @@ from .evaluate import generation_configs
 from .figures import ends_in_a_loop
 from .loading import positions
 from .preparation import pad_token
-from .remedies import IN_ORDER, Finding, beside, command, imported_again, mended, trained
+from .remedies import IN_ORDER, Finding, beside, command, fixed, imported_again, trained
 from .target import FrozenTarget
 
 BETTER, SURE = 0.02, 1.645  # share of a window's length, and standard errors over the prompts (95%, one side)
@@ -179,7 +179,7 @@ def other_ways(case: Case, texts: list[Text], given: list[torch.Tensor], figures
         figures["ways"][name] = _figures(chances)
         if better(chances, given):
             words = f"With {name} a window gains {length(chances):.2f} tokens, as given {length(given):.2f}. {means}."
-            found.append(Finding(name, words, mended(case.config, statement), length(chances) - length(given)))
+            found.append(Finding(name, words, fixed(case.config, statement), length(chances) - length(given)))
     return sorted(found, key=lambda finding: -finding.gain)[:1]
 
 

@@ -15,7 +15,7 @@ from ppow.training import cli
 ROOT = Path(__file__).parents[2]
 SITE = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "space/README.md")] + SITE
-RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("use", "share", "decoding", "method"))]
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("use", "import", "share", "decoding", "method"))]
 TARGETS = ("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
@@ -89,9 +89,8 @@ def test_the_python_of_a_page_runs(page, places):
 
 
 def test_every_page_with_python_is_run():
-    """But for the pages of another trainer's formats, whose snippets test_formats runs in its own way."""
     held = {path for path in [ROOT / "README.md", *SITE] if "```python\n" in path.read_text(encoding="utf-8")}
-    assert held - set(RUN) <= {ROOT / "docs" / "import.md", ROOT / "docs" / "serve.md"}
+    assert held == set(RUN)
 
 
 def test_the_ten_lines_run(monkeypatch, capsys):

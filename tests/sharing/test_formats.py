@@ -402,9 +402,9 @@ def absolute(config, tensors):
 
 
 BAD = {
-    "unknown dialect": (say(architectures=["MistralForCausalLM"]), "Unknown dialect: architectures=.'Mistral"),
+    "unknown format": (say(architectures=["MistralForCausalLM"]), "Unknown format: architectures=.'Mistral"),
     "speculators, another type": (say(speculators_model_type="mtp"), "speculators checkpoint of type 'mtp'"),
-    "another model": (lambda c, t: t.clear(), "Unknown dialect"),
+    "another model": (lambda c, t: t.clear(), "Unknown format"),
     "no fc": (without("fc.weight"), "lacks fc.weight"),
     "no head": (without("lm_head.weight"), "lacks lm_head.weight: .* one that borrows them from its target"),
     "no norm": (without("midlayer.hidden_norm.weight"), "lacks layers.0.hidden_norm.weight"),
@@ -563,14 +563,14 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(pair, tmp_path, monkeypat
     target, drafter = pair
     assert ppow("export", drafter, "--format", "sglang", "--target", target, "--dry-run") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "dialect  sglang, 15 tensors",
+        "format   sglang, 15 tensors",
         "dropped  embed_tokens  equal to the target's, which SGLang uses anyway",
         "mapped   target_taps   left out: [2, 4, 5] is the default",
     ]
     source = write(tmp_path / "in" / "foreign", *checkpoint("AngelSlim")[1:])
     assert ppow("import", source, "--target", target, "--dry-run") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dialect  AngelSlim, 16 tensors"
+    assert lines[0] == "format   AngelSlim, 16 tensors"
     assert "mapped   aux_hidden_states_layer_ids  target_taps [2, 4, 5] (hidden states entering these blocks)" in lines
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

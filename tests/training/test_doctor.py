@@ -85,7 +85,7 @@ def first_fault(report):
     return report["findings"][0]["fault"] if report["findings"] else "nothing"
 
 
-def mended(report):
+def fixed(report):
     """What the first finding's command makes of the drafter."""
     python, _, again = report["next"].partition(" && ")
     command = shlex.split(python)
@@ -143,14 +143,14 @@ def test_taps_of_another_layer(examine, drafter):
     drafter.config.target_taps = [tap - 1 for tap in drafter.config.target_taps]
     report = examine(drafter, limit=6, max_new_tokens=64, window_size=10)
     assert first_fault(report) == "taps one layer later"
-    assert mended(report).config.target_taps == PPOWConfig.from_pretrained(PAIR / "drafter").target_taps
+    assert fixed(report).config.target_taps == PPOWConfig.from_pretrained(PAIR / "drafter").target_taps
 
 
 def test_a_switch_the_other_way(examine, drafter):
     drafter.config.norm_output = True
     report = examine(drafter)
     assert first_fault(report) == "norm_output False" and report["figures"]["ways"]["norm_output False"]["length"] > 2.5
-    assert mended(report).config.norm_output is False
+    assert fixed(report).config.norm_output is False
 
 
 def test_a_permuted_draft_vocabulary(examine, drafter):
@@ -159,7 +159,7 @@ def test_a_permuted_draft_vocabulary(examine, drafter):
     drafter.d2t.copy_(drafter.draft_columns()[order] - torch.arange(len(right)))
     report = examine(drafter, window_size=2)
     assert first_fault(report) == "draft vocabulary in order" and len(report["findings"]) == 1
-    assert torch.equal(mended(report).d2t, right)
+    assert torch.equal(fixed(report).d2t, right)
 
 
 @pytest.mark.parametrize("damaged", [lambda d: d.draft_columns(), lambda d: d.d2t.bfloat16().long()])
@@ -168,7 +168,7 @@ def test_absolute_ids_and_rounded_offsets_need_no_forward_pass(examine, drafter,
     drafter.d2t.copy_(damaged(drafter))
     report = examine(drafter)
     assert first_fault(report) == "draft vocabulary" and report["figures"] == {}
-    assert torch.equal(mended(report).d2t, right)
+    assert torch.equal(fixed(report).d2t, right)
 
 
 def test_the_draft_vocabulary_of_another_run(examine, drafter):
@@ -213,8 +213,8 @@ def test_records_that_are_wrong(examine, drafter):
     assert sorted(finding["fault"] for finding in report["findings"]) == ["positions", "special tokens"]
     assert "eos_token_id 0 instead of 2" in str(report["findings"]) and "64 positions, the target 2048" in str(report)
     commands = {finding["fault"]: finding["next"] for finding in report["findings"]}
-    assert mended({"next": commands["positions"]}).config.max_position_embeddings == 2048
-    assert mended({"next": commands["special tokens"]}).config.eos_token_id == 2
+    assert fixed({"next": commands["positions"]}).config.max_position_embeddings == 2048
+    assert fixed({"next": commands["special tokens"]}).config.eos_token_id == 2
 
 
 def test_long_texts_that_spoil_what_a_drafter_sees(examine, drafter, monkeypatch):
@@ -332,7 +332,7 @@ def test_a_pair_of_the_hub_and_a_drafter_that_records_another_target(hub, pair, 
     report = examine(other, "alice/target", limit=6)
     named = next(finding for finding in report["findings"] if finding["fault"] == "name of the target")
     assert "records alice/other" in named["words"] and report["figures"]["ways"] == found["figures"]["ways"]
-    assert mended(named).config.target_name_or_path == "alice/target"
+    assert fixed(named).config.target_name_or_path == "alice/target"
 
 
 # -- its parts ---------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_every_command_that_it_names_is_one(examine, questions):
     options = DoctorConfig(target="t", drafter="d/e")
     found = [doctor.trained(options), doctor.trained(options, "--max-length", "9"), doctor.imported_again(options)]
     found += [doctor.command(options, "evaluate", "--no-cuda-graphs", "--output-dir", "x")]
-    found += [doctor.trained(options, "--draft-vocab-size", "7", fresh=True), doctor.mended(options, "pass")]
+    found += [doctor.trained(options, "--draft-vocab-size", "7", fresh=True), doctor.fixed(options, "pass")]
     commands = [part for line in found for part in line.split(" && ") if part.startswith("ppow ")]
     assert len(commands) == 9
     for program, name, *arguments in map(shlex.split, commands):
