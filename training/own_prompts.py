@@ -8,8 +8,8 @@ arXiv 2406.08464). Kept is what ends by itself, is not empty, does not loop, hol
 written before (letter case, spaces and the marks of a sentence aside). The filters are ours.
 
 The output is a JSONL file of ``{"draw", "messages", "by"}``, ready for ``ppow regenerate``; ``draw`` numbers what
-was sampled, and each follows from its number and the seed. Lines are appended in that order as they come, so an
-interrupted run goes on with ``--resume``. Prompts are written in :class:`ppow.training.slots.Slots`, whose
+was sampled, and each follows from its number and the seed, up to rounding. Lines are appended in that order as they
+come, so an interrupted run goes on with ``--resume``. Prompts are written in :class:`ppow.training.slots.Slots`, whose
 rows never wait for the longest, where the target allows it, else in batches of ``generate``.
 """
 
