@@ -76,9 +76,9 @@ UNBUILT = {
 
 HEAD = """# Which targets are served
 
-Every causal language model of transformers {version}. Each was built tiny with random weights, where that was possible, and
-run with and without windows: chains and trees, a row alone and a batch padded on the left. `right`: the same tokens.
-`refused`: a `ValueError` before any token. `not tried`: it could not be built tiny, for the reason beside it. Written by
+Every causal language model of transformers {version}. Each was built tiny with random weights, where possible, and run with
+and without windows: chains and trees, a row alone and a batch padded on the left. `right`: the same tokens. `refused`:
+a `ValueError` before any token. `not tried`: it could not be built tiny, for the reason beside it. Written by
 `python -m tests.helpers.tiny_targets`; `tests/decoding/test_targets.py` checks it.
 
 What is not in this table (remote code, image-text classes, other versions) is tried out when it is first used, see
