@@ -17,12 +17,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from ppow import PPOWDrafter, generation_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
+from ppow.training.loading import load_model, load_tokenizer
 from ppow.training.prompts import first_turn, load_prompts
 from ppow.training.smollm2 import PROMPTS
 from ppow.transcript_ppow import Verdict
@@ -55,7 +56,7 @@ def main(argv=None) -> dict:
     if arguments.shape:
         target, drafter = random_pair(arguments.shape, device, dtype)
     else:
-        target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=dtype).to(device).eval()
+        target = load_model(arguments.target, dtype=dtype).to(device).eval()
         drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=dtype).to(device).eval()
     target.generation_config = GenerationConfig(pad_token_id=0)
     report = facts("decoding", arguments, argv, device=device, dtype=str(dtype).split(".")[-1]) | {
@@ -107,7 +108,7 @@ def random_prompts(target, arguments, device: str) -> list[torch.Tensor]:
 
 def real_prompts(arguments, device: str) -> list[torch.Tensor]:
     """First turns (largest batch, P), every row the same, in the target's chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
+    tokenizer = load_tokenizer(arguments.target)
     rows = max(map(int, arguments.batches.split(",")))
     prompts = load_prompts(arguments.prompts or str(PROMPTS))
     return [torch.tensor([first_turn(tokenizer, prompt)] * rows, device=device) for prompt in prompts]

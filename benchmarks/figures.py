@@ -241,9 +241,21 @@ def accepts(name: str, which: str) -> str:
     return " | ".join(f"{found[f'{domain} {which}']['stage1']:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
 
 
+def four_rows(name: str) -> float:
+    """Time of the products of four rows, in the faster order, over that of the library's of one."""
+    found = summary(name)["milliseconds"]
+    return found["verification of 4 nodes"]["kernel where it is faster"] / found["verification of 1 nodes"]["library"]
+
+
+def rule(name: str, part: int, system: str) -> dict:
+    """Of a summary of `benchmarks.stopping`: the figures of a rule that ends windows."""
+    (row,) = (s for s in summary(name)["parts"][part]["systems"] if s["name"] == system)
+    return row
+
+
 def stopped(system: str) -> str:
-    """Cells of a rule that ends windows: speedup, drafts a window, acceptance length."""
-    (row,) = (s for s in summary("stopping-cpu")["parts"][0]["systems"] if s["name"] == system)
+    """Cells of such a rule: speedup, drafts a window, acceptance length."""
+    row = rule("stopping-cpu", 0, system)
     return f"{row['speedup']:.2f}x | {row['drafts_per_window']:.2f} | {row['acceptance_length']:.2f}"
 
 

@@ -104,6 +104,10 @@ ARMS: dict[str, tuple[dict | None, int]] = {
     "exact text-rule muon": (_MUON | {"supervised_coef": 0.0}, 1),
     "exact greedy + 3 lk muon": (_MUON | {"verification": "greedy"}, 1),
     "exact sampling + 3 lk muon": (_MUON | {"verification": "sampling"}, 1),
+    "cst muon 100 windows": (_CST | _MUON | {"anchors": 100}, 3),
+    "lk muon 100 windows": (_LK | _MUON | {"anchors": 100}, 3),
+    "exact text-rule + 3 lk muon 100 windows": (_MUON | {"anchors": 100}, 3),
+    "exact sampling + 3 lk muon 100 windows": (_MUON | {"anchors": 100, "verification": "sampling"}, 3),
 }
 # Arms that train a fresh drafter, by stage 1: (changes to what `ppow train` does at 0.1B, seeds)
 _FRESH = {"optimizer": "muon", "learning_rate": 2e-3, "norm_before_fc": True, "norm_output": True}
@@ -181,6 +185,8 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
             row["config"] = recipe(config)
             alternated = changes.get("alternated", False)
             row |= train(config, arguments, target, trained, examples(config.data), pad, alternated)
+        if arguments.drafters:
+            trained.save_pretrained(arguments.drafters / key.replace("/", "-").replace(" ", "_"))
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
         row["results"] = acceptance.measure(target, trained, texts, arguments, pad, trees)
         report["arms"][key] = row
@@ -276,6 +282,7 @@ def parse(argv):
     parser.add_argument(
         "--texts", type=Path, help="file of the target's answers to the prompts, for several comparisons"
     )
+    parser.add_argument("--drafters", type=Path, help="folder that keeps every arm's drafter, in float32")
     parser.add_argument("--gpus", type=int, default=1, help="processes that share the arms, one on each GPU")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # the arms of such a process
     arguments = parser.parse_args(argv)
@@ -417,7 +424,17 @@ def train(
 
 def opened(arguments, argv: list[str], texts: dict) -> dict:
     """The raw report to add to: a new one, or that of the output file when it rests on the same texts."""
-    free = ("output", "arms", "seeds", "budget_seconds", "bootstrap", "texts", "gpus", "part")  # they change no arm
+    free = (
+        "output",
+        "arms",
+        "seeds",
+        "budget_seconds",
+        "bootstrap",
+        "texts",
+        "gpus",
+        "part",
+        "drafters",
+    )  # they change no arm
     new = facts("objectives", arguments, argv, free) | {"bootstrap": arguments.bootstrap}
     mark = zlib.crc32(json.dumps([text["ids"] for text in texts.values()]).encode())
     if arguments.output and raw_path(arguments.output).exists():

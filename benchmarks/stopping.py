@@ -15,11 +15,11 @@ import argparse
 import statistics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import call_config, what_was_drafted
 from ppow.training.evaluate import timed
+from ppow.training.loading import load_model, load_tokenizer
 from ppow.training.prompts import first_turn, prompt_sets, sampling_options
 from ppow.training.smollm2 import PROMPTS, demo_pair
 
@@ -36,8 +36,8 @@ def main(argv=None) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = (arguments.target, arguments.drafter) if arguments.target else demo_pair()
     dtype = getattr(torch, arguments.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(given[0])
-    target = AutoModelForCausalLM.from_pretrained(given[0], dtype=dtype).to(device).eval()
+    tokenizer = load_tokenizer(given[0])
+    target = load_model(given[0], dtype=dtype).to(device).eval()
     drafter = PPOWDrafter.from_pretrained(given[1], dtype=dtype).to(device).eval()
     sets = prompt_sets(arguments.prompts.split(",") if arguments.prompts else [str(PROMPTS)], None, arguments.limit)
     domains = {

@@ -26,7 +26,7 @@ WORTH = 0.9  # the other order is taken where it needs less than this share of t
 _REPEATS = 3
 _MEASURED_WEIGHTS = 8  # of a shape: in turns, so that no cache holds them
 
-_CHOSEN: dict[tuple, bool] = {}  # (shape, dtype, rows, threads) -> whether the other order is faster
+_CHOSEN: dict[tuple, dict[int, bool]] = {}  # (shape, dtype, threads) -> rows -> whether the other order is faster
 _HERE = threading.local()  # .depth: calls under way in this thread
 _LOCK = threading.Lock()
 
@@ -89,24 +89,27 @@ class _Product:
 
     def __init__(self, layer: nn.Linear, weights: list[torch.Tensor]):
         self.layer, self.weights, self.users = layer, weights, 0
+        self.weight, self.bias = layer.weight, layer.bias
+        kind = layer.weight.shape, layer.weight.dtype, torch.get_num_threads()
+        self.chosen = _CHOSEN.setdefault(kind, {})
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """As ``nn.Linear``: x (.., K) -> (.., N)."""
-        weight, bias = self.layer.weight, self.layer.bias
-        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        if not 0 < rows <= MOST_ROWS or x.dtype != weight.dtype or not getattr(_HERE, "depth", 0):
-            return linear(x, weight, bias)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self._faster(rows):
-            return linear(x, weight, bias)
-        out = swapped(x.reshape(rows, -1), weight).view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+        rows = x.numel() // (x.shape[-1] or 1)
+        if not self.chosen.get(rows, 0 < rows <= MOST_ROWS) or not self._may_choose(x) or not self._faster(rows):
+            return linear(x, self.weight, self.bias)
+        out = swapped(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+    def _may_choose(self, x: torch.Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != self.weight.dtype:
+            return False
+        return getattr(_HERE, "depth", 0) > 0
 
     def _faster(self, rows: int) -> bool:
-        weight = self.weights[0]
-        key = weight.shape, weight.dtype, rows, torch.get_num_threads()
-        if key not in _CHOSEN:
-            _CHOSEN[key] = _measure(self.weights[:_MEASURED_WEIGHTS], rows)
-        return _CHOSEN[key]
+        if rows not in self.chosen:
+            self.chosen[rows] = _measure(self.weights[:_MEASURED_WEIGHTS], rows)
+        return self.chosen[rows]
 
 
 def _measure(weights: list[torch.Tensor], rows: int) -> bool:

@@ -64,13 +64,13 @@ RECIPES = (
     # ours: the same; in bfloat16 a target of 32B leaves no room for the texts on a GPU of 80 GB
     Recipe(math.inf, 60_000, 512, 2_048, 16, 32_000, 10_000, 500, hint=_SPREAD),
 )
-# Stage 1's peak learning rate falls with the target's width w, on the line (in logarithms) through two points: measured
-# 3e-3 at 576 and published 1e-4 at 4,096 (EAGLE-3 trainers at 8B, AdamW; our Muon takes AdamW's rate, see optimizers).
-# At 256 the line gives 1.2e-2; the 14M pair did best with 6e-3 (measured, AdamW), the most that is taken.
-_RATES = ((576, 3e-3), (4096, 1e-4))
+# A stage's peak learning rate falls with the target's width w, on the line (in logarithms) through two points. Stage 1:
+# measured 3e-3 at 576 and published 1e-4 at 4,096 (EAGLE-3 trainers at 8B, AdamW; our Muon takes AdamW's rate, see
+# optimizers). At 256 the line gives 1.2e-2; the 14M pair did best with 6e-3 (measured, AdamW), the most that is taken.
+# Stage 2: measured 3e-4 at 576, where higher rates lose what the mean of stage 1's weights had gained
+# (benchmarks/results/objectives-smollm2.json), and 5e-5 at 4,096 (the paper's preset).
+_RATES = {"supervised": ((576, 3e-3), (4096, 1e-4)), "reinforce": ((576, 3e-4), (4096, 5e-5))}
 _HIGHEST = 6e-3
-# Stage 2's is half of it (ours): 3e-3 after 6e-3 did best (measured, 14M pair); 1e-3 after 2e-3 gained nothing (0.13B)
-_REINFORCE = 0.5
 _PROMPT = 256  # tokens of a prompt that the target writes: the default of `ppow prompts`
 TEMPLATE = 64  # tokens that a chat template puts around it, with a system message
 _WARMUP = 50  # of the 14M pair's stage 1; never more than a twentieth of the steps
@@ -85,9 +85,9 @@ def recipe_of(parameters: float) -> Recipe:
     return next(recipe for recipe in RECIPES if parameters < recipe.below * 1e9)
 
 
-def rate_for(width: int) -> float:
-    """Stage 1's peak learning rate for a target of hidden size ``width``, to two digits."""
-    (narrow, high), (wide, low) = _RATES
+def rate_for(width: int, stage: str = "supervised") -> float:
+    """A stage's peak learning rate for a target of hidden size ``width``, to two digits."""
+    (narrow, high), (wide, low) = _RATES[stage]
     slope = math.log(high / low) / math.log(wide / narrow)
     return float(f"{min(_HIGHEST, high * (narrow / width) ** slope):.2g}")
 
@@ -144,9 +144,9 @@ class Choices:
         self.given = recipe.length if config.data else _PROMPT + TEMPLATE  # tokens of a prompt, at most
         answer = config.regenerate.get("max_new_tokens", recipe.answer)
         length = min(recipe.length, self.given + answer, positions(target) or recipe.length)
-        rate = rate_for(text.hidden_size)
+        width = text.hidden_size
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
-        first = {"architecture": config.architecture, "optimizer": _optimizer(), "learning_rate": rate}
+        first = {"architecture": config.architecture, "optimizer": _optimizer(), "learning_rate": rate_for(width)}
         if config.architecture == "eagle3":
             first |= {"norm_before_fc": True, "norm_output": True}
             if config.supervised.get("hidden_size") in (None, text.hidden_size):
@@ -155,7 +155,7 @@ class Choices:
                 first["draft_vocab_size"] = recipe.draft_vocabulary
             if recipe.windows:
                 first["anchors"] = recipe.windows
-        second = {} if "preset" in config.reinforce else {"learning_rate": float(f"{_REINFORCE * rate:.2g}")}
+        second = {} if "preset" in config.reinforce else {"learning_rate": rate_for(width, "reinforce")}
         self.stages = {"supervised": shared | first, "reinforce": shared | second}
         if (longest := self.drafter(self.stages["supervised"] | config.supervised).longest_window) is not None:
             # a block costs the same however much of it is accepted, so its reward is that count
