@@ -7,8 +7,10 @@ A chat model that is given the opening of a user's turn, and nothing else, compl
 arXiv 2406.08464). Kept is what ends by itself, is not empty, does not loop, holds no part of the template, and was not
 written before (letter case, spaces and the marks of a sentence aside). The filters are ours.
 
-The output is a JSONL file of ``{"draw", "messages", "by"}``, ready for ``ppow regenerate``; ``draw`` numbers the calls
-of ``generate``. Lines are appended call by call, so an interrupted run goes on with ``--resume``.
+The output is a JSONL file of ``{"draw", "messages", "by"}``, ready for ``ppow regenerate``; ``draw`` numbers what
+was sampled, and each follows from its number and the seed. Lines are appended in that order as they come, so an
+interrupted run goes on with ``--resume``. Prompts are written in :class:`ppow.training.slots.Slots`, whose
+rows never wait for the longest, where the target allows it, else in batches of ``generate``.
 """
 
 import collections
@@ -16,6 +18,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,14 +111,14 @@ def write(config: PromptsConfig) -> float:
     )
     left_out: collections.Counter[str] = collections.Counter()
     in_vain, began = 0, time.perf_counter()
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     with tqdm(total=config.count, initial=min(len(seen), config.count), desc="prompts") as bar:
+        samples = sampled(target, tokenizer, given[0].tolist(), ends, config, draw)
         while len(seen) < config.count and in_vain < _PATIENCE:
-            torch.manual_seed((config.seed * 1_000_003 + draw) & 0x7FFFFFFF)
-            batch = given.expand(config.batch_size, -1)
-            made = target.generate(batch, attention_mask=torch.ones_like(batch), tokenizer=tokenizer)
             lines = []
-            for ids in made[:, given.shape[1] :].tolist():
-                text, fault = judged(ids, ends, tokenizer, opened, seen)
+            for draw, ids in next(samples):
+                text, fault = judged(ids, ends, marks, tokenizer, opened, seen)
+                in_vain = 0 if fault is None else in_vain + 1
                 if fault is not None:
                     left_out[fault] += 1
                 elif len(seen) < config.count:
@@ -125,8 +128,6 @@ def write(config: PromptsConfig) -> float:
             if lines:
                 with open(output, "ab", buffering=0) as out:
                     append(out, "".join(lines).encode("utf-8"))
-            in_vain = 0 if lines else in_vain + config.batch_size
-            draw += 1
             bar.update(len(lines))
     seconds = time.perf_counter() - began
     if left_out:
@@ -139,6 +140,48 @@ def write(config: PromptsConfig) -> float:
         )
     print(f"{len(seen)} prompts are in {output}, of which `ppow regenerate --data {output}` makes answers.")
     return seconds
+
+
+def sampled(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: list[int],
+    ends: set[int],
+    config: PromptsConfig,
+    first: int,
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """What the target says after ``given``, without end: -> some (draw, tokens) at a time, in order from ``first``."""
+    import torch
+
+    from .slots import Request, Slots, obstacle, rows_that_fit
+
+    room = target.generation_config.max_new_tokens
+    capacity = len(given) + room
+    if obstacle(target) is None:
+        slots = Slots(target, rows_that_fit(target, config.batch_size, capacity), capacity, config.temperature, ends)
+        following, done = first, dict[int, list[int]]()
+        while True:
+            free = slots.free
+            slots.fill([Request(draw, given, room, _seed(config, draw)) for draw in range(following, following + free)])
+            following += free
+            done |= slots.collect()
+            ready = []
+            while first in done:
+                ready.append((first, done.pop(first)))
+                first += 1
+            if ready:
+                yield ready
+    first -= first % config.batch_size  # that call of ``generate`` again
+    batch = torch.tensor([given] * config.batch_size, device=target.device)
+    while True:
+        torch.manual_seed(_seed(config, first))
+        made = target.generate(batch, attention_mask=torch.ones_like(batch), tokenizer=tokenizer)
+        yield list(enumerate(made[:, len(given) :].tolist(), first))
+        first += len(batch)
+
+
+def _seed(config: PromptsConfig, draw: int) -> int:
+    return (config.seed * 1_000_003 + draw) & 0x7FFFFFFF
 
 
 def ends_of(
@@ -154,9 +197,14 @@ def ends_of(
 
 
 def judged(
-    ids: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase, opened: Opening, seen: set[str]
+    ids: list[int],
+    ends: set[int],
+    marks: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+    opened: Opening,
+    seen: set[str],
 ) -> tuple[str, str | None]:
-    """What a user's turn says, and why it is of no use; None if it is."""
+    """What a user's turn says, and why it is of no use; None if it is. ``marks``: tokens that no turn holds."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     text, ended, _ = tokenizer.decode(ids[:end], skip_special_tokens=True).partition(opened.end())
     text = text.strip()
@@ -167,7 +215,6 @@ def judged(
     said = tokenizer(text, add_special_tokens=False).input_ids
     if ends_in_a_loop(said):
         return text, "looping"
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     if not ended and marks & set(ids[:end]):
         return text, "template"
     return text, "written before" if plain(text) in seen else None
@@ -179,7 +226,7 @@ def plain(text: str) -> str:
 
 
 def written_before(output: Path, by: dict, resume: bool) -> tuple[set[str], int]:
-    """The prompts that an output holds already, in plain, and the call to go on with; a torn last line is cut off.
+    """The prompts that an output holds already, in plain, and the draw to go on with; a torn last line is cut off.
 
     Raises:
         ValueError: the file exists and the run is not to be resumed, or it holds something else.
@@ -190,7 +237,7 @@ def written_before(output: Path, by: dict, resume: bool) -> tuple[set[str], int]
         raise ValueError(f"{output} exists already; pass --resume to continue it, or name another output.")
     content = output.read_bytes()
     *lines, torn = content.split(b"\n")
-    seen, draw = set(), 0
+    seen, draw = set(), -1
     if torn[: len(HEAD)] != HEAD[: len(torn)]:
         raise ValueError(f"{output} ends with what `ppow prompts` did not write; name another output.")
     for number, line in enumerate(lines, 1):
@@ -207,4 +254,4 @@ def written_before(output: Path, by: dict, resume: bool) -> tuple[set[str], int]
     if torn:
         with whole(output) as partial:
             partial.write_bytes(content[: len(content) - len(torn)])
-    return seen, draw  # that call again, of which a kill may have lost a part
+    return seen, draw + 1

@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.drafting_ppow import DraftWindow
-from ppow.graphs_ppow import GraphTarget, WindowCache, attention_obstacle, target_obstacle, target_twin
+from ppow.graphs_ppow import (
+    GraphTarget,
+    WindowCache,
+    attention_obstacle,
+    free_bytes,
+    key_heads,
+    slot_bytes,
+    target_obstacle,
+    target_twin,
+)
 from ppow.probe_ppow import check_target
 from ppow.recording_ppow import GATE, Replay
 from ppow.target_ppow import check_kind, decoder_layers
@@ -23,6 +32,7 @@ from .loading import positions
 
 CHECK = 16  # tokens made of every row before any is read back
 PREFILL = 8_192  # tokens of prompts that one forward reads
+CACHE_SHARE = 0.6  # of the free memory of a GPU that keys and values may take
 MOST_PAIRS = 65_535  # of a row and a key head: the attention kernel's grid holds no more
 # What a generation config may say and stock greedy or plain sampled text does not depend on.
 _PLAIN = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "max_length"}
@@ -62,6 +72,16 @@ def obstacle(target: PreTrainedModel) -> str | None:
     except ValueError as error:
         return str(error)
     return reason or attention_obstacle(target)
+
+
+def rows_that_fit(target: PreTrainedModel, most: int, capacity: int) -> int:
+    """How many rows of ``capacity`` tokens, of ``most``, memory and the attention kernel allow; at least 1."""
+    rows = min(most, MOST_PAIRS // key_heads(target))
+    if target.device.type != "cuda":
+        return rows
+    each = slot_bytes(target)
+    room = CACHE_SHARE * free_bytes(target.device) - 2 * each * max(PREFILL, capacity)
+    return max(1, min(rows, int(room) // (each * (capacity + CHECK))))
 
 
 def _says_nothing(value: object) -> bool:

@@ -395,9 +395,7 @@ class Road:
         with self._timing() as place:
             size = self.command("prompts", output="-").batch_size
             seconds = own_prompts.main(self.command("prompts", output=str(place / "prompts.jsonl"), count=size))
-            draws = [row["draw"] for row in read_metrics(place / "prompts.jsonl")]
-            whole = [draw for draw in draws if draw < draws[-1]] or draws  # of calls that were not cut off at the end
-            pace = seconds / (draws[-1] + 1) / (len(whole) / max(1, draws[-1]))
+            pace = seconds / size
             pace += self._pace_of_answers(place / "prompts.jsonl")
         total = self._within(pace, sys.maxsize, "prompts", "answers", "heldout")
         self.decide("prompts", count=max(self._fewest_rows(), total - held_out_of(total)))

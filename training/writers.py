@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # needs torch
 ROWS = {"cuda": 1024, "cpu": 16}  # answers under way, by device, where no --batch-size says
 BATCH = 8  # the same, in batches of ``generate``
 ROOM = 1024  # tokens of a prompt and its answer that a row has room for, at least
-CACHE_SHARE = 0.6  # of the free memory of a GPU that keys and values may take
 TOLD = ("content", "tool_calls", "function_call", "reasoning_content", "reasoning")  # of a server's message
 ENDED = {None, "stop", "eos", "eos_token", "stop_sequence", "end_turn"}  # an answer that ended by itself, by server
 
@@ -145,17 +144,11 @@ class LocalWriter:
 
     def _new_slots(self) -> "Slots":
         """Rows that hold the next prompt, and longer ones that follow it, as many as memory allows."""
-        from ppow.graphs_ppow import free_bytes, key_heads, slot_bytes
-
-        from .slots import CHECK, MOST_PAIRS, PREFILL, Slots
+        from .slots import Slots, rows_that_fit
 
         capacity = max(2 * self._length(self.waiting[0]), ROOM)
         capacity = min(capacity, self.positions or capacity)
-        rows = min(self.size, MOST_PAIRS // key_heads(self.model))
-        if self.model.device.type == "cuda":
-            each = slot_bytes(self.model)
-            room = CACHE_SHARE * free_bytes(self.model.device) - 2 * each * max(PREFILL, capacity)
-            rows = max(1, min(rows, int(room) // (each * (capacity + CHECK))))
+        rows = rows_that_fit(self.model, self.size, capacity)
         return Slots(self.model, rows, capacity, self.config.temperature, self.ends)
 
     def _give_up_slots(self, reason: str) -> None:

@@ -1,11 +1,11 @@
 """Prompts that a target writes itself: what is kept, what is left out, and runs that go on after an interruption."""
 
+import itertools
 import json
 import shutil
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from ppow.training import cli, own_prompts
 from ppow.training.data import load_rows
@@ -60,6 +60,15 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(whole, tmp_path, monk
     assert cli.main(command(output, "--count=24", "--resume")) == 0 and output.read_bytes() == whole
 
 
+def test_a_prompt_follows_from_its_number_not_from_those_beside_it(whole, tmp_path):
+    output = tmp_path / "prompts.jsonl"
+    assert cli.main([*command(output, "--count=24"), "--batch-size=3"]) == 0
+    texts = [
+        [json.loads(line)["messages"] for line in content.splitlines()] for content in (whole, output.read_bytes())
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
     output = tmp_path / "prompts.jsonl"
     output.write_bytes(whole)
@@ -93,7 +102,8 @@ def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
 def test_what_is_kept_by_hand(tiny_tokenizer, text, ends, fault):
     ids = tiny_tokenizer(text, add_special_tokens=False).input_ids + [tiny_tokenizer.eos_token_id] * ends
     seen = {plain("Add one and two")} if fault == "written before" else set()
-    found = judged(ids, {tiny_tokenizer.eos_token_id}, tiny_tokenizer, opening(tiny_tokenizer), seen)
+    marks = {*tiny_tokenizer.all_special_ids, *tiny_tokenizer.get_added_vocab().values()}
+    found = judged(ids, {tiny_tokenizer.eos_token_id}, marks, tiny_tokenizer, opening(tiny_tokenizer), seen)
     assert found[1] == fault and "<|" not in found[0]
 
 
@@ -105,9 +115,9 @@ def test_a_template_is_read_and_one_without_a_user_is_refused(tiny_tokenizer, tm
     tokenizer.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     assert opening(tokenizer).end() == "[/INST]"
     ids = tokenizer("Add one and two. [/INST] three", add_special_tokens=False).input_ids
-    assert judged(ids, set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
+    assert judged(ids, set(), set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
     padded = [*ids, *[tokenizer.pad_token_id] * 6]  # beside a slower one
-    assert judged(padded, set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
+    assert judged(padded, set(), set(), tokenizer, opening(tokenizer), set()) == ("Add one and two.", None)
     assert plain("What is 3+4?") != plain("What is 3*4?") and plain("Explain C") != plain("explain C++.")
     for template, message in [(None, "cannot open a user's turn"), ("x", "does not show where a user's words begin")]:
         tokenizer.chat_template = template
@@ -140,14 +150,14 @@ def test_prompts_end_with_the_positions_of_the_target(tmp_path, capsys):
 def test_a_target_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path, monkeypatch, capsys):
     ids = AutoTokenizer.from_pretrained(TARGET)("Book a table, please.<|im_end|>", add_special_tokens=False).input_ids
 
-    def generate(self, given, **options):
-        return torch.cat((given, torch.tensor([ids]).expand(len(given), -1)), 1)
+    def sampled(*given):
+        return ([(draw, ids) for draw in range(first, first + 8)] for first in itertools.count(0, 8))
 
-    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    monkeypatch.setattr(own_prompts, "sampled", sampled)
     output = tmp_path / "prompts.jsonl"
     assert cli.main(command(output, "--count=3")) == 2
     told = capsys.readouterr().err
-    assert "640 samples brought nothing new" in told and "holds 1 prompts of 3" in told and "'written before'" in told
+    assert "647 samples brought nothing new" in told and "holds 1 prompts of 3" in told and "'written before'" in told
     assert len(output.read_text().splitlines()) == 1
 
 
