@@ -76,10 +76,10 @@ UNBUILT = {
 
 HEAD = """# Which targets are served
 
-Every causal language model of transformers {version}. Each was built tiny with random weights, where that was possible, and
-run with and without windows: chains and trees, a row alone and a batch padded on the left. `right`: the same tokens.
-`refused`: a `ValueError` before any token. `not tried`: it could not be built tiny, for the reason beside it. Written by
-`python -m tests.helpers.tiny_targets`; `tests/decoding/test_targets.py` checks it.
+Every causal language model of transformers {version}. Each was built tiny with random weights, where possible, and run
+with and without windows: chains and trees, a row alone and a batch padded on the left. `right`: the same tokens.
+`refused`: a `ValueError` before any token. `not tried`: it could not be built tiny, for the reason beside it. Written
+by `python -m tests.helpers.tiny_targets`; `tests/decoding/test_targets.py` checks it.
 
 What is not in this table (remote code, image-text classes, other versions) is tried out when it is first used, see
 `modeling_ppow/probe_ppow.py`. RoPE that follows the length of the text (longrope, dynamic) is served on either side of
