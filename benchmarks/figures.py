@@ -96,6 +96,17 @@ def percent(name: str, which: str, arm: str, control: str = "cst") -> float:
     return 100 * values(name, which, arm, control)[0] / length(name, which, control)
 
 
+def over(name: str, arm: str) -> str:
+    """Cells: an arm over the best CST at both temperatures, and in percent."""
+    return " | ".join(f"{gain(name, which, arm)}, {percent(name, which, arm):+.1f}%" for which in ("0", "1"))
+
+
+def mixed(which: str) -> float:
+    """What half of the answers, sampled, change in a fresh drafter's acceptance length, as a share of it."""
+    found = summary("smollm2-stage1-options")["parts"][which]
+    return found["differences"]["fresh"]["fresh mixed"][0] / found["lengths"]["fresh"]
+
+
 def span(which: str, *compared: tuple) -> str:
     """1.2 to 2.5: least and most percent over all (report, arm, control)."""
     found = [percent(name, which, arm, control) for name, arm, control in compared]

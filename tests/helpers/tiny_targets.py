@@ -56,6 +56,8 @@ SPECIAL: dict[str, dict] = {
     "gemma3": {"vision_config": {**_VISION, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "kolibri1": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},  # as its checkpoints; the class's default has no conv
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "reformer": {"axial_pos_embds_dim": (16, 16)},
@@ -81,9 +83,9 @@ with and without windows: chains and trees, a row alone and a batch padded on th
 `refused`: a `ValueError` before any token. `not tried`: it could not be built tiny, for the reason beside it. Written
 by `python -m tests.helpers.tiny_targets`; `tests/decoding/test_targets.py` checks it.
 
-What is not in this table (remote code, image-text classes, other versions) is tried out when it is first used, see
-`modeling_ppow/probe_ppow.py`. RoPE that follows the length of the text (longrope, dynamic) is served on either side of
-the length at which it changes (dynamic: below it), and a call that would cross it is refused."""
+What is not in this table (remote code, other image-text classes, other versions), or was not tried, is tried out when
+it is first used, see `modeling_ppow/probe_ppow.py`. RoPE that follows the length of the text (longrope, dynamic) is
+served on either side of the length at which it changes (dynamic: below it); a call that would cross it is refused."""
 
 
 class NotTiny(Exception):
