@@ -1,5 +1,6 @@
 """The target's side of a running generation: prefill, verification of a window, and keeping what was accepted."""
 
+import itertools
 import os
 import threading
 from typing import Any
@@ -26,7 +27,7 @@ def decoder_layers(target: PreTrainedModel) -> torch.nn.ModuleList:
         ValueError: where no list of modules has as many entries as the configuration names layers.
     """
     count = getattr(target.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    modules = (*target.get_decoder().modules(), *target.modules())  # some name their head "decoder"
+    modules = itertools.chain(target.get_decoder().modules(), target.modules())  # some name their head "decoder"
     lists = (module for module in modules if isinstance(module, torch.nn.ModuleList))
     layers = next((layers for layers in lists if len(layers) == count), None)
     if layers is None:
