@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from ppow import PPOWDrafter
 from ppow.training.export_formats import from_ppow, refusals
 from ppow.training.gguf_format import write_gguf
-from tests.helpers.decoding_helpers import random_drafter, train
+from tests.helpers.decoding_helpers import LLAMA3, random_drafter, train
 from tests.helpers.gguf_target import write_gguf as write_target
 from tests.helpers.small_pair import PAIR
 
@@ -55,14 +55,6 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "tie_word_embeddings": False,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 TAPS = {"target_taps": [1, 3, 6]}
 

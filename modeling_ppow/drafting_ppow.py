@@ -368,6 +368,10 @@ class DrafterState:
             return None
         prefix = base[:, None].expand(-1, seen.shape[1])
         slots = base[:, None] + torch.arange(seen.shape[2], device=base.device)
+        if self.valid is not None:  # among a prompt's own pairs nobody sees those of padding, but they themselves
+            held = self.valid.shape[1]
+            exists = self.valid.gather(1, slots.clamp(max=held - 1)) | (slots >= held)
+            seen = seen & (exists[:, None] | torch.eye(*seen.shape[1:], dtype=torch.bool, device=seen.device))
         return additive_mask(window_allowed(prefix, seen, None, slots, view, self.valid), dtype)
 
     def chain(

@@ -477,7 +477,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         if not config or config.get("model_type") == PPOWConfig.model_type:  # without one, transformers says so
             return super().from_pretrained(source, *args, **kwargs)
         try:  # by name: a drafter's repository carries no other trainers' formats, and must not ask for the package
-            foreign = importlib.import_module("ppow.training.import_formats")
+            foreign = importlib.import_module("ppow.training.convert")
         except ImportError as error:
             raise ValueError(
                 f"{source} is no PPOW drafter (model_type {config.get('model_type')!r} in its config.json). An EAGLE-3 "

@@ -22,6 +22,7 @@ from .import_formats import (
     Row,
     attention_shape,
     check_tensors,
+    check_types,
     layer_fields,
     refuse_foreign,
     stored_dtype,
@@ -33,7 +34,7 @@ _NEEDED = ("block_size", "mask_token_id", "target_layer_ids")
 
 def is_dflash(config: dict) -> bool:
     """Whether a config.json is that of a DFlash drafter."""
-    return ARCHITECTURE in (config.get("architectures") or ()) or isinstance(config.get("dflash_config"), dict)
+    return ARCHITECTURE in str(config.get("architectures")) or isinstance(config.get("dflash_config"), dict)
 
 
 def from_dflash(
@@ -52,6 +53,7 @@ def from_dflash(
     Raises:
         ValueError: fields that are missing or that PPOW cannot express, tensors that do not fit, another target.
     """
+    check_types(config)
     text, rows = target_config.get_text_config(decoder=True), []
     own = config | (config.get("dflash_config") or {})
     ids = own.get("target_layer_ids")

@@ -10,23 +10,24 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ppow import PPOWDrafter
 from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
 from ppow.target_ppow import check_pair
 
-from .block_formats import to_dflash
+from .block_formats import from_dflash, is_dflash, to_dflash
 from .config import ExportConfig, ImportConfig
 from .export_formats import Exported, from_ppow
 from .files import claim_beside, whole
-from .foreign_files import find_file, read_json
-from .gguf_format import write_gguf
-from .import_formats import Known, Row, import_checkpoint
+from .foreign_files import find_file, read_config, read_json, read_tensors
+from .gguf_format import read_gguf, write_gguf
+from .import_formats import READ, Imported, Known, Row, to_ppow
 from .loading import check_model, is_gguf, named, place_of
 
 GGUF = "drafter.gguf"  # the one file of a folder that llama.cpp reads
@@ -57,6 +58,38 @@ def import_drafter(config: ImportConfig) -> None:
     )
     folder = write_folder(config.out or f"{_name(config.source)}-ppow", drafter.save_pretrained)
     print(f"wrote {folder}: target.generate(..., assistant_model=PPOWDrafter.from_pretrained({str(folder)!r}))")
+
+
+def import_checkpoint(
+    source: str,
+    target: PreTrainedModel | PreTrainedConfig | str,
+    drafter_class: type[PreTrainedModel],
+    known: Known = READ,
+    **hub: Any,
+) -> Imported:
+    """Read another trainer's EAGLE-3 or DFlash drafter. ``PPOWDrafter.from_pretrained`` asks for this by name.
+
+    Args:
+        source: folder, Hub id or GGUF file of the drafter.
+        target: its target: a model, a configuration, or a folder or Hub id.
+        drafter_class: ``PPOWDrafter``, the package's or a repository's, whose tensors it must have.
+        known: overrides what is assumed.
+        **hub: of ``modeling_ppow.HUB_OPTIONS``, for ``source``.
+
+    Returns:
+        The drafter in our terms; nothing is written.
+
+    Raises:
+        ValueError: an unreadable checkpoint, an unknown format, or one that does not fit the target.
+    """
+    if not isinstance(target, PreTrainedConfig):
+        target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(**place_of(target))
+    if is_gguf(source):
+        config, tensors = read_gguf(source, target)
+    else:
+        config, tensors = read_config(source, **hub), read_tensors(source, **hub)
+    translate = from_dflash if is_dflash(config) else to_ppow
+    return translate(config, tensors, target, drafter_class, known)
 
 
 def export_drafter(config: ExportConfig) -> None:

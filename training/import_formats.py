@@ -11,8 +11,8 @@ leave to the target (embeddings, vocabulary maps, positions), and in what their 
 
 What a checkpoint leaves open is assumed, in a row of its own, and :class:`Known` overrides it.
 
-Shapes come from the tensors and the target, never from the checkpoint's own configuration. ``PPOWDrafter`` reaches this
-module by its name when it is given such a checkpoint. The other direction is ``export_formats``.
+Shapes come from the tensors and the target, never from the checkpoint's own configuration. The other direction is
+``export_formats``; ``convert`` reads the files.
 
 Not included: EAGLE-1 and 2, MLA drafters (Kimi, DeepSeek), sliding windows, quantized weights.
 """
@@ -21,18 +21,17 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ppow import PPOWConfig
 
-from .foreign_files import Tensors, read_config, read_tensors
-from .gguf_format import ARCHITECTURE, read_gguf
-from .loading import is_gguf, place_of
+from .foreign_files import Tensors
+from .gguf_format import ARCHITECTURE
 
 _LEGACY_NAMES = {
     "midlayer.": "layers.0.",
@@ -113,35 +112,6 @@ class Imported:
     rows: list[Row]
 
 
-def import_checkpoint(
-    source: str,
-    target: PreTrainedModel | PreTrainedConfig | str,
-    drafter_class: type[PreTrainedModel],
-    known: Known = READ,
-    **hub: Any,
-) -> Imported:
-    """Read another trainer's EAGLE-3 or DFlash drafter.
-
-    Args:
-        source: folder, Hub id or GGUF file of the drafter.
-        target: its target: a model, a configuration, or a folder or Hub id.
-        drafter_class: ``PPOWDrafter``, the package's or a repository's, whose tensors it must have.
-        known: overrides what is assumed.
-        **hub: of ``modeling_ppow.HUB_OPTIONS``, for ``source``.
-
-    Returns:
-        The drafter in our terms; nothing is written.
-
-    Raises:
-        ValueError: an unreadable checkpoint, an unknown format, or one that does not fit the target.
-    """
-    if not isinstance(target, PreTrainedConfig):
-        target = target.config if hasattr(target, "config") else AutoConfig.from_pretrained(**place_of(target))
-    if is_gguf(source):
-        return to_ppow(*read_gguf(source, target), target, drafter_class, known)
-    return to_ppow(read_config(source, **hub), read_tensors(source, **hub), target, drafter_class, known)
-
-
 def detect(config: dict, names: Iterable[str]) -> str:
     """The dialect of a checkpoint, from its configuration and tensor names. Raises ValueError for an unknown one."""
     if config.get("model_type") == PPOWConfig.model_type:
@@ -182,11 +152,7 @@ def to_ppow(
         ValueError: unknown format, missing, superfluous or misshapen tensors, fields that PPOW cannot express, or a
             target whose width, vocabulary or depth does not fit.
     """
-    _check_types(config)
-    from .block_formats import from_dflash, is_dflash  # which is made of this module's parts
-
-    if is_dflash(config):
-        return from_dflash(config, tensors, target_config, drafter_class, known)
+    check_types(config)
     if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
         raise ValueError("use_aux_hidden_state=false: this drafter reads one hidden state, as EAGLE-1/2; not EAGLE-3.")
     rows: list[Row] = []
@@ -232,7 +198,7 @@ def to_ppow(
     return Imported(dialect, result, tensors, rows)
 
 
-def _check_types(config: dict) -> None:
+def check_types(config: dict) -> None:
     """That the fields of a config.json, nested ones too, have the types that the rest of this module relies on."""
     for key, value in config.items():
         expected = _TYPES.get(key, object)
@@ -242,7 +208,7 @@ def _check_types(config: dict) -> None:
         if wrong:
             raise ValueError(f"{key}={value!r} in config.json is of the wrong type; correct it and import again.")
         if isinstance(value, dict):
-            _check_types(value)
+            check_types(value)
 
 
 def _rename(tensors: Tensors, rows: list[Row]) -> Tensors:

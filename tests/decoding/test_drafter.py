@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from decoding_helpers import FAMILIES, build_target, generate_with, prompt_batches, random_drafter
 from ppow import PPOWConfig, PPOWDrafter
-from ppow.drafting_ppow import DraftWindow
+from ppow.drafting_ppow import DrafterState, DraftWindow
 from ppow.target_ppow import TargetState, decoder_layers, read_taps
 from ppow.training.target import FrozenTarget
 
@@ -284,3 +284,24 @@ def test_a_folder_without_a_drafter_is_not_taken_for_another_trainers(tmp_path):
     (tmp_path / "checkpoints").mkdir()  # a run that has not ended
     with pytest.raises(OSError, match=re.escape(str(tmp_path))):
         PPOWDrafter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_padding_on_the_left_changes_no_feature_that_is_drafted_from(monkeypatch, layers):
+    """Windows are their roots alone here, so that those of a batch and of a prompt alone begin at the same tokens."""
+    target, found = build_target(), []
+    drafter = random_drafter(target, num_hidden_layers=layers)
+
+    def root_alone(state, root, *args, **kwargs):
+        found.append(state.hidden[:, 0])
+        return DraftWindow.chain(root[:, None])
+
+    monkeypatch.setattr(DrafterState, "chain", root_alone)
+    for ids, mask in prompt_batches(4, 2, seed=3):
+        found.clear()
+        generate_with(target, drafter, ids, mask, {"window_size": 2, "max_new_tokens": 6})
+        together = torch.stack(found, 1)  # (B, windows, H)
+        for row, prompt, real in zip(together, ids, mask.bool()):
+            found.clear()
+            generate_with(target, drafter, prompt[real][None], None, {"window_size": 2, "max_new_tokens": 6})
+            assert len(found) == 4 and (row - torch.cat(found)).abs().max() < 1e-9

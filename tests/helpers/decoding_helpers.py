@@ -25,6 +25,14 @@ PAD = 0
 CHAIN = {"window_size": 4}
 TREE = {"tree_depth": 4, "tree_top_k": 3, "tree_nodes": 12}
 MODES = {"chain": CHAIN, "tree": TREE}
+LLAMA3 = {  # a RoPE
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 _SHAPE = {
     "vocab_size": VOCAB,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save, save_file
 from transformers import LlamaConfig
 
-from decoding_helpers import offsets_of
+from decoding_helpers import LLAMA3, offsets_of
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training.export_formats import from_ppow
 from ppow.training.gguf_format import read_gguf, write_gguf
@@ -29,14 +29,6 @@ TARGET = LlamaConfig(
     pad_token_id=0,
 )
 EMBEDDINGS = torch.randn(V, HT, generator=torch.Generator().manual_seed(5))
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 FEATURES = {
     "plain: 1 layer, Llama style, default taps, D < V, as wide as the target": {},
     "D = V": {"draft_vocab_size": V},

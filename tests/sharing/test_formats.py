@@ -23,8 +23,9 @@ from formats_helpers import EMBEDDINGS, FEATURES, HT, TARGET, D, V, assert_same,
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import cli, convert
 from ppow.training.config import ReinforceConfig
+from ppow.training.convert import import_checkpoint
 from ppow.training.export_formats import FORMATS, from_ppow
-from ppow.training.import_formats import READ, Known, detect, import_checkpoint, to_ppow
+from ppow.training.import_formats import READ, Known, detect, to_ppow
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "serve.md"

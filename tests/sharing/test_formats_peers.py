@@ -5,8 +5,8 @@ for speculators (what is not a matter of its version, torch above all, comes fro
 vLLM and SGLang, whose engines are not run.
 
 What the wheels prove: every exported name reaches a parameter that the engine's loader knows, of the shape that the
-exported config makes it have, and nothing is dropped. What they do not prove: that the engine then computes the same
-numbers; that needs a GPU and the engine.
+exported config makes it have, and nothing is dropped; and SGLang's drafter class, with stand-ins for its layers, then
+computes the same numbers. What they do not prove: that SGLang's layers do; that needs a GPU and the engine.
 """
 
 import ast
@@ -31,6 +31,7 @@ from ppow import PPOWDrafter
 from ppow.training.export_formats import refusals
 from ppow.training.unrolled import Unrolled
 from reference_eagle3 import Eagle, SpecForge
+from reference_sglang import SGLang
 
 SPECULATORS = ["speculators==0.9.0", "hs-connectors==0.9.0"]
 NEEDED_BY_SPECULATORS = ["transformers>=5.17,<=5.19", "loguru", "openai", "pydantic-settings", "typer"]
@@ -379,6 +380,35 @@ def test_sglangs_loader_takes_every_exported_tensor(wheels):
         assert sum(map(len, loaded.values())) == len(tensors) - len(maps)  # it drops unknown ones silently
         if drafter.pruned:
             assert torch.equal(model.hot_token_id, drafter.draft_columns())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("the target's embeddings",),
+        ("the target's embeddings", "D = V", "norm_before_fc"),
+        ("the target's embeddings", "2 layers", "norm_output"),
+        ("the target's embeddings", "4 taps", "fc_norm"),
+        ("the target's embeddings", "heads of another size than hidden_size / heads", "RoPE of type llama3"),
+        ("narrower than the target", "3 other taps"),
+    ],
+)
+def test_sglangs_drafter_class_computes_the_same_logits(wheels, features):
+    drafter = scaled(*features)
+    config, tensors = export(drafter, "sglang")
+    sources = (source_of(wheels["sglang"], f"sglang/srt/models/{name}.py") for name in ("llama", "llama_eagle3"))
+    theirs = SGLang(*sources, config, tensors, EMBEDDINGS)
+    text, taps = inputs(drafter, batch=1)
+    drafted = torch.randint(1, V, (1, STEPS))
+    with torch.no_grad():
+        unrolled = Unrolled(drafter, embed(drafter), text, taps)
+        found = [drafter.logits(unrolled.begin(torch.full((1, 1), text.shape[1] - 2)))]
+        found += [drafter.logits(unrolled.advance(tokens)) for tokens in drafted.split(1, dim=1)]
+    assert_close(
+        [logits[0] for logits in found], [logits[None] for logits in theirs.chain(text[0], taps[0, :-1], drafted[0])]
+    )
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import small_pair
-from formats_helpers import LLAMA3, TARGET, D, V, build, gguf_tokens, logits
+from decoding_helpers import LLAMA3
+from formats_helpers import TARGET, D, V, build, gguf_tokens, logits
 from gguf_target import write_gguf as write_target
 from ppow import PPOWDrafter
 from ppow.training import cli
+from ppow.training.convert import import_checkpoint
 from ppow.training.export_formats import from_ppow
 from ppow.training.gguf_format import OWN_ROPE, read_gguf, write_gguf
-from ppow.training.import_formats import import_checkpoint
 
 
 def written(drafter, folder, change=lambda config, tensors: None):
