@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from .cache_ppow import CACHE_NAME
 from .drafting_ppow import DraftOptions, asked_size
 from .prompt_ppow import device_of
+from .target_ppow import is_split
 
 # Arguments of the target's forward that ``generate`` hands on and the loop honours (the others set nothing here).
 FORWARD_ARGUMENTS = {"attention_mask", "position_ids", CACHE_NAME, "use_cache", "logits_to_keep"}
@@ -63,6 +64,11 @@ def check_call(
         raise ValueError(
             f"A drafter reads token ids and their mask only, and cannot honour {', '.join(sorted(unknown))}: leave "
             "them out, or generate without a drafter."
+        )
+    if options.window_schedule == "cost" and is_split(target):
+        raise ValueError(
+            'window_schedule="cost" follows measured time, by which the processes that share this target would draft '
+            'different windows. Leave it unset, or use "gammatune" or "constant".'
         )
     longest = drafter.config.longest_window
     if longest is not None and options.longest > longest:

@@ -161,11 +161,14 @@ class DraftOptions:
         """
         return bool(self.cuda_graphs) and not self.is_tree and self.window_schedule == "constant"
 
-    def on_path(self, fast: bool, sampled: bool = False) -> "DraftOptions":
-        """What of these options has an effect on the fast path, or on the plain one; ``cuda_graphs`` says which."""
+    def on_path(self, fast: bool, steady: bool = False) -> "DraftOptions":
+        """What of these options has an effect on the fast path, or on the plain one; ``cuda_graphs`` says which.
+
+        ``steady``: "auto" is not to follow measured time.
+        """
         schedule = self.window_schedule
         if schedule == "auto":
-            schedule = "constant" if fast or self.is_tree else "gammatune" if sampled else "cost"
+            schedule = "constant" if fast or self.is_tree else "gammatune" if steady else "cost"
         threshold = 0.0 if fast or schedule == "cost" else self.draft_threshold
         path: dict[str, Any] = {"cuda_graphs": True} if fast else {"cuda_graphs": False, "compile_layers": False}
         return dataclasses.replace(self, window_schedule=schedule, draft_threshold=threshold, **path)

@@ -25,7 +25,7 @@ from .pair_ppow import Pair
 from .probe_ppow import check_target
 from .products_ppow import few_rows
 from .prompt_ppow import Prompt
-from .target_ppow import check_pair
+from .target_ppow import check_pair, is_split
 from .transcript_ppow import Acceptance, Transcript
 from .verifier_ppow import Verifier, row_wise
 
@@ -82,7 +82,7 @@ def decode(
     check_target(target, prompt.start, min(first, longest), longest + text.remaining() - 1, options.slots)
     columns = drafter.draft_columns().to(prompt.ids.device)
     verifier = Verifier(logits_processor, bool(config.do_sample), columns, text, options.accept_drafts)
-    cache = prompt.past
+    cache, split = prompt.past, is_split(target)  # processes that share a text must not decide by their own clocks
     wanted = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
     # running ahead, a row may go one window beyond its end before that is known, and draft another from there
     rows = drafter.config.block_size if drafter.config.is_block else 0  # that a block's forward writes, all of them
@@ -90,9 +90,9 @@ def decode(
     with (
         without_cudnn_attention(),
         fast_path(target, drafter, options, prompt, most) as fast,
-        few_rows(*(() if fast else (target, drafter))),
+        few_rows(*(() if fast or split else (target, drafter))),
     ):
-        options = options.on_path(fast is not None, bool(config.do_sample))
+        options = options.on_path(fast is not None, steady=bool(config.do_sample) or split)
         pair = Pair(target, drafter, options, prompt, text, verifier, fast)
         text.commit(pair.prefill(config.prefill_chunk_size), drafted=None)
         while not text.finished:

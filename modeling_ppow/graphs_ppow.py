@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
 
@@ -25,7 +26,7 @@ from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
 from .schedules_ppow import Schedule
-from .target_ppow import LayerMasks, TargetState, decoder_layers
+from .target_ppow import LayerMasks, TargetState, decoder_layers, is_split
 
 logger = logging.get_logger(__name__)
 AttentionInterface.register(WINDOW_ATTENTION, window_attention)
@@ -363,6 +364,7 @@ def place_obstacle(target: PreTrainedModel, drafter: PreTrainedModel) -> str | N
     obstacles = {
         "the target is not on a GPU": target.device.type != "cuda",
         "accelerate moves the target's weights": any(hasattr(module, "_hf_hook") for module in target.modules()),
+        "tensor parallelism has split the target's weights": is_split(target),
         "triton is not installed": not HAS_TRITON,
         "the models are spread over devices": len({p.device for m in (target, drafter) for p in m.parameters()}) > 1,
         "the target computes in float64": target.dtype == torch.float64,
@@ -434,4 +436,13 @@ def free_bytes(device: torch.device) -> int:
 
 def _weights(*models: PreTrainedModel) -> tuple[int, ...]:
     """Where the models' weights lie: graphs are bound to these addresses."""
-    return tuple(parameter.data_ptr() for model in models for parameter in model.parameters())
+    return tuple(address for model in models for parameter in model.parameters() for address in _addresses(parameter))
+
+
+def _addresses(tensor: torch.Tensor) -> Iterator[int]:
+    """Where a tensor lies; of a quantized one, where the tensors do that it is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _addresses(getattr(tensor, name))
+    else:
+        yield tensor.data_ptr()

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .drafting_ppow import DraftOptions, call_config
@@ -223,7 +224,11 @@ def _convert(tensors: list[torch.Tensor], dtype: torch.dtype) -> Originals:
     originals: Originals = []
     try:
         for tensor in tensors:
-            if tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
+            if is_traceable_wrapper_subclass(tensor):  # quantized by torchao: a plain tensor takes its place
+                plain = torch.nn.Parameter(tensor.dequantize().to(dtype), False)
+                torch.utils.swap_tensors(tensor, plain)
+                originals.append((tensor, plain))
+            elif tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
                 originals.append((tensor, tensor.data))
                 tensor.data = tensor.data.to(dtype)
     except BaseException:
@@ -234,4 +239,7 @@ def _convert(tensors: list[torch.Tensor], dtype: torch.dtype) -> Originals:
 
 def _restore(originals: Originals) -> None:
     for tensor, data in originals:
-        tensor.data = data
+        if is_traceable_wrapper_subclass(data):
+            torch.utils.swap_tensors(tensor, data)
+        else:
+            tensor.data = data

@@ -21,7 +21,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from .drafting_ppow import DraftWindow
 from .masks_ppow import ancestors_of
-from .target_ppow import TargetState, check_kind, decoder_layers
+from .prompt_ppow import device_of
+from .target_ppow import TargetState, check_kind, decoder_layers, is_split
 
 # Classes of transformers that tests/decoding/test_families.py walks, under every attention implementation.
 KNOWN = {
@@ -45,6 +46,8 @@ WRONG = 8  # siblings before the right node of a tree: its slot lies far from it
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 COARSE = 0.15
 COPY_BYTES = 2 << 30  # a target of fewer bytes in float32 is tried as a copy in float32
+# Relative difference of a layer's outputs that is more than rounding: int8 activations make it 0.005 or more.
+MIXED = 0.002
 # (target, taps, past, batch, capacity, valid) -> a state
 MakeState = Callable[[PreTrainedModel, list[int], None, int, int, torch.Tensor | None], TargetState]
 _BORDERS = ("window", "chunk", "position", "max_seq", "seq_len", "local", "block", "span", "floor_scale", "index_topk")
@@ -85,17 +88,29 @@ def check_target(target: PreTrainedModel, start: int = 0, prompt: int = 1, end: 
 
 
 def is_known(target: PreTrainedModel) -> bool:
-    """Whether the tests answer for the target's class, and nothing is wrapped around it."""
+    """Whether the tests answer for the target's class, with weights as they are, and nothing is wrapped around it."""
     kind = type(target)
     if kind.__name__.startswith("FSDP"):  # fully_shard derives a class of its own from the target's
         kind = kind.__bases__[-1]
-    return kind.__module__.startswith("transformers.models.") and kind.__name__ in KNOWN and not is_wrapped(target)
+    known = kind.__module__.startswith("transformers.models.") and kind.__name__ in KNOWN
+    return known and not is_wrapped(target) and not is_quantized(target)
 
 
 def is_wrapped(target: PreTrainedModel) -> bool:
     """Whether somebody else prepares the target's inputs (prompt tuning of PEFT sets a method on the instance)."""
     own = vars(target).get("prepare_inputs_for_generation")
     return own is not None and getattr(own, "__func__", own) is not type(target).prepare_inputs_for_generation
+
+
+def is_quantized(target: PreTrainedModel) -> bool:
+    """Whether transformers or somebody's own call has quantized any of the weights."""
+    return getattr(target, "is_quantized", False) or any(map(_is_quantized, target.parameters()))
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    if hasattr(weight, "device_mesh"):  # a process's part of a plain one
+        return False
+    return type(weight) is not torch.nn.Parameter or weight.dtype.itemsize == 1
 
 
 def check_rope(config: PreTrainedConfig, start: int, prompt: int, end: int) -> None:
@@ -179,6 +194,13 @@ def _try(target: PreTrainedModel, length: int, make_state: MakeState) -> str | N
         prompt, mask, forced = _text(subject, length)
     except ValueError as error:
         return str(error)
+    kind = mixes_rows(subject)
+    if kind is not None:
+        return (
+            f"what its {kind} layers compute of a token changes with the other tokens of the same pass, as they "
+            "quantize activations together. Quantize weights alone (with bitsandbytes to 4 bits, or to 8 with "
+            "llm_int8_threshold=0.0)"
+        )
     flash = "flash" in (target.config._attn_implementation or "")  # takes chains of one row, nothing else
     tolerance = TOLERANCE.get(subject.dtype, COARSE)
     if subject.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
@@ -207,6 +229,25 @@ def _try(target: PreTrainedModel, length: int, make_state: MakeState) -> str | N
                     f"the logits of {shape} {'in a padded batch ' if padded else ''}are not those of the same tokens "
                     f"one by one (relative difference {off:.1g}, rounding explains {tolerance:.1g})"
                 )
+    return None
+
+
+def mixes_rows(target: PreTrainedModel) -> str | None:
+    """The kind of quantized layers, if any, whose product of one row changes with the row beside it.
+
+    So do those that take one scale for all rows, or treat a column apart (LLM.int8) where any row has an outlier. In 16
+    bits the difference could pass for rounding, so one layer of each kind is asked by itself.
+    """
+    layers = [layer for layer in target.modules() if isinstance(layer, torch.nn.Linear)]
+    kinds = {(type(layer), type(layer.weight)): layer for layer in layers if _is_quantized(layer.weight)}
+    for (kind, weight), layer in kinds.items():
+        width = layer.weight.shape[-1] if is_split(target) else layer.in_features
+        rows = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
+        louder = rows * torch.tensor([[1.0], [100.0]])  # in the second row every column is an outlier
+        place = device_of(target) if layer.weight.device.type == "meta" else layer.weight.device
+        first, same = (layer(x.to(place, target.dtype))[:, :1].float() for x in (rows, louder))
+        if not _difference(same, first) <= MIXED:
+            return weight.__name__ if kind is torch.nn.Linear else kind.__name__
     return None
 
 

@@ -166,8 +166,8 @@ def _follows(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _alike(linears: list) -> bool:
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return False
+    if any(type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter for linear in linears):
+        return False  # torchao quantizes, and tensor parallelism splits, the weight of a plain layer
     if any(linear.weight.is_inference() for linear in linears):
         return False
     kinds = {(m.in_features, m.bias is None, m.weight.dtype, m.weight.device) for m in linears}

@@ -73,6 +73,12 @@ def read_taps(target: PreTrainedModel, taps: list[int], **inputs: Any) -> tuple[
     return logits, torch.cat([states[tap].to(device) for tap in taps], dim=-1)
 
 
+def is_split(target: PreTrainedModel) -> bool:
+    """Whether each of several processes holds a part of every weight (tensor parallelism), and all run one text."""
+    mesh = getattr(target, "_device_mesh", None)
+    return mesh is not None and mesh.size() > 1
+
+
 def check_kind(target: PreTrainedModel) -> None:
     """Raise a ValueError unless the target, by its configuration, is a decoder whose cache can be rolled back."""
     config, name = target.config.get_text_config(decoder=True), type(target).__name__

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
@@ -138,9 +139,21 @@ def prepare_drafter(
     if drafter.config.hidden_size == drafter.config.target_hidden_size:
         with torch.no_grad():
             if drafter.get_input_embeddings() is not None:
-                drafter.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
-            drafter.lm_head.weight.copy_(target.get_output_embeddings().weight[drafter.draft_columns()])
+                drafter.embed_tokens.weight.copy_(_values(target.get_input_embeddings().weight))
+            drafter.lm_head.weight.copy_(_values(target.get_output_embeddings().weight)[drafter.draft_columns()])
     return freeze_embedding(drafter)
+
+
+def _values(weight: torch.Tensor) -> torch.Tensor:
+    """(V, H) of a target's embeddings or head as numbers, of torchao's kinds too."""
+    if is_traceable_wrapper_subclass(weight):
+        return weight.dequantize()
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The target's embeddings or head are quantized to {weight.dtype}, and a drafter begins with their values. "
+            'Leave them out (bitsandbytes: llm_int8_skip_modules=["lm_head"]).'
+        )
+    return weight
 
 
 def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> PPOWConfig:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppow import PPOWDrafter
+from ppow.probe_ppow import is_quantized
 from ppow.transcript_ppow import Acceptance
 
 from .acceptance import acceptance_along, first_drafts, reach, walk
@@ -314,6 +315,8 @@ def chat_template(case: Case, texts: list[Text], given: list[torch.Tensor], figu
 
 def other_dtype(case: Case, texts: list[Text], given: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
     """The same texts in the other of float32 and bfloat16, where the machine has room for it."""
+    if is_quantized(case.target.model):  # its products have a precision of their own
+        return
     name = "bfloat16" if case.config.dtype == "float32" else "float32"
     models: tuple[PreTrainedModel, ...] = (case.target.model, case.drafter)
     parameters = [parameter for model in models for parameter in model.parameters()]  # tied ones come once

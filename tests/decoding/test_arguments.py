@@ -713,7 +713,7 @@ def test_zero_is_not_nothing_where_it_names_a_token():
         generate_with(target, drafter, PROMPT, config=GREEDY, token_type_ids=torch.zeros_like(PROMPT))
 
 
-@pytest.mark.parametrize("how", ["offloaded", "on disk"])
+@pytest.mark.parametrize("how", ["offloaded", "on disk", "spread"])
 def test_a_target_whose_weights_accelerate_brings(how, tmp_path):
     import accelerate
 
@@ -721,9 +721,14 @@ def test_a_target_whose_weights_accelerate_brings(how, tmp_path):
     expected = generate_with(target, None, PROMPT, config=GREEDY).sequences
     if how == "offloaded":
         accelerate.cpu_offload(target, execution_device=torch.device("cpu"))
-    else:
+    elif how == "on disk":
         accelerate.disk_offload(target, tmp_path, execution_device=torch.device("cpu"))
-    assert target.device.type == "meta"
+    else:  # as device_map="auto" does where a GPU is full
+        target.save_pretrained(tmp_path)
+        places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "disk"}
+        places |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+        target = type(target).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert any(parameter.device.type == "meta" for parameter in target.parameters())
     for mode in (CHAIN, TREE):
         assert torch.equal(generate_with(target, drafter, PROMPT, config={**GREEDY, **mode}).sequences, expected)
 

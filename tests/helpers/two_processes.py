@@ -23,7 +23,7 @@ def run_in_two_processes(folder, commands, script=SCRIPT) -> tuple[list[list[str
     (folder / "script.py").write_text(script)
     (folder / "commands.json").write_text(json.dumps(commands))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*launcher, folder / "script.py", folder], capture_output=True, text=True, env=environment, timeout=200
     )
