@@ -138,7 +138,7 @@ def test_public_names_are_lazy_and_complete():
 
 
 def python_files() -> list[Path]:
-    skipped = {".venv", ".git", "build", "dist", "__pycache__"}
+    skipped = {".venv", ".venv-engines", ".git", "build", "dist", "__pycache__"}
     return [path for path in ROOT.rglob("*.py") if not skipped & set(path.relative_to(ROOT).parts)]
 
 
