@@ -152,7 +152,7 @@ def p_values(
     samples=SAMPLES,
     eos=None,
     prompts=PROMPTS,
-    least=1.15,
+    least=1.05,
 ) -> list[float]:
     counts, acceptance = draw(target, drafter, case, options, prompts, rows, samples // rows, eos)
     assert sum(tally.sum() for tally in counts) == samples
