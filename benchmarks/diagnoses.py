@@ -25,8 +25,8 @@ from torch import nn
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import cli, doctor, provenance
 from ppow.training.config import DoctorConfig
-from ppow.training.smollm2 import demo_pair
 
+from .pairs import add_pair, parse_with_pair
 from .report import add_output, facts, rounded, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,18 +145,13 @@ def main(argv=None) -> dict:
 
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", help="folder or Hub id; none: the demo's")
-    parser.add_argument("--drafter", help="folder; none: the bundled one")
+    add_pair(parser)
     parser.add_argument("--data", help="a file of prompts; none: the demo's")
     parser.add_argument("--limit", type=int, default=8, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     add_output(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.target is None or arguments.drafter is None:
-        pair = demo_pair()
-        arguments.target, arguments.drafter = arguments.target or pair[0], arguments.drafter or pair[1]
-    return arguments
+    return parse_with_pair(parser, argv)
 
 
 def examine(name: str, arguments: argparse.Namespace, folder: Path) -> dict:

@@ -1,5 +1,6 @@
 """The pairs of target and drafter that benchmarks work on: real ones, and random ones of a known pair's shape."""
 
+import argparse
 import contextlib
 
 import torch
@@ -9,6 +10,7 @@ from ppow import PPOWConfig, PPOWDrafter
 from ppow.target_ppow import check_pair
 from ppow.training.loading import load_tokenizer
 from ppow.training.preparation import freeze_embedding
+from ppow.training.smollm2 import demo_pair
 from ppow.training.target import FrozenTarget
 
 from .controls import ControlConfig
@@ -41,6 +43,20 @@ SHAPES = {
     "tiny": (LlamaConfig, {**_shape(64, 128, 4, 4, **_LLAMA), "head_dim": 16, "num_key_value_heads": 2}, 500),
 }
 SMALL = _shape(2048, 8192, 16, 32, **_LLAMA) | {"head_dim": 64}  # Llama-3.2-1B, for transformers' assisted decoding
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", help="folder or Hub id; none: the demo's")
+    parser.add_argument("--drafter", help="folder; none: the bundled one")
+
+
+def parse_with_pair(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options, with the demo's pair where :func:`add_pair`'s are not given."""
+    arguments = parser.parse_args(argv)
+    if arguments.target is None or arguments.drafter is None:
+        pair = demo_pair()
+        arguments.target, arguments.drafter = arguments.target or pair[0], arguments.drafter or pair[1]
+    return arguments
 
 
 def load(arguments, device: str) -> tuple:

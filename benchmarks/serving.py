@@ -25,9 +25,10 @@ from pathlib import Path
 from ppow.training import evaluate
 from ppow.training.config import EvaluateConfig, ExportConfig
 from ppow.training.convert import export_drafter
-from ppow.training.smollm2 import PROMPTS, demo_pair
+from ppow.training.smollm2 import PROMPTS
 
 from .engines import PAGE, ROOT, python
+from .pairs import add_pair, parse_with_pair
 from .report import add_output, facts, write
 
 SUMMARY = ROOT / "benchmarks" / "results" / "serving.json"
@@ -89,8 +90,7 @@ def main(argv=None) -> dict:
 
 def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", help="folder or Hub id; none: the demo's")
-    parser.add_argument("--drafter", help="folder; none: the bundled one")
+    add_pair(parser)
     parser.add_argument("--prompts", default=str(PROMPTS.relative_to(ROOT)), help="names or files, by commas")
     parser.add_argument("--limit", type=int, help="prompts; none: all")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -99,11 +99,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--seed", type=int, default=0)
     add_output(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.target is None or arguments.drafter is None:
-        pair = demo_pair()
-        arguments.target, arguments.drafter = arguments.target or pair[0], arguments.drafter or pair[1]
-    return arguments
+    return parse_with_pair(parser, argv)
 
 
 @contextlib.contextmanager

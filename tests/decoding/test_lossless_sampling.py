@@ -152,7 +152,7 @@ def p_values(
     samples=SAMPLES,
     eos=None,
     prompts=PROMPTS,
-    least=1.05,
+    least=1.15,
 ) -> list[float]:
     counts, acceptance = draw(target, drafter, case, options, prompts, rows, samples // rows, eos)
     assert sum(tally.sum() for tally in counts) == samples
@@ -169,7 +169,8 @@ def p_values(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", PREFIX_FREE)
 def test_sampling_is_exact(target, drafter, case, mode):
-    assert min(p_values(target, drafter, case, MODES[mode])) > 0.001
+    least = 1.1 if (case, mode) == ("min-p", "tree") else 1.15  # of all cases the one that accepts least
+    assert min(p_values(target, drafter, case, MODES[mode], least=least)) > 0.001
 
 
 @pytest.mark.parametrize("mode", MODES)
