@@ -12,6 +12,7 @@ are medians over repetitions, and speeds are compared within the run only.
 
 import argparse
 import contextlib
+import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def main(argv=None) -> dict:
         save(report, arguments.output)  # whatever ends the run early, what was measured is kept
     if device == "cuda":
         report["verification"] = verification_costs(target, drafter, arguments.prompt)
-        print("a verification of N nodes, compiled and replayed, ms:", report["verification"])
+        print("a verification of N nodes, replayed, ms:", report["verification"])
     save(report, arguments.output)
     return report
 
@@ -88,6 +89,7 @@ def parse(argv):
     parser.add_argument("--batches", default="1,2,4,8", help="batch sizes of the fast path")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help="comma separated parts of names of systems to run (stock always runs)")
+    parser.add_argument("--kernels", type=int, default=0, help="also list the kernels of a cycle that take longest")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--seed", type=int, default=0)
@@ -118,7 +120,6 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
     """What is compared, stock ``generate()`` first."""
     length = arguments.acceptance_length if arguments.shape else None
     plain, fast = {"cuda_graphs": False}, {"cuda_graphs": True}
-    compiled = {**fast, "compile_layers": True}
     chosen = [
         System("stock generate", {}, {}, repeats=2),
         System("prompt lookup (transformers)", {}, {"prompt_lookup_num_tokens": 10}, repeats=2),
@@ -126,15 +127,11 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
         System("PPOW plain, tree", {**TREE, **plain}, {}, forced=length),
     ]
     if device == "cuda":
-        chosen += [
-            System("PPOW fast, chain", {**CHAIN, **fast}, {}, forced=length),
-            System("PPOW fast, tree", {**TREE, **fast}, {}, forced=length),
-        ]
         for batch in map(int, arguments.batches.split(",")):
-            chosen.append(System("PPOW compiled, chain", {**CHAIN, **compiled}, {}, batch, length))
+            chosen.append(System("PPOW fast, chain", {**CHAIN, **fast}, {}, batch, length))
         chosen += [
-            System("PPOW compiled, chain, sampled", {**CHAIN, **compiled, "do_sample": True}, {}, forced=length),
-            System("PPOW compiled, tree", {**TREE, **compiled}, {}, forced=length),
+            System("PPOW fast, chain, sampled", {**CHAIN, **fast, "do_sample": True}, {}, forced=length),
+            System("PPOW fast, tree", {**TREE, **fast}, {}, forced=length),
             System("static cache, compiled", {}, {"cache_implementation": "static"}, repeats=3),
         ]
     if arguments.shape and arguments.shape.startswith("llama"):
@@ -163,6 +160,7 @@ def measure(system: System, target, drafter, prompts, arguments, device: str) ->
         with timed_parts(parts, device):
             for ids in prompts:
                 run_once(system, target, ids, calls, arguments.new, [])
+        short = [run_once(system, target, prompts[0][:, :64], calls, 2, []) for _ in range(2 + repeats)][2:]
     speeds = [len(prompts) * system.batch * arguments.new / second for second in seconds[1:]]
     row = {
         "name": system.name,
@@ -175,7 +173,25 @@ def measure(system: System, target, drafter, prompts, arguments, device: str) ->
     if ours:
         row["acceptance_length"] = statistics.fmean(lengths[len(prompts) :])
         row["cycle_ms"] = {name: statistics.median(values) for name, values in parts.items()}
+        row["two_token_call_ms"] = 1000 * statistics.median(short)
+    if ours and arguments.kernels and device == "cuda":
+        call = functools.partial(run_once, system, target, prompts[0], calls, arguments.new, [])
+        cycles = arguments.new / row["acceptance_length"]
+        row["kernel_us_per_cycle"] = kernels(call, cycles, arguments.kernels)
     return row
+
+
+def kernels(call, cycles: float, count: int) -> dict[str, list[float]]:
+    """The ``count`` kernels that take longest -> launches and microseconds of each in a cycle, prefill included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    table = {"all": [sum(e.count for e in events) / cycles, sum(e.self_device_time_total for e in events) / cycles]}
+    for event in events[:count]:
+        table[event.key[:80]] = [event.count / cycles, event.self_device_time_total / cycles]
+    for name, (launches, microseconds) in table.items():
+        print(f"    {launches:8.1f} launches {microseconds:9.1f} us  {name}")
+    return table
 
 
 def run_once(system: System, target, ids, calls: dict, new: int, lengths: list) -> float:
@@ -222,6 +238,16 @@ def constant_rate(length: float, depth: int) -> float:
 def forced(length: float, options: dict):
     """Let verifications accept as if every position were accepted with one probability, drawn on the device."""
     rate = constant_rate(length, options.get("tree_depth", options.get("window_size")))
+    original, generation_ppow.Verifier = generation_ppow.Verifier, forced_verifier(rate)
+    try:
+        yield
+    finally:
+        generation_ppow.Verifier = original
+
+
+@functools.cache  # graphs are kept by the class of their verifier
+def forced_verifier(rate: float) -> type[Verifier]:
+    """A verifier that accepts every position with this probability, and costs what the real one does."""
 
     class ForcedVerifier(Verifier):
         def __call__(self, window, logits):
@@ -235,11 +261,7 @@ def forced(length: float, options: dict):
             path = torch.arange(window.max_depth + 1, device=device).expand(batch, -1).contiguous()
             return Verdict(accepted, path, window.tokens.gather(1, path), verdict.scores, verdict.logits)
 
-    original, generation_ppow.Verifier = generation_ppow.Verifier, ForcedVerifier
-    try:
-        yield
-    finally:
-        generation_ppow.Verifier = original
+    return ForcedVerifier
 
 
 # -- where the time goes -----------------------------------------------------------------------------------------------
@@ -249,9 +271,9 @@ def forced(length: float, options: dict):
 def timed_parts(parts: dict, device: str):
     """Collect milliseconds per cycle of draft, verify, accept, keep and extend into ``parts``.
 
-    Each part is synchronised, so their sum exceeds an undisturbed cycle, in which host and device overlap.
+    Each part is synchronised, and a graph of its own on the fast path, so their sum exceeds an undisturbed cycle.
     """
-    from ppow import drafting_ppow, graphs_ppow, target_ppow, transcript_ppow
+    from ppow import drafting_ppow, graphs_ppow, pair_ppow, target_ppow, transcript_ppow
 
     drafters = (drafting_ppow.DrafterState, graphs_ppow.GraphDrafter)
     targets = (target_ppow.TargetState, graphs_ppow.GraphTarget)
@@ -261,6 +283,7 @@ def timed_parts(parts: dict, device: str):
     places += [("accept", generation_ppow.Verifier, "__call__"), ("commit", transcript_ppow.Transcript, "commit")]
     places = [place for place in places if place[2] in vars(place[1])]
     originals = [(kind, name, vars(kind)[name]) for _, kind, name in places]
+    originals.append((pair_ppow.Pair, "whole_cycles", True))
     nested = []
 
     def timed(part, function):
@@ -282,6 +305,7 @@ def timed_parts(parts: dict, device: str):
 
     for (part, kind, name), (_, _, function) in zip(places, originals):
         setattr(kind, name, timed(part, function))
+    pair_ppow.Pair.whole_cycles = False
     try:
         yield
     finally:
@@ -303,10 +327,10 @@ def machine(target, drafter, device: str, dtype: torch.dtype) -> dict:
 
 @torch.no_grad()
 def verification_costs(target, drafter, kept: int) -> dict[int, float]:
-    """Milliseconds of one verification of 1, 11 and 61 nodes behind ``kept`` slots, compiled and replayed."""
+    """Milliseconds of one verification of 1, 11 and 61 nodes behind ``kept`` slots, replayed."""
     from ppow.drafting_ppow import DraftWindow
 
-    path = FastPath(target, drafter, 1, kept + 128, True)
+    path = FastPath(target, drafter, 1, kept + 128)
     path.begin(None)
     state = path.target_state
     ids = torch.zeros(1, kept, dtype=torch.long, device=target.device)
@@ -328,7 +352,8 @@ def show(row: dict, stock: dict) -> None:
     forced_note = " (forced)" if row["forced_acceptance_length"] else ""
     print(
         f"{row['name']:48s} batch {row['batch']}  {row['tokens_per_second']:8.1f} tokens/s  {ratio:6.2f}x  "
-        f"acceptance length {length}{forced_note}  {parts}",
+        f"acceptance length {length}{forced_note}  {parts}"
+        + (f"  two tokens {row['two_token_call_ms']:.1f} ms" if "two_token_call_ms" in row else ""),
         flush=True,
     )
 

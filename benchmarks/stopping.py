@@ -69,7 +69,6 @@ def parse(argv):
     parser.add_argument("--window", type=int, default=10, help="upper bound of the lengths that follow a rule")
     parser.add_argument("--threshold", type=float, default=0.4, help="joint draft probability that ends a chain")
     parser.add_argument("--path", choices=("plain", "fast"), default="plain")
-    parser.add_argument("--compile", action="store_true", help="compile_layers, on the fast path")
     parser.add_argument("--only", help="comma separated parts of names of systems (stock generate always runs)")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int)
@@ -97,7 +96,7 @@ def systems(arguments, head: bool) -> dict[str, dict | None]:
     chosen["cost-aware"] = {**size, "window_schedule": "cost"}
     if head and not fast:
         chosen[LEARNED] = chosen["cost-aware"]
-    path = {"cuda_graphs": True, "compile_layers": arguments.compile} if fast else {"cuda_graphs": False}
+    path = {"cuda_graphs": fast}
     only = arguments.only.split(",") if arguments.only else [""]
     kept = {name: options | path for name, options in chosen.items() if any(part in name for part in only)}
     return {STOCK: None, **kept}

@@ -137,9 +137,9 @@ def blocking(rows: int, size: int, query: torch.Tensor) -> tuple[int, int, int, 
     if room < 232448 or row_bytes > 256:
         keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
         return min(64, max(16, triton.next_power_of_2(rows))), keys, 4, 2, 2
-    if rows <= 16:
-        return 16, 64, 4, 3, 1
-    return (64, 128, 4, 2, 1) if rows <= 64 else (128, 128, 8, 2, 1)
+    if rows <= 64:
+        return 16, 64, 4, 2, 1
+    return 128, 128, 8, 2, 1
 
 
 def _attend_densely(
@@ -226,7 +226,8 @@ if HAS_TRITON:
             v = tl.load(values + slot[:, None] * v_slot + column[None], mask=real[:, None] & wide[None], other=0.0)
             peak, norm, total_value = _add_block(score, visible & real[None], v, peak, norm, total_value, EXACT)
         line = (pair * SPLITS + split) * rows + row
-        tl.store(partial + line[:, None] * SIZE + column[None], total_value, mask=inside[:, None] & wide[None])
+        met = inside & (norm > 0.0)  # a split that saw no key has nothing to add, and merging does not read it
+        tl.store(partial + line[:, None] * SIZE + column[None], total_value, mask=met[:, None] & wide[None])
         tl.store(peaks + line, peak, mask=inside)
         tl.store(sums + line, norm, mask=inside)
 
@@ -245,7 +246,7 @@ if HAS_TRITON:
         weight = tl.exp2(peak - tl.max(peak, 0))
         norm = tl.sum(weight * tl.load(sums + line, mask=there, other=0.0), 0)
         part = partial + line[:, None] * SIZE + column[None]
-        value = tl.load(part, mask=there[:, None] & (column < SIZE)[None], other=0.0)
+        value = tl.load(part, mask=(there & (weight > 0.0))[:, None] & (column < SIZE)[None], other=0.0)
         mean = tl.sum(value * weight[:, None], 0) / norm
         at = out + batch * o_batch + (row % nodes) * o_node + (kv_head * GROUP + row // nodes) * o_head + column
         tl.store(at, mean.to(out.dtype.element_ty), mask=column < SIZE)

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .fused_ppow import can_write, write
+
 # What a forward and ``generate`` call their cache, as an argument and in their output: another name from transformers
 # 5.24 on, where the old one still works and warns.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -67,6 +69,9 @@ class SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self.slots if self.slots.device == self.device else self.slots.to(self.device)
+        if can_write(key_states, value_states):
+            write(self.keys, self.values, key_states, value_states, slots)
+            return self.keys[:, :, : self.view], self.values[:, :, : self.view]
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if slots.shape[0] == 1:
                 buffer.index_copy_(2, slots[0], states)

@@ -45,8 +45,6 @@ class DraftOptions:
             same tokens whatever time things take. Trees know no schedule.
         cuda_graphs: take the fast path of :mod:`graphs_ppow`. None: where the hardware and the target allow it; True:
             or else raise; False: never.
-        compile_layers: let torch.compile fuse the layers' small kernels before the fast path records them. Faster
-            still, after half a minute at the first call.
         accept_drafts: False decodes without drafts, in the same loop: windows of the same shapes pass through the same
             kernels, but hold no drafts, and every token comes from a root. It is the reference that tells what drafts
             change (nothing) from what a window's rounding changes against stock ``generate``.
@@ -59,7 +57,6 @@ class DraftOptions:
     draft_threshold: float = 0.0
     window_schedule: str = "auto"
     cuda_graphs: bool | None = None
-    compile_layers: bool = False
     accept_drafts: bool = True
 
     def __post_init__(self) -> None:
@@ -69,9 +66,8 @@ class DraftOptions:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1.")
         if self.cuda_graphs not in (None, True, False):
             raise ValueError(f"cuda_graphs={self.cuda_graphs!r}: expected True, False or None (where possible).")
-        for name in ("compile_layers", "accept_drafts"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False.")
+        if not isinstance(self.accept_drafts, bool):
+            raise ValueError(f"accept_drafts={self.accept_drafts!r}: expected True or False.")
         if not isinstance(self.draft_threshold, (int, float)) or not 0 <= self.draft_threshold < 1:
             raise ValueError(f"draft_threshold={self.draft_threshold!r}: expected a probability in [0, 1).")
         if self.window_schedule not in SCHEDULES:
@@ -138,7 +134,7 @@ class DraftOptions:
         asked = [values["draft_threshold"] for values in named] + [v["window_size"] for v in named[:-1]]
         fixed = any(value is not None for value in asked)
         shared: dict[str, Any] = {"window_schedule": "constant" if fixed else "auto"}
-        for name in ("window_schedule", "draft_threshold", "cuda_graphs", "compile_layers", "accept_drafts"):
+        for name in ("window_schedule", "draft_threshold", "cuda_graphs", "accept_drafts"):
             shared |= next(({name: values[name]} for values in named if values[name] is not None), {})
         for position, values in enumerate(named):
             if any(values[key] is not None for key in DEFAULT_TREE):
@@ -170,8 +166,7 @@ class DraftOptions:
         if schedule == "auto":
             schedule = "constant" if fast or self.is_tree else "gammatune" if steady else "cost"
         threshold = 0.0 if fast or schedule == "cost" else self.draft_threshold
-        path: dict[str, Any] = {"cuda_graphs": True} if fast else {"cuda_graphs": False, "compile_layers": False}
-        return dataclasses.replace(self, window_schedule=schedule, draft_threshold=threshold, **path)
+        return dataclasses.replace(self, window_schedule=schedule, draft_threshold=threshold, cuda_graphs=fast)
 
 
 def call_config(base: GenerationConfig, **options: Any) -> GenerationConfig:
@@ -204,7 +199,7 @@ def what_was_drafted(output: Any, asked: dict[str, Any]) -> DraftOptions:
             raise ValueError(
                 f"{name}={value!r} was asked for, but {ran!r} is what ran. Either the target's generation config says "
                 "otherwise, or the option has no effect where this runs (draft_threshold on the fast path or beside "
-                "window_schedule=cost, compile_layers off it): leave it out, or choose the path with cuda_graphs."
+                "window_schedule=cost): leave it out, or choose the path with cuda_graphs."
             )
     longest = max(windows, default=0)
     had_room = any(sum(row) > ran.longest for row in output.acceptance.gained)  # the first window was not cut short

@@ -84,9 +84,9 @@ def decode(
     verifier = Verifier(logits_processor, bool(config.do_sample), columns, text, options.accept_drafts)
     cache, split = prompt.past, is_split(target)  # processes that share a text must not decide by their own clocks
     wanted = config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-    # running ahead, a row may go one window beyond its end before that is known, and draft another from there
+    # running ahead, a row may go two windows beyond its end before that is known, and draft another from there
     rows = drafter.config.block_size if drafter.config.is_block else 0  # that a block's forward writes, all of them
-    most = prompt.end + text.remaining() + 2 * max(options.slots, rows)
+    most = prompt.end + text.remaining() + 3 * max(options.slots, rows)
     with (
         without_cudnn_attention(),
         fast_path(target, drafter, options, prompt, most) as fast,

@@ -10,11 +10,12 @@ writing masks out.
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import logging
@@ -31,36 +32,11 @@ from .target_ppow import LayerMasks, TargetState, decoder_layers, is_split
 logger = logging.get_logger(__name__)
 AttentionInterface.register(WINDOW_ATTENTION, window_attention)
 
-PLACES = "lengths", "next_position", "last_position", "first"  # what a verification reads of a GraphTarget
+PLACES = "lengths", "next_position", "last_position", "first"  # what a verification reads of a GraphTarget,
+DRAFTER_PLACES = "hidden", "positions", "lengths", "first"  # and a draft of a GraphDrafter
+PREFILL = 128  # tokens of a prompt that one replay reads
+SHORT_PROMPT = 4 * PREFILL  # up to here replays read a prompt sooner than it takes to launch its kernels one by one
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
-
-
-class WindowCache(SlotCache):
-    """A :class:`SlotCache` whose layers are served in turn, whatever index they name.
-
-    So a compiled layer does not depend on its number, and one compilation serves all of them.
-    """
-
-    turn: int | None = None  # next layer while a window is open
-
-    def open_window(self, slots: torch.Tensor, view: int) -> None:
-        """As in :class:`SlotCache`; the next update is the first layer's."""
-        super().open_window(slots, view)
-        self.turn = 0
-
-    def close_window(self) -> None:
-        """As in :class:`SlotCache`; layers count by their index again."""
-        super().close_window()
-        self.turn = None
-
-    @torch.compiler.disable
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new entries (B, heads, N, d) into the layer whose turn it is: -> what its attention reads."""
-        if self.turn is not None:
-            layer_idx, self.turn = self.turn, self.turn + 1
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class GraphTarget(TargetState):
@@ -70,7 +46,7 @@ class GraphTarget(TargetState):
         self,
         target: PreTrainedModel,
         taps: list[int],
-        cache: WindowCache,
+        cache: SlotCache,
         batch: int,
         replay: Replay,
         capacity: int,
@@ -80,11 +56,43 @@ class GraphTarget(TargetState):
         self.replay, self.capacity = replay, capacity
         self.first = torch.zeros_like(self.lengths)
         self.twin = twin
+        self.places = [(self, name) for name in PLACES]
+
+    def prefill(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        chunk: int | None,
+        room: int = 1 << 30,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in :class:`TargetState`; a short prompt without padding is read as windows are, by replays."""
+        length, parts = input_ids.shape[1], -(-input_ids.shape[1] // PREFILL)
+        steps = torch.arange(length, device=position_ids.device)
+        short = chunk is None and self.valid is None and max(length, len(input_ids) * PREFILL) <= SHORT_PROMPT
+        short = short and length + PREFILL <= self.capacity and torch.equal(position_ids, position_ids[:, :1] + steps)
+        if not short:
+            return super().prefill(input_ids, attention_mask, position_ids, chunk, room)
+        if not self.cache.layers[0].is_initialized:  # allocates, which is not to happen while a graph is recorded
+            super().prefill(input_ids[:, :1], None, position_ids[:, :1], None)
+            self.lengths = torch.zeros_like(self.lengths)
+        self.next_position = position_ids[:, 0]
+        self.last_position = position_ids[:, -1] + max(room - 1, 0)
+        taps: list[torch.Tensor] = []
+        for tokens in nn.functional.pad(input_ids, (0, parts * PREFILL - length)).split(PREFILL, 1):
+            logits, tap = self.verify(DraftWindow.chain(tokens))
+            count = min(PREFILL, length - PREFILL * len(taps))
+            taps.append(tap[:, :count].clone())
+            self.lengths, self.next_position = self.lengths + count, self.next_position + count
+        return logits[:, count - 1], torch.cat(taps, 1)
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
         """As in :class:`TargetState`; what it returns is overwritten by the next verification."""
+        return self.replay(*self._verification(window))
+
+    def _verification(self, window: DraftWindow) -> tuple:
         tensors = window.tokens, window.depth, window.ancestors, *(getattr(self, name) for name in PLACES)
-        return self.replay(("verify", window.tokens.shape), self._verify_at, *tensors)
+        return ("verify", window.tokens.shape), self._verify_at, *tensors
 
     def _verify_at(
         self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor, *places: torch.Tensor
@@ -116,7 +124,7 @@ class GraphDrafter(DrafterState):
         self,
         drafter: PreTrainedModel,
         embed: torch.nn.Module,
-        cache: WindowCache,
+        cache: SlotCache,
         batch: int,
         replay: Replay,
         capacity: int,
@@ -127,6 +135,7 @@ class GraphDrafter(DrafterState):
         self.first = torch.zeros_like(self.lengths)
         self.prefilled = False
         self.twin = twin
+        self.places = [(self, name) for name in DRAFTER_PLACES]
 
     def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """As in :class:`DrafterState`; the first is the prompt, and runs as it is."""
@@ -165,13 +174,11 @@ class GraphDrafter(DrafterState):
         return self._replayed(("tree", depth, top_k, nodes), draft, root)
 
     def _replayed(self, name: tuple, draft: Callable[[torch.Tensor], DraftWindow], root: torch.Tensor) -> DraftWindow:
-        names = "hidden", "positions", "lengths", "first"
-
         def run(root: torch.Tensor, *tensors: torch.Tensor) -> DraftWindow:
-            with self._at(**dict(zip(names, tensors))):
+            with self._at(**dict(zip(DRAFTER_PLACES, tensors))):
                 return draft(root)
 
-        return self.replay(name, run, root, *(getattr(self, each) for each in names))
+        return self.replay(name, run, root, *(getattr(*place) for place in self.places))
 
     def _at(self, **tensors: torch.Tensor | None) -> AbstractContextManager[None]:
         return held(self, drafter=self.twin.model, **tensors)
@@ -202,18 +209,18 @@ def unrecorded(
 
     Arguments of :class:`TargetState`.
     """
-    cache = WindowCache(len(decoder_layers(target)), capacity)
+    cache = SlotCache(len(decoder_layers(target)), capacity)
     with GATE.exclusive():  # weights are laid side by side
-        twin = target_twin(target, False)
+        twin = target_twin(target)
     state = GraphTarget(target, taps, cache, batch, _Unrecorded(), capacity, twin)
     if valid is not None:
         state.valid, state.first = valid, (~valid).sum(1)
     return state
 
 
-def target_twin(target: PreTrainedModel, compile_layers: bool) -> Twin:
+def target_twin(target: PreTrainedModel) -> Twin:
     """The twin of a target, under this module's attention."""
-    twin = Twin(target, decoder_layers, compile_layers)
+    twin = Twin(target, decoder_layers)
     twin.model.config.get_text_config(decoder=True)._attn_implementation = WINDOW_ATTENTION
     return twin
 
@@ -227,28 +234,22 @@ class FastPath:
         capacity: slots of every row.
     """
 
-    def __init__(
-        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, compile_layers: bool
-    ):
-        self.capacity, self.made_for = capacity, (batch, compile_layers)
-        replay, layers, taps = Replay(), decoder_layers(target), drafter.config.target_taps
+    def __init__(self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int):
+        self.capacity, self.batch, self.replay = capacity, batch, Replay()
+        replay, layers, taps = self.replay, decoder_layers(target), drafter.config.target_taps
         siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
-        twins = (
-            target_twin(target, compile_layers),
-            Twin(drafter, lambda model: model.layers, compile_layers, siblings),
-        )
-        cache, embed = WindowCache(len(layers), capacity), drafter.embedding_for(target)
+        twins = target_twin(target), Twin(drafter, lambda model: model.layers, siblings)
+        cache, embed = SlotCache(len(layers), capacity), drafter.embedding_for(target)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
-        cache = WindowCache(len(drafter.layers), capacity)
+        cache = SlotCache(len(drafter.layers), capacity)
         self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
         self.weights = _weights(target, drafter)
+        self.state: list[torch.Tensor] = []  # what a whole cycle changes, see :meth:`advance`
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
-    def serves(
-        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, compile_layers: bool
-    ) -> bool:
+    def serves(self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> bool:
         """Whether a call that needs this much can use it."""
-        fits = capacity <= self.capacity and self.made_for == (batch, compile_layers)
+        fits = capacity <= self.capacity and self.batch == batch
         return fits and self.weights == _weights(target, drafter)
 
     def begin(self, valid: torch.Tensor | None) -> None:
@@ -261,6 +262,38 @@ class FastPath:
             state.cache.close_window()  # which a call that failed may have left open
             state.cache.set_length(0)
         self.drafter_state.prefilled = False
+
+    def advance(
+        self,
+        name: tuple,
+        cycle: Callable[[], Any],
+        places: Sequence[tuple[object, str]],
+        constants: Sequence[torch.Tensor],
+    ) -> Any:
+        """Run a whole cycle as one graph.
+
+        Args:
+            name: must tell apart what differs but in the contents of tensors.
+            cycle: reads the attributes at ``places`` and leaves their next values there; what it returns is returned.
+            places: (object, name) of the attributes, tensors that have one shape in all calls. Afterwards they hold
+                buffers of this path, which every further cycle changes in place.
+            constants: as in :meth:`Replay.advance`.
+        """
+        if not self.state:
+            self.state = [getattr(*place).clone() for place in places]
+        for buffer, (holder, attribute) in zip(self.state, places, strict=True):
+            if getattr(holder, attribute) is not buffer:
+                buffer.copy_(getattr(holder, attribute))
+                setattr(holder, attribute, buffer)
+
+        def run(*state: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+            result = cycle()
+            following = [getattr(*place) for place in places]
+            for tensor, place in zip(state, places):
+                setattr(*place, tensor)
+            return result, following
+
+        return self.replay.advance(name, run, self.state, constants)
 
     def end(self) -> None:
         """Note when the work of this call will be done."""
@@ -320,7 +353,7 @@ def fast_path(
     taken = reason is None and claim.take(wait=bool(options.cuda_graphs))
     try:
         if taken:
-            path, reason = _path_of(target, drafter, prompt.ids.shape[0], capacity, options.compile_layers)
+            path, reason = _path_of(target, drafter, prompt.ids.shape[0], capacity)
         elif reason is None:
             reason = "another call is using this drafter's graphs"
         if path is not None:
@@ -338,11 +371,11 @@ def fast_path(
 
 
 def _path_of(
-    target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, compile_layers: bool
+    target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int
 ) -> tuple[FastPath | None, str | None]:
     """The drafter's fast path, made anew where the old one does not serve; or why there is none."""
     path = vars(drafter).get("_fast_path")
-    if path is not None and path.serves(target, drafter, batch, capacity, compile_layers):
+    if path is not None and path.serves(target, drafter, batch, capacity):
         return path, None
     vars(drafter)["_fast_path"] = path = None  # frees the old buffers first
     capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
@@ -351,7 +384,7 @@ def _path_of(
         return None, reason
     try:
         with GATE.exclusive():  # weights are laid side by side
-            path = FastPath(target, drafter, batch, capacity, compile_layers)
+            path = FastPath(target, drafter, batch, capacity)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         return None, f"the pair's modules cannot be copied ({error})"
     vars(drafter)["_fast_path"] = path

@@ -3,6 +3,7 @@
 On the fast path the next cycle is under way before this one's tokens are read; that is hidden here.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Pair:
         root: (B,) the newest token of every row, under which the next window is drafted.
     """
 
+    whole_cycles = True  # whether the fast path may replay a cycle as one graph, instead of its parts
+
     def __init__(
         self,
         target: PreTrainedModel,
@@ -56,7 +59,7 @@ class Pair:
         fast: FastPath | None,
     ):
         self.target, self.drafter, self.options, self.prompt = target, drafter, options, prompt
-        self.text, self.verifier = text, verifier
+        self.text, self.verifier, self.fast = text, verifier, fast
         if fast is None:
             capacity = prompt.end + min(text.remaining(), PLAIN_CAPACITY) + options.slots
             taps = drafter.config.target_taps
@@ -66,6 +69,8 @@ class Pair:
             self.target_state, self.drafter_state = fast.target_state, fast.drafter_state
         runs_ahead = self.drafter_state.whole_windows and verifier.prefix_free
         self.runs_ahead = runs_ahead and not text.needs_every_prefix and not text.together
+        here = text.device == prompt.ids.device
+        self.as_one = self.whole_cycles and self.runs_ahead and here and options.accept_drafts and verifier.on_device
         self.schedule = self._schedule()
         self.begun: Cycle | None = None  # the present cycle until :meth:`accept`, the next one from then on
         self.root = prompt.ids[:, -1]
@@ -94,6 +99,8 @@ class Pair:
     def draft(self) -> DraftWindow:
         """The next window."""
         with GATE.shared():
+            if self.begun is None and self.as_one:
+                self.begun = self._cycle()
             return self._draft() if self.begun is None else self.begun.window
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,10 +118,9 @@ class Pair:
             self.begun = None
             if self.runs_ahead and self.text.remaining() > window.max_depth + 1:
                 # should one of these tokens end the text, this was in vain
-                self._move_on(verdict, taps, torch.where(self._growing(), verdict.accepted + 1, 0))
-                following = self._draft()
-                outputs = self.target_state.verify(following)
-                self.begun = Cycle(following, outputs, self._judge(following, outputs[0]))
+                if not self.as_one:
+                    self._move_on(verdict, taps, self._gain(verdict))
+                self.begun = self._cycle() if self.as_one else self._begin()
         return verdict
 
     def learn(self, window: DraftWindow, counts: list[int]) -> None:
@@ -125,7 +131,7 @@ class Pair:
 
     def keep(self, verdict: Verdict, taps: torch.Tensor, counts: list[int]) -> None:
         """Let both caches hold the tokens gained, ``counts`` of every row (0: it has ended), and nothing else."""
-        if self.begun is None:
+        if self.begun is None and not self.as_one:
             with GATE.shared():
                 self._move_on(verdict, taps, torch.tensor(counts, device=self.root.device))
 
@@ -173,15 +179,49 @@ class Pair:
         options, fast = self.options, self.drafter_state.whole_windows
         name = "constant" if options.is_tree or not options.accept_drafts else options.window_schedule
         place = self.prompt.ids.device, self.target.dtype, self.drafter.dtype, torch.get_num_threads()
-        key = (*place, self.text.batch, fast, options.compile_layers, self.verifier.do_sample)
+        key = (*place, self.text.batch, fast, self.verifier.do_sample)
         return make_schedule(name, options.window_size, fast, lambda: costs_of(self.target, self.drafter, key))
 
     def _draft(self) -> DraftWindow:
-        rows = [row for row, grows in enumerate(self.text.growing()) if grows]
-        state, options = self.drafter_state, self.options
+        state, options, rows = self.drafter_state, self.options, self._rows()
         window = draft(state, self.root, options, self.text.remaining() - 1, self.verifier, self.schedule, rows)
         self.schedule.drafted()
         return window
+
+    def _begin(self) -> Cycle:
+        window = self._draft()
+        outputs = self.target_state.verify(window)
+        return Cycle(window, outputs, self._judge(window, outputs[0]))
+
+    def _cycle(self) -> Cycle:
+        """A whole cycle, after which both models hold what it accepted: replayed as one graph."""
+        assert self.fast is not None
+        self._growing()
+        rows, options, verifier = self._rows(), self.options, self.verifier
+        target_state, state = self.fast.target_state, self.fast.drafter_state
+        size = self.schedule.begin(rows, options.longest)
+
+        def cycle() -> Cycle:
+            window = draft(state, self.root, options, options.longest, verifier, Schedule(size), rows)
+            outputs = target_state.verify(window)
+            verdict = verifier(window, outputs[0])
+            self._move_on(verdict, outputs[1], self._gain(verdict))
+            return Cycle(window, outputs, verdict)
+
+        name = "cycle", options.tree or size, verifier.key
+        places = [(self, "root"), (self, "_grow"), *target_state.places, *state.places]
+        found = self.fast.advance(name, cycle, places, [verifier.columns])
+        self.schedule.drafted()
+        verdict = dataclasses.replace(found.verdict)
+        verdict.fetch()
+        return found._replace(verdict=verdict)
+
+    def _rows(self) -> list[int]:
+        return [row for row, grows in enumerate(self.text.growing()) if grows]
+
+    def _gain(self, verdict: Verdict) -> torch.Tensor:
+        """(B,) tokens that every row gains if none of them ends it."""
+        return torch.where(self._growing(), verdict.accepted + 1, 0)
 
     def _judge(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         verdict = self.verifier(window, logits)

@@ -7,16 +7,16 @@ the state of being recorded.
 
 import contextlib
 import copy
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 from transformers import PreTrainedModel
+
+from .fused_ppow import fuse
 
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # modules that read one input
 
@@ -78,11 +78,13 @@ GATE = Gate()
 class Replay:
     """Functions of tensors, each captured as a CUDA graph at its first call and replayed from then on.
 
-    Off the GPU the functions simply run, so that everything around the graphs can be tested anywhere.
+    Off the GPU the functions simply run, so that everything around the graphs can be tested anywhere; so do those that
+    are called by a function that is being captured.
     """
 
     def __init__(self) -> None:
-        self.graphs: dict[tuple, tuple[list[torch.Tensor], torch.cuda.CUDAGraph, Any]] = {}
+        self.graphs: dict[tuple, tuple[Sequence[torch.Tensor], torch.cuda.CUDAGraph, Any]] = {}
+        self.part_of_another = False  # while a function is captured that calls others
 
     def __call__(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> Any:
         """``function(*tensors)`` under ``name`` (which must tell apart what differs but in the tensors' contents).
@@ -90,9 +92,8 @@ class Replay:
         Returns:
             What the function returns; its tensors are overwritten by the next call of that name.
         """
-        if not tensors[0].is_cuda:
-            with torch._dynamo.config.patch(recompile_limit=64):
-                return function(*tensors)
+        if self.part_of_another or not tensors[0].is_cuda:
+            return function(*tensors)
         self.record(name, function, *tensors)
         held, graph, outputs = self.graphs[name]
         for buffer, tensor in zip(held, tensors):
@@ -102,25 +103,69 @@ class Replay:
 
     def record(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> None:
         """Capture ``function`` unless it is. This runs it a few times, so running it twice must do no harm."""
-        if name in self.graphs or not tensors[0].is_cuda:
+        if self.part_of_another or name in self.graphs or not tensors[0].is_cuda:
             return
-        with GATE.exclusive(), torch._dynamo.config.patch(recompile_limit=64):
-            self._capture(name, function, *tensors)
+        held = [tensor.contiguous().clone() for tensor in tensors]
+        self.graphs[name] = held, *self._capture(lambda: function(*held))
 
-    def _capture(self, name: tuple, function: Callable, *tensors: torch.Tensor) -> None:
-        held, chance = [tensor.contiguous().clone() for tensor in tensors], torch.cuda.get_rng_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate and choose kernels on first use
-                function(*held)
-        torch.cuda.current_stream().wait_stream(side)
-        # Each graph has a memory pool of its own: what one returns must outlive the replays of the others.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate meanwhile
-            outputs = function(*held)
-        torch.cuda.set_rng_state(chance)  # a seed means the same whether graphs were recorded on the way or not
-        self.graphs[name] = held, graph, outputs
+    def advance(
+        self,
+        name: tuple,
+        function: Callable[..., tuple[Any, Sequence[torch.Tensor]]],
+        state: Sequence[torch.Tensor],
+        constants: Sequence[torch.Tensor] = (),
+    ) -> Any:
+        """``function(*state)`` -> (result, next state); one graph computes both and puts the next state into ``state``.
+
+        Args:
+            name: as in :meth:`__call__`. Calls of one name pass the same tensors as ``state``.
+            function: may call this :class:`Replay` for its parts. It must not write into the state itself.
+            state: what changes from call to call.
+            constants: other tensors that the function reads, to be kept as long as the graph.
+
+        Returns:
+            The result; its tensors are overwritten by the next call of that name.
+        """
+        if not state[0].is_cuda:
+            result, following = function(*state)
+            _store(state, following)
+            return result
+        if name not in self.graphs:
+            self.part_of_another = True
+            try:
+                graph, (result, _) = self._capture(lambda: function(*state), lambda out: _store(state, out[1]))
+            finally:
+                self.part_of_another = False
+            self.graphs[name] = (*state, *constants), graph, result
+        _, graph, result = self.graphs[name]
+        graph.replay()
+        return result
+
+    def _capture(
+        self, function: Callable[[], Any], finish: Callable[[Any], None] = lambda outputs: None
+    ) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of ``function`` and what it returns; ``finish`` is captured with it, and does not run before."""
+        with GATE.exclusive():
+            chance = torch.cuda.get_rng_state()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries allocate and choose kernels on first use
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            # Each graph has a memory pool of its own: what one returns must outlive the replays of the others.
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate meanwhile
+                outputs = function()
+                finish(outputs)
+            torch.cuda.set_rng_state(chance)  # a seed means the same whether graphs were recorded on the way or not
+        return graph, outputs
+
+
+def _store(state: Sequence[torch.Tensor], following: Sequence[torch.Tensor]) -> None:
+    for tensor, value in zip(state, following, strict=True):
+        if value is not tensor:
+            tensor.copy_(value)
 
 
 class Product:
@@ -197,7 +242,6 @@ class Twin:
     Args:
         model: the model to copy.
         layers_of: its decoder layers, of a model.
-        compile_layers: whether torch.compile fuses what lies between the products.
         siblings: names of modules that are always called together, on one input.
     """
 
@@ -205,7 +249,6 @@ class Twin:
         self,
         model: PreTrainedModel,
         layers_of: Callable,
-        compile_layers: bool,
         siblings: Sequence[tuple[str, ...]] = SIBLINGS,
     ):
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors_of(model)})
@@ -213,16 +256,9 @@ class Twin:
         self.products = Product.find(layers, siblings)
         for product in self.products:
             for linear, part in product.parts:
-                # another class, not another `forward`: a compilation is bound to a function, and serves all layers
                 linear.__class__ = PartOfProduct
                 vars(linear).update(product=product, part=part)
-        if compile_layers:
-            forwards = {kind: torch.compile(kind.forward, dynamic=False) for kind in {type(layer) for layer in layers}}
-            for layer in layers:
-                layer.forward = functools.partial(forwards[type(layer)], layer)
-                for module in layer.modules():
-                    if "layer_idx" in vars(module):
-                        vars(module)["layer_idx"] = 0  # see WindowCache
+        fuse(self.model)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:

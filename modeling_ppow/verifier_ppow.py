@@ -50,7 +50,7 @@ class DraftSampler:
 
     def __init__(self, warpers: list[LogitsProcessor]):
         self.warpers = warpers
-        self.key = repr([(type(warper).__name__, sorted(vars(warper).items())) for warper in warpers])
+        self.key = _settings(warpers)
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, D) -> draft ids (B,), the distributions (B, D) they were drawn from."""
@@ -85,6 +85,9 @@ class Verifier:
         warpers = [p for p in processors if _is_stock(p, _DRAFT_WARPERS)]
         self.draft_sample = DraftSampler(warpers) if do_sample else None
         self.accept_drafts = accept_drafts
+        # whether all that it does can be recorded, and what tells such recordings apart
+        self.on_device = len(warpers) == len(processors) and text.scores is None and text.logits is None
+        self.key = type(self), do_sample, _settings(warpers)
 
     def __call__(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         """Verify ``window`` against the target's logits (B, N, V)."""
@@ -175,6 +178,10 @@ class Verifier:
 def row_wise(processors: LogitsProcessorList) -> bool:
     """Whether every one of ``processors`` treats a row the same whatever the other rows are."""
     return all(_is_stock(processor, _PREFIX_FREE | _ROW_WISE) for processor in processors)
+
+
+def _settings(warpers: list[LogitsProcessor]) -> str:
+    return repr([(type(warper).__name__, sorted(vars(warper).items())) for warper in warpers])
 
 
 def _is_stock(processor: LogitsProcessor, names: set[str]) -> bool:

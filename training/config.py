@@ -506,7 +506,6 @@ class DraftingConfig(Config):
     tree_nodes: int | None = option("drafted tokens of the tree that the target verifies", None, at_least=1)
 
     cuda_graphs: bool | None = option("the fast path on a GPU; none: where possible", None, group="resources")
-    compile_layers: bool | None = option("also compile the layers: faster, after half a minute at the start", None)
     threads: int | None = option(_THREADS, None, at_least=1)
 
     def __post_init__(self) -> None:

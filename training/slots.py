@@ -16,7 +16,6 @@ from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.drafting_ppow import DraftWindow
 from ppow.graphs_ppow import (
     GraphTarget,
-    WindowCache,
     attention_obstacle,
     free_bytes,
     key_heads,
@@ -103,9 +102,9 @@ class Slots:
     def __init__(self, target: PreTrainedModel, rows: int, capacity: int, temperature: float, ends: set[int]):
         self.target, self.capacity, self.temperature, self.ends = target, capacity, temperature, ends
         buffered = capacity + CHECK  # a row may run on until it is looked at
-        cache = WindowCache(len(decoder_layers(target)), buffered)
+        cache = SlotCache(len(decoder_layers(target)), buffered)
         with GATE.exclusive():  # weights are laid side by side
-            twin = target_twin(target, False)
+            twin = target_twin(target)
         self.state = GraphTarget(target, [0], cache, rows, Replay(), buffered, twin)
         nothing = torch.zeros_like(self.state.lengths)
         self.state.next_position, self.state.last_position = nothing, nothing

@@ -367,7 +367,7 @@ def test_a_recorded_target_id_must_match():
         ({"tree_nodes": -1}, {}, "tree_nodes=-1"),
         ({"draft_threshold": 1.5, "window_size": 3}, {}, "draft_threshold=1.5"),
         ({"draft_threshold": "0.1", "window_size": 3}, {}, "draft_threshold='0.1'"),
-        ({"compile_layers": "yes"}, {}, "compile_layers='yes'"),
+        ({"accept_drafts": "yes"}, {}, "accept_drafts='yes'"),
         ({"output_hidden_states": True}, {}, "output_hidden_states=True is not available"),
         ({"output_attentions": True}, {}, "output_attentions=True is not available"),
         ({"use_cache": False}, {}, "use_cache=True"),

@@ -104,21 +104,6 @@ def test_buffers_are_made_anew_for_more_room_other_batches_and_moved_weights(any
     assert copy.deepcopy(drafter)._fast_path is None
 
 
-def test_one_compilation_serves_all_layers_and_leaves_the_model_as_it_was(anywhere, monkeypatch):
-    target, drafter = trained_pair("qwen3")
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: compiled.append(function) or function)
-    ids = torch.arange(1, 9)[None]
-    config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True}
-    expected = generate_with(target, drafter, ids, config=config).sequences
-    before = [dict(vars(module)) for module in target.modules()]
-    out = generate_with(target, drafter, ids, config={**config, "compile_layers": True}).sequences
-    assert [function.__qualname__ for function in compiled] == ["Qwen3DecoderLayer.forward", "PPOWDecoderLayer.forward"]
-    torch.testing.assert_close(out, expected)
-    assert [vars(module).keys() for module in target.modules()] == [old.keys() for old in before]
-    assert [layer.self_attn.layer_idx for layer in target.model.layers] == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
 def test_projections_of_one_input_are_one_product_and_the_weights_stay_the_models_own(family, anywhere, tmp_path):
     target, drafter = (copy.deepcopy(model) for model in trained_pair(family))
@@ -145,25 +130,6 @@ def test_modules_that_are_not_plain_stay_as_they_are():
     layer = torch.nn.ModuleDict({name: torch.nn.Linear(4, 3) for name in ("q_proj", "k_proj", "gate_proj")})
     layer["v_proj"], layer["up_proj"] = Adapted(4, 3), torch.nn.Linear(4, 3, bias=False)
     assert recording_ppow.Product.find([layer]) == []
-
-
-def test_dynamo_compiles_a_kind_of_layer_once_per_shape_of_window(anywhere, monkeypatch):
-    target, drafter = (copy.deepcopy(model) for model in trained_pair("qwen3"))
-    graphs, original = [], torch.compile
-
-    def backend(graph, example_inputs):
-        graphs.append(sum("linear" in str(node.target) for node in graph.graph.nodes))
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=backend, **options))
-    config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True, "compile_layers": True}
-    expected = target.generate(torch.arange(1, 9)[None], max_new_tokens=12, do_sample=False)
-    out = generate_with(target, drafter, torch.arange(1, 9)[None], config=config)
-    torch.testing.assert_close(out.sequences, expected)
-    # layers of target and drafter behind the prompt: a verification of 5 nodes, an extension of 5 pairs, a draft step
-    assert sum(graphs) == 3 * 4, graphs  # products of q/k/v, o, gate/up and down
-    torch._dynamo.reset()
 
 
 def test_where_it_cannot_run_it_says_why():
@@ -216,23 +182,31 @@ def test_packed_windows_mean_what_dense_masks_mean(shape):
     torch.testing.assert_close(out, expected)
 
 
+ATTENTION = """
+from attention_cases import SHAPES, attention_cases
+for shape in SHAPES: torch.testing.assert_close(*attention_cases(shape, "cpu", torch.float32))
+"""
+FUSED = """
+from fused_cases import check_models, check_strides, check_twins, check_writing
+check_strides("cpu", torch.float32); check_models("cpu", torch.float32, 1e-5); check_twins("cpu", torch.float32)
+check_writing("cpu", torch.float32)
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernel_in_tritons_interpreter(tmp_path):
+@pytest.mark.parametrize("code", [ATTENTION, FUSED], ids=["attention", "fused"])
+def test_the_kernels_in_tritons_interpreter(code, tmp_path):
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     import subprocess
     import sys
     from pathlib import Path
 
-    code = (
-        "import torch; from attention_cases import SHAPES, attention_cases\n"
-        "for shape in SHAPES: torch.testing.assert_close(*attention_cases(shape, 'cpu', torch.float32))"
-    )
     environment = {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"),
         "PATH": "/usr/bin:/bin",
     }
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", "import torch" + code], env=environment, check=True, cwd=tmp_path)
 
 
 def test_no_layer_is_touched_for_products_of_few_rows(anywhere, tiny_config, monkeypatch):

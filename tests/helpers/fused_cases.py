@@ -1,0 +1,108 @@
+"""Fused norms, rotations, gates and writes beside the models as they are, in Triton's interpreter or on a GPU."""
+
+import copy
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ppow import PPOWConfig, PPOWDrafter
+from ppow.cache_ppow import SlotLayer
+from ppow.fused_ppow import fuse, gated, rms_norm, rotated, write
+from ppow.recording_ppow import Twin
+from ppow.target_ppow import decoder_layers
+
+SMALL = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# model type -> what of its own, and what of it is exchanged
+KINDS = {
+    "llama": ({}, "Attention MLP RMSNorm"),
+    "qwen3": ({"head_dim": 16}, "Attention MLP RMSNorm"),
+    "gemma3_text": ({"head_dim": 16}, "Attention RMSNorm"),  # its gate is another function
+    "olmo2": ({}, "Attention MLP RMSNorm"),
+    "phi3": ({"max_position_embeddings": 64}, "Attention RMSNorm"),  # its gate comes from one product
+    "cohere": ({}, "MLP"),  # its rotation pairs neighbours
+    "gpt_neox": ({}, "Attention"),
+}
+
+
+def fused_model(kind: str, device: str, dtype: torch.dtype) -> tuple:
+    """-> a model, its fused copy, and which parts of the copy were exchanged."""
+    torch.manual_seed(0)
+    own, _ = KINDS[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **own)).to(device, dtype).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, std=0.5)  # gains of 1 would hide how they are applied
+    copied = copy.deepcopy(model)
+    before = [type(module) for module in copied.modules()]
+    fuse(copied)
+    changed = {new.__name__ for old, new in zip(before, map(type, copied.modules())) if new is not old}
+    parts = ("Attention", "MLP", "RMSNorm")
+    return model, copied, " ".join(part for part in parts if any(name.endswith(part) for name in changed))
+
+
+@torch.no_grad()
+def check_models(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Every kind computes the same, and is exchanged as far as the table says."""
+    for kind, (_, expected) in KINDS.items():
+        model, fused, changed = fused_model(kind, device, dtype)
+        assert changed == expected, (kind, changed)
+        ids = torch.randint(3, 64, (2, 9), device=device)
+        wanted, logits = model(ids).logits, fused(ids).logits
+        torch.testing.assert_close(logits, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+        assert type(model.get_decoder()) is type(fused.get_decoder())
+
+
+@torch.no_grad()
+def check_twins(device: str, dtype: torch.dtype) -> None:
+    """In twins, where products lie side by side, and in a drafter's layers."""
+    model, *_ = fused_model("qwen3", device, dtype)
+    twin = Twin(model, decoder_layers).model
+    ids = torch.randint(3, 64, (3, 7), device=device)
+    torch.testing.assert_close(twin(ids).logits, model(ids).logits)
+    drafter = (
+        PPOWDrafter(PPOWConfig.from_target(model.config, qk_norm=True, target_taps=[0, 1, 2])).to(device, dtype).eval()
+    )
+    twin = Twin(drafter, lambda model: model.layers).model
+    taps = torch.randn(2, 5, 3 * 48, device=device, dtype=dtype)
+    given = {"input_ids": ids[:2, :5], "taps": taps, "inputs_embeds": torch.randn(2, 5, 48, device=device, dtype=dtype)}
+    torch.testing.assert_close(twin(**given).logits, drafter(**given).logits)
+
+
+def check_strides(device: str, dtype: torch.dtype) -> None:
+    """Parts of a product, heads laid out either way, tables of one row for a batch: nothing must be contiguous."""
+    torch.manual_seed(1)
+    whole = torch.randn(2, 3, 4 * 16 + 2 * 16 + 40, device=device, dtype=dtype)
+    heads, keys = (part.unflatten(-1, (-1, 16)) for part in whole.split((64, 32, 40), -1)[:2])
+    weight = torch.randn(16, device=device, dtype=dtype)
+    expected = weight * torch.nn.functional.rms_norm(heads.float(), (16,), None, 1e-5).to(dtype)
+    torch.testing.assert_close(rms_norm(heads, weight, 1e-5), expected)
+    torch.testing.assert_close(rms_norm(heads.transpose(1, 2), weight, 1e-5), expected.transpose(1, 2))
+    for row in (whole[0, 0], whole[0], whole):
+        left, right = row[..., :70], row[..., 66:136]
+        torch.testing.assert_close(gated(left, right), torch.nn.functional.silu(left) * right)
+    for rows in (1, 2):
+        cos, sin = torch.randn(2, rows, 3, 16, device=device, dtype=dtype)
+        ours = rotated(heads.transpose(1, 2), keys.transpose(1, 2), cos, sin)
+        for mine, given in zip(ours, (heads, keys)):
+            turned = torch.cat((-given[..., 8:], given[..., :8]), -1)
+            torch.testing.assert_close(mine, (given * cos[:, :, None] + turned * sin[:, :, None]).transpose(1, 2))
+
+
+def check_writing(device: str, dtype: torch.dtype) -> None:
+    """Every row writes its entries where it likes, and nothing else; a layer's update does the same."""
+    torch.manual_seed(2)
+    key, value = torch.randn(2, 2, 5, 3, 24, device=device, dtype=dtype).transpose(2, 3)  # (2, 3, 5, 24)
+    before = torch.randn(2, 2, 3, 40, 24, device=device, dtype=dtype)
+    slots = torch.tensor([[3, 4, 5, 6, 7], [30, 31, 32, 33, 34]], device=device)
+    keys, values = before.clone()
+    write(keys, values, key, value, slots)
+    for buffer, entries, old in ((keys, key, before[0]), (values, value, before[1])):
+        for row in range(2):
+            old[row, :, slots[row]] = entries[row]
+        assert torch.equal(buffer, old)
+    layer = SlotLayer(40)
+    layer.slots, layer.view = slots, 36
+    for part, entries in zip(layer.update(key, value), (key, value)):
+        assert part.shape == (2, 3, 36, 24) and torch.equal(part[1, :, 30:35], entries[1])
+        assert float(part.abs().sum()) > 0 and not part[0, :, 8:].any()
