@@ -259,7 +259,8 @@ def compare(
 def cst_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:
     """Continued supervised training: the loss of stage 1 (EAGLE-3, arXiv 2503.01840) up to the labels' own entropy.
 
-    Windows start in answers, as in decoding; stage 1 also unrolls from the prompt into the answer.
+    Windows start in answers, as in decoding; stage 1 also unrolls from the prompt into the answer. Of a block drafter
+    it is :func:`block_loss`'s kl, whatever stage 1 was: `ppow supervised --drafter` continues that.
     """
     return step_mean(windows.states.kl, windows.mask, step_weight), {}
 
@@ -285,6 +286,7 @@ def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[tor
     g = -1 / ln(step_weight), in every kind but d_pace:
 
     * ce: cross-entropy with the text's tokens (DFlash);
+    * kl: KL(P || Q), with the gradient of EAGLE-3's cross-entropy with soft labels;
     * d_pace: the same under :func:`d_pace_weights` instead of the decay; the division by K is ours;
     * dspark: 0.1 cross-entropy + 0.9 L1 distance of Q and P (DSpark, arXiv 2607.05147).
 
@@ -296,10 +298,10 @@ def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[tor
     Raises:
         ValueError: for another kind.
     """
-    if kind not in ("ce", "d_pace", "dspark"):
-        raise ValueError(f"block_loss must be ce, d_pace or dspark, got {kind!r}.")
+    if kind not in ("ce", "kl", "d_pace", "dspark"):
+        raise ValueError(f"block_loss must be ce, kl, d_pace or dspark, got {kind!r}.")
     states = windows.states
-    values = -states.text.clamp(min=1e-37).log()  # (W, K)
+    values = states.kl if kind == "kl" else -states.text.clamp(min=1e-37).log()  # (W, K)
     if kind == "dspark":
         values = 0.1 * values + 0.9 * 2 * (1 - states.overlap)
     count = windows.mask.sum(0).clamp(min=1)
