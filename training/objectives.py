@@ -229,22 +229,22 @@ def head_loss(windows: TextWindows) -> torch.Tensor:
 def compare(
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    norm: torch.Tensor,
     best: torch.Tensor,
     text: torch.Tensor,
+    norm: torch.Tensor | None = None,
 ) -> Compared:
     """Reduce n states to the figures that objectives read.
 
     Args:
         draft_logits: (n, D); target_logits: (n, D) over the draft vocabulary.
-        norm: (n,) logsumexp of the target's logits over its whole vocabulary.
         best, text: (n,) the target's argmax and the text's token as draft ids, -1 where the drafter lacks them.
+        norm: (n,) logsumexp of the target's logits over its whole vocabulary; None: it is the draft vocabulary.
     """
     target = full_precision(target_logits)
     draft = full_precision(draft_logits).log_softmax(-1)
     wanted = target.log_softmax(-1)
     kl = (wanted.exp() * (wanted.clamp(min=-1e4) - draft)).sum(-1)
-    whole = target - norm[:, None]  # log P over the whole vocabulary
+    whole = wanted if norm is None else target - norm[:, None]  # log P over the whole vocabulary
     overlap = torch.minimum(whole.exp(), draft.exp()).sum(-1)
 
     def chosen(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

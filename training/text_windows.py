@@ -53,7 +53,6 @@ def read_windows(
     columns = drafter.draft_columns()
     unrolled = unroll(drafter, target.model, ids, reading.taps)
     with torch.no_grad():
-        norm = log_norm(reading.logits)  # (B, T)
         best = reading.logits.argmax(-1)  # (B, T)
         whole = len(columns) == reading.logits.shape[-1]
         labels = reading.logits if whole else reading.logits.index_select(-1, columns)  # (B, T, D)
@@ -75,9 +74,10 @@ def read_windows(
         mask = mask.long().cumprod(-1).bool()
         agrees = along(argmax_next).long().cumprod(-1).bool()
         greedy = torch.cat((torch.ones_like(agrees[..., :1]), agrees[..., :-1]), -1)
-        best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
+        best, text = to_draft[along(best)], to_draft[tokens]
+        norm = () if whole else (along(log_norm(reading.logits)),)
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
-    facts = (row, place, norm, best, text)
+    facts = (row, place, best, text, *norm)
     states, surprise = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
     sampled = (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists]
     windows = TextWindows(mask[exists], states, greedy[exists], sampled, surprise)
