@@ -111,6 +111,7 @@ def test_a_step_learns_from_as_many_windows_as_were_asked_for_and_draws_anew(mon
 
 
 def test_a_compiled_comparison_is_used_where_it_is_asked_for(monkeypatch):
+    """Its few logits are kept for the way back; too many are computed again, and the gradient is the same."""
     target = build_target()
     drafter = block_drafter(target)
     frozen = FrozenTarget(target, drafter.config.target_taps)
@@ -119,8 +120,16 @@ def test_a_compiled_comparison_is_used_where_it_is_asked_for(monkeypatch):
     rows, compare = [], text_windows.compare
     stand_in = lambda *given: rows.append(len(given[0])) or compare(*given)  # noqa: E731
     monkeypatch.setattr(text_windows, "compiled", lambda: stand_in)
-    found = [supervised.block_step(frozen, drafter, batch, 0.8, anchors=3, fused=fused)[0] for fused in (False, True)]
-    assert torch.equal(*found) and len(rows) == 6 and max(rows) == 6
+    found, calls = [], []
+    for fused, kept in ((False, 0), (True, 1728), (True, 1727)):  # 2 texts, 3 windows of 6 slots, 48 tokens
+        monkeypatch.setattr(text_windows, "KEPT", kept)
+        loss = supervised.block_step(frozen, drafter, batch, 0.8, anchors=3, fused=fused)[0]
+        found.append((loss.detach(), *torch.autograd.grad(loss, list(drafter.parameters()))))
+        calls.append(len(rows))
+    assert calls == [0, 6, 6 + 2 * 6] and max(rows) == 6
+    for values in zip(*found):
+        torch.testing.assert_close(values[0], values[1])
+        torch.testing.assert_close(values[0], values[2])
 
 
 def test_the_whole_road_chooses_what_suits_a_block_drafter():
