@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from decoding_helpers import block_drafter, build_target
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.cache_ppow import SlotCache
-from ppow.training import blocks, supervised, text_windows
+from ppow.training import blocks, recipes, supervised, text_windows
 from ppow.training.cli import main as ppow
 from ppow.training.config import SupervisedConfig, TrainConfig
 from ppow.training.data import Batch, Example, rarest_token
@@ -132,14 +132,19 @@ def test_a_compiled_comparison_is_used_where_it_is_asked_for(monkeypatch):
         torch.testing.assert_close(values[0], values[2])
 
 
-def test_the_whole_road_chooses_what_suits_a_block_drafter():
+def test_the_whole_road_chooses_what_suits_a_block_drafter(monkeypatch):
     config = build_target().config
     names = {"target": "-", "output_dir": "-", "architecture": "block"}
     choices = Choices(TrainConfig.from_dict(names | {"supervised": {"block_size": 7}}), config, DEVICES["h200"], True)
     found = choices.all()
     assert found["supervised"]["architecture"] == "block" and "draft_vocab_size" not in found["supervised"]
     assert found["reinforce"]["window_size"] == 7 and found["reinforce"]["cost_ratio"] == 0
+    monkeypatch.setattr(recipes, "HAS_TRITON", True)
+    for cuda in (False, True):
+        found = Choices(TrainConfig.from_dict(names), config, DEVICES["h200"], cuda).all()
+        assert all(found[stage].get("compile_loss", False) == cuda for stage in ("supervised", "reinforce"))
     eagle = Choices(TrainConfig.from_dict(names | {"architecture": "eagle3"}), config, DEVICES["h200"], True).all()
+    assert "compile_loss" not in eagle["supervised"]
     assert eagle["supervised"]["norm_output"] and "window_size" not in eagle["reinforce"]
 
 
