@@ -99,8 +99,12 @@ def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: 
 
 @torch.no_grad()
 def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, trees: bool) -> dict:
-    """Verifications that each text takes: "DOMAIN T=0" -> chain; with ``trees`` also "tree N", on some T=0."""
+    """Verifications that each text takes: "DOMAIN T=0" -> chain; with ``trees`` also "tree N", on some T=0.
+
+    A block drafter's chains and trees are no longer than its block.
+    """
     drafter, results = drafter.eval(), {}
+    size = min(arguments.window_size, drafter.config.longest_window or arguments.window_size)
     for parameter in drafter.parameters():  # as it would be deployed; the rotary frequencies keep their precision
         parameter.data = parameter.data.to(target.model.dtype)
     for name, text in texts.items():
@@ -110,7 +114,7 @@ def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, tre
         for first in range(0, len(order), arguments.eval_batch):
             part = order[first : first + arguments.eval_batch]
             ids, prompt = [text["ids"][i] for i in part], [text["prompt"][i] for i in part]
-            stands = acceptance_along(target, drafter, ids, prompt, arguments.window_size, temperature, pad)
+            stands = acceptance_along(target, drafter, ids, prompt, size, temperature, pad)
             for i, count in zip(part, verifications(stands, [text["tokens"][i] for i in part])):
                 chain[i] = round(count, 4)
         results[name] = {"chain": chain}
@@ -131,6 +135,7 @@ def decode_tree(model, drafter, texts: list[dict], nodes: int, arguments, pad: i
         for ids, length, tokens in list(zip(text["ids"], text["prompt"], text["tokens"]))[: arguments.tree_prompts]
     ]
     options = {**TREE, "tree_nodes": nodes, "cuda_graphs": False}
+    options["tree_depth"] = min(TREE["tree_depth"], drafter.config.longest_window or TREE["tree_depth"])
     config, found = generation(model, 0, arguments, pad, **options, return_dict_in_generate=True), []
     for first in range(0, len(work), arguments.eval_batch):
         part = work[first : first + arguments.eval_batch]

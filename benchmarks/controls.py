@@ -15,6 +15,7 @@ import torch
 from ppow import PPOWDrafter
 from ppow.acceptance_ppow import count_accepted
 from ppow.training.arguments import option
+from ppow.training.blocks import unroll
 from ppow.training.config import PRESETS, ReinforceConfig
 from ppow.training.objectives import (
     CLIP_RANGE,
@@ -32,7 +33,6 @@ from ppow.training.objectives import (
 from ppow.training.rewards import group_advantages, reachable
 from ppow.training.rollout import Drawn, Rollout, draft, draw, rewarded, target_words
 from ppow.training.target import FrozenTarget
-from ppow.training.unrolled import Unrolled
 
 
 def lk_mixed_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:
@@ -145,7 +145,7 @@ def reference_reward(config, target: FrozenTarget, reference: PPOWDrafter, batch
     rows = drawn.starts.repeat_interleave(config.group_size, dim=1)
     generator = torch.Generator().manual_seed(batch.seed ^ 0x5DEECE66)  # no step's own
     uniforms = torch.rand(*rows.shape, config.window_size, generator=generator).to(rows.device)
-    unrolled = Unrolled(reference, reference.embedding_for(target.model), batch.input_ids, drawn.reading.taps)
+    unrolled = unroll(reference, target.model, batch.input_ids, drawn.reading.taps)
     draft_ids, _ = draft(config, reference, unrolled, rows, uniforms)
     tokens = reference.to_target_ids(draft_ids)
     word = target_words(config, target, drawn.reading, drawn.starts, tokens, reference.draft_columns())

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from ppow import PPOWConfig
 from ppow.training import supervised
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.data import batch_indices, make_batch
@@ -112,8 +113,7 @@ ARMS: dict[str, tuple[dict | None, int]] = {
 # Arms that train a fresh drafter, by stage 1: (changes to what `ppow train` does at 0.1B, seeds)
 _FRESH = {"optimizer": "muon", "learning_rate": 2e-3, "norm_before_fc": True, "norm_output": True}
 _FRESH |= {"share_embeddings": True, "average_from": 0.5, "stage": 1}
-_BLOCK = {"architecture": "block", "optimizer": "muon", "learning_rate": 2e-3, "average_from": 0.5, "stage": 1}
-_BLOCK |= {"share_embeddings": True}
+_BLOCK = {"architecture": "block", "optimizer": "muon", "learning_rate": 3e-3, "average_from": 0.5, "stage": 1}
 ARMS |= {
     "fresh": (_FRESH, 3),
     "fresh adamw": ({**_FRESH, "optimizer": "adamw"}, 2),
@@ -126,17 +126,30 @@ ARMS |= {
     "fresh 50 windows 4e-3": ({**_FRESH, "anchors": 50, "learning_rate": 4e-3}, 3),
     "fresh 50 windows 4e-3 qk-norm": ({**_FRESH, "anchors": 50, "learning_rate": 4e-3, "qk_norm": True}, 3),
     "fresh 50 windows 8e-3": ({**_FRESH, "anchors": 50, "learning_rate": 8e-3}, 1),
-    "fresh block": ({**_BLOCK, "anchors": 50}, 3),
-    "fresh block without markov": ({**_BLOCK, "anchors": 50, "markov_rank": 0}, 1),
     "fresh 1e-3": ({**_FRESH, "learning_rate": 1e-3}, 1),
     "fresh 4e-3": ({**_FRESH, "learning_rate": 4e-3}, 3),
+    "fresh block": (_BLOCK, 3),  # DSpark's loss, three layers, 64 windows of a text
+    "fresh block decay": ({**_BLOCK, "block_loss": "ce"}, 3),
+    "fresh block kl": ({**_BLOCK, "block_loss": "kl"}, 3),
+    "fresh block d-pace": ({**_BLOCK, "block_loss": "d_pace"}, 3),
+    "fresh block deep": ({**_BLOCK, "num_layers": 5}, 3),
+    "fresh block shallow": ({**_BLOCK, "num_layers": 2}, 3),
+    "fresh block 32 windows": ({**_BLOCK, "anchors": 32}, 3),
+    "fresh block 6e-3": ({**_BLOCK, "learning_rate": 6e-3}, 3),
+    "fresh block of 8": ({**_BLOCK, "block_size": 8}, 1),
+    "fresh block without markov": ({**_BLOCK, "markov_rank": 0}, 1),
 }
+# Arms that continue stage 1 of the given block drafter by one of its own losses, as "cst muon" does by kl
+_CONTINUED = {**_MUON, "stage": 1, "continued": True}
+ARMS |= {f"cst {loss} muon": ({**_CONTINUED, "block_loss": loss}, 3) for loss in ("ce", "d_pace", "dspark")}
 
 
 def main(argv=None) -> dict:
     started = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
+    if arguments.cost_ratio is None and PPOWConfig.from_pretrained(arguments.drafter).is_block:
+        arguments.cost_ratio = 0.0  # a block costs the same however much of it is accepted
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape for some 40 ms
     texts = acceptance.kept_texts(arguments, lambda: answers(arguments, device))
@@ -165,11 +178,6 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
     def examples(data: str) -> list:
         return load_examples(base, data, tokenizer, base.window_size, answer=base.window_size)
 
-    if device == "cuda":  # the first steps on a device are slow, and no arm shall pay for them
-        short = argparse.Namespace(**{**vars(arguments), "steps": 3})
-        for name in ("cst 3e-4", "ppow"):
-            warmed = make_config(arguments, ARMS[name][0], 0)
-            train(warmed, short, target, copy.deepcopy(drafter), examples(arguments.data), pad)
     for key, changes, seed in todo:
         if time.perf_counter() - started + lasted > arguments.budget_seconds:
             print(f"stopped before {key}: the next arm would not end within {arguments.budget_seconds:.0f} s")
@@ -183,8 +191,11 @@ def run(arguments, device: str, texts: dict, report: dict, started: float) -> No
         target.taps = trained.config.target_taps
         if config is not None:
             row["config"] = recipe(config)
-            alternated = changes.get("alternated", False)
-            row |= train(config, arguments, target, trained, examples(config.data), pad, alternated)
+            of_arm = functools.partial(train, config, target=target, examples=examples(config.data), pad=pad)
+            of_arm = functools.partial(of_arm, alternated=changes.get("alternated", False))
+            if device == "cuda":  # the first steps are slow, and no arm shall pay for them, or for compiling
+                of_arm(argparse.Namespace(**{**vars(arguments), "steps": 3}), drafter=copy.deepcopy(trained))
+            row |= of_arm(arguments, drafter=trained)
         if arguments.drafters:
             trained.save_pretrained(arguments.drafters / key.replace("/", "-").replace(" ", "_"))
         trees = arguments.tree_prompts > 0 and key.endswith("/0")  # one seed of each arm
@@ -272,6 +283,8 @@ def parse(argv):
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a training text that are kept")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--window-size", type=int, default=10)
+    parser.add_argument("--cost-ratio", type=float, help="gamma of the rewards; none: the paper's, of a block 0")
+    parser.add_argument("--compile-loss", action="store_true", help="of every arm, on a GPU")
     parser.add_argument("--tree-prompts", type=int, default=64, help="prompts per domain decoded with a tree; 0: none")
     parser.add_argument("--tree-nodes", default="60,16,8,4", help="comma separated sizes of the trees")
     parser.add_argument("--eval-batch", type=int, default=256)
@@ -307,13 +320,16 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
         ValueError: an arm that needs an option which is not given.
     """
     if changes.get("stage") == 1:
-        own = {name: value for name, value in changes.items() if name not in ("stage", "mixed")}
+        own = {name: value for name, value in changes.items() if name not in ("stage", "mixed", "continued")}
         data = arguments.mixed if "mixed" in changes else arguments.data
         if data is None:
             raise ValueError("Arms called mixed learn from a file of their own: name it with --mixed.")
-        shared = {name: getattr(arguments, name) for name in ("target", "batch_size", "max_length", "dtype")}
+        names = ("target", "batch_size", "max_length", "dtype", "compile_loss")
+        shared = {name: getattr(arguments, name) for name in names}
         shared |= {"data": data, "output_dir": "-", "steps": STEPS}
-        if "architecture" not in own:
+        if "continued" in changes:
+            shared["drafter"] = arguments.drafter
+        elif "architecture" not in own:
             shared["draft_vocab_size"] = arguments.draft_vocab_size
         return SupervisedConfig.from_dict({**shared, "limit": arguments.train_limit, "seed": seed, **own})
     shared = {
@@ -323,8 +339,11 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
         "drop_long": True,
         "max_forest_nodes": arguments.batch_size * 8 * 8 * arguments.window_size,  # every rollout in one forward
         "average_from": 1.0,
+        "compile_loss": arguments.compile_loss,
         "seed": seed,
     }
+    if arguments.cost_ratio is not None:
+        shared["cost_ratio"] = arguments.cost_ratio
     return stage2(arguments, **shared | {name: value for name, value in changes.items() if name != "alternated"})
 
 

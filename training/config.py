@@ -122,9 +122,9 @@ class SupervisedConfig(StageConfig):
         above=0,
         at_most=1,
     )
-    block_loss: Literal["ce", "d_pace", "dspark"] = option(
-        "what a block drafter learns: the text's tokens (ce), the same weighted by what depends on them (d_pace), or "
-        "mostly the target's distribution (dspark)",
+    block_loss: Literal["ce", "kl", "d_pace", "dspark"] = option(
+        "what a block drafter learns: the text's tokens (ce), the same weighted by what depends on them (d_pace), the "
+        "target's distribution (kl), or both, the latter by how much of it is accepted (dspark)",
         "dspark",
     )
 
@@ -234,8 +234,8 @@ class ReinforceConfig(StageConfig):
     learning_rate: float = option("highest learning rate, after the warm-up (ours)", 3e-4, above=0)
 
     objective: Literal["ppow", "cst", "lk"] = option(
-        "what is trained: ppow, the reward of accepted tokens; cst, stage 1's loss continued; lk, the chance that a "
-        "draft is accepted (arXiv 2602.23881)",
+        "what is trained: ppow, the reward of accepted tokens; cst, stage 1's loss continued (of a block drafter "
+        "--block-loss kl); lk, the chance that a draft is accepted (arXiv 2602.23881)",
         "ppow",
         group="method",
     )

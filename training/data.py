@@ -243,9 +243,10 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 def rarest_token(examples: Sequence[Example], vocab_size: int) -> int:
     """The last id that no text holds; where all occur, the last of the rarest."""
-    counts = torch.zeros(vocab_size, dtype=torch.long)
+    held = array.array("q")
     for example in examples:
-        counts += torch.bincount(torch.tensor(example.input_ids), minlength=vocab_size)
+        held.extend(example.input_ids)
+    counts = torch.bincount(torch.tensor(held, dtype=torch.long), minlength=vocab_size)
     return vocab_size - 1 - int(counts.flip(0).argmin())
 
 

@@ -229,22 +229,22 @@ def head_loss(windows: TextWindows) -> torch.Tensor:
 def compare(
     draft_logits: torch.Tensor,
     target_logits: torch.Tensor,
-    norm: torch.Tensor,
     best: torch.Tensor,
     text: torch.Tensor,
+    norm: torch.Tensor | None = None,
 ) -> Compared:
     """Reduce n states to the figures that objectives read.
 
     Args:
         draft_logits: (n, D); target_logits: (n, D) over the draft vocabulary.
-        norm: (n,) logsumexp of the target's logits over its whole vocabulary.
         best, text: (n,) the target's argmax and the text's token as draft ids, -1 where the drafter lacks them.
+        norm: (n,) logsumexp of the target's logits over its whole vocabulary; None: it is the draft vocabulary.
     """
     target = full_precision(target_logits)
     draft = full_precision(draft_logits).log_softmax(-1)
     wanted = target.log_softmax(-1)
     kl = (wanted.exp() * (wanted.clamp(min=-1e4) - draft)).sum(-1)
-    whole = target - norm[:, None]  # log P over the whole vocabulary
+    whole = wanted if norm is None else target - norm[:, None]  # log P over the whole vocabulary
     overlap = torch.minimum(whole.exp(), draft.exp()).sum(-1)
 
     def chosen(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -259,7 +259,8 @@ def compare(
 def cst_loss(windows: TextWindows, step_weight: float = STEP_WEIGHT) -> tuple[torch.Tensor, dict]:
     """Continued supervised training: the loss of stage 1 (EAGLE-3, arXiv 2503.01840) up to the labels' own entropy.
 
-    Windows start in answers, as in decoding; stage 1 also unrolls from the prompt into the answer.
+    Windows start in answers, as in decoding; stage 1 also unrolls from the prompt into the answer. Of a block drafter
+    it is :func:`block_loss`'s kl, whatever stage 1 was: `ppow supervised --drafter` continues that.
     """
     return step_mean(windows.states.kl, windows.mask, step_weight), {}
 
@@ -285,6 +286,7 @@ def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[tor
     g = -1 / ln(step_weight), in every kind but d_pace:
 
     * ce: cross-entropy with the text's tokens (DFlash);
+    * kl: KL(P || Q), with the gradient of EAGLE-3's cross-entropy with soft labels;
     * d_pace: the same under :func:`d_pace_weights` instead of the decay; the division by K is ours;
     * dspark: 0.1 cross-entropy + 0.9 L1 distance of Q and P (DSpark, arXiv 2607.05147).
 
@@ -296,10 +298,10 @@ def block_loss(windows: TextWindows, kind: str, step_weight: float) -> tuple[tor
     Raises:
         ValueError: for another kind.
     """
-    if kind not in ("ce", "d_pace", "dspark"):
-        raise ValueError(f"block_loss must be ce, d_pace or dspark, got {kind!r}.")
+    if kind not in ("ce", "kl", "d_pace", "dspark"):
+        raise ValueError(f"block_loss must be ce, kl, d_pace or dspark, got {kind!r}.")
     states = windows.states
-    values = -states.text.clamp(min=1e-37).log()  # (W, K)
+    values = states.kl if kind == "kl" else -states.text.clamp(min=1e-37).log()  # (W, K)
     if kind == "dspark":
         values = 0.1 * values + 0.9 * 2 * (1 - states.overlap)
     count = windows.mask.sum(0).clamp(min=1)

@@ -28,7 +28,7 @@ from ppow.target_ppow import check_kind, decoder_layers
 from .blocks import ROWS
 from .config import ReinforceConfig, SupervisedConfig
 from .objectives import objective_of
-from .text_windows import LOGITS
+from .text_windows import KEPT, LOGITS
 
 GIB = 2**30
 
@@ -204,13 +204,15 @@ class _Step:
             self.rows = config.windows_per_sequence * config.group_size
         else:
             self.rows = min(config.windows_of(self.block) or self.pairs, self.pairs)
-        self.again = (self.reinforce or self.block > 0) and not self.rolls  # logits are computed twice, not kept
         self.nodes = self.rows * (self.size - 1)  # after the first, of each text
         self.forest = 0  # of them, verified in one forward
         if self.rolls:
             at_once = max(1, config.max_forest_nodes // (self.size * self.batch))
             self.forest = min(self.nodes, at_once * (self.size - 1))
         self.states = self.batch * self.rows * self.size  # at which the drafter is compared with the target
+        kept = config.compile_loss and self.states * int(shape.drafter.draft_vocab_size or 0) <= KEPT
+        self.along = (self.reinforce or self.block > 0) and not self.rolls  # by windows of the texts
+        self.again = self.along and not kept  # logits are computed twice
         beside = self.rolls and config.supervised_coef  # a supervised term beside rollouts
         self.taught = self.batch * self.pairs * self.size if beside else 0  # its states
         self.inside = shape.drafter.num_hidden_layers
@@ -294,7 +296,7 @@ class _Step:
             one = min(batch * self.rows * d, max(LOGITS, d)) if self.again else batch * self.rows * d
             saved = 0 if self.again else states * d * (e + 4)
             numbers = 2 * e + (8 if self.again else 3) * 4
-            labels = 0 if d == shape.vocabulary and self.again else batch * self.length * d * e
+            labels = 0 if d == shape.vocabulary and self.along else batch * self.length * d * e
             found["learning"] = kept(self.rows) + labels + saved + one * numbers
         if self.taught:
             found["learning"] += kept(self.pairs) + self.taught * d * (e + 4)

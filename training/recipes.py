@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from ppow import PPOWConfig
+from ppow.attention_ppow import HAS_TRITON
 
 from . import plan
 from .arguments import Config
@@ -146,6 +147,8 @@ class Choices:
         length = min(recipe.length, self.given + answer, positions(target) or recipe.length)
         width = text.hidden_size
         shared: dict[str, Any] = {"dtype": self.dtype, "max_length": length, "drop_long": True}
+        if config.architecture == "block" and cuda and HAS_TRITON:
+            shared["compile_loss"] = True  # a step of stage 1 took 0.20 s instead of 0.31 (measured at 0.13B)
         first = {"architecture": config.architecture, "optimizer": _optimizer(), "learning_rate": rate_for(width)}
         if config.architecture == "eagle3":
             first |= {"norm_before_fc": True, "norm_output": True}

@@ -2,7 +2,8 @@
 
 The drafter is unrolled over windows of the text with the text's own tokens (training-time test; source: EAGLE-3, arXiv
 2503.01840). Every state is reduced to a few numbers as soon as its logits exist, and the logits are computed a second
-time on the way back (ours), so that no (W, K, D) tensor is kept.
+time on the way back (ours), so that no (W, K, D) tensor is kept. Compiled, the reduction keeps nothing but the logits
+themselves: where these are few enough, they are, and the step is spared the second time.
 """
 
 import functools
@@ -22,6 +23,7 @@ from .unrolled import Unrolled
 from .windows import sample_windows, wanted_windows
 
 LOGITS = 1 << 28  # compared together; a float32 tensor of them takes 1 GiB
+KEPT = 1 << 31  # of a step, at most, where they are kept; with the target's they take 8 GiB in bfloat16
 GREEDY_SHARE = 0.99  # of a text's answer tokens that are the target's argmax, from which on it counts as greedy (ours)
 
 
@@ -47,13 +49,13 @@ def read_windows(
         chosen: starts (B, R) and which of them exist (B, R) bool; none: every position from which an answer's token is
             predicted.
         fused: let torch.compile fuse the comparison: for GPUs, where it otherwise waits for memory most of the time.
+            Up to ``KEPT`` logits are then kept for the way back instead of being computed again.
     """
     ids = batch.input_ids
     reading = target.read(ids)
     columns = drafter.draft_columns()
     unrolled = unroll(drafter, target.model, ids, reading.taps)
     with torch.no_grad():
-        norm = log_norm(reading.logits)  # (B, T)
         best = reading.logits.argmax(-1)  # (B, T)
         whole = len(columns) == reading.logits.shape[-1]
         labels = reading.logits if whole else reading.logits.index_select(-1, columns)  # (B, T, D)
@@ -75,9 +77,10 @@ def read_windows(
         mask = mask.long().cumprod(-1).bool()
         agrees = along(argmax_next).long().cumprod(-1).bool()
         greedy = torch.cat((torch.ones_like(agrees[..., :1]), agrees[..., :-1]), -1)
-        best, text, norm = to_draft[along(best)], to_draft[tokens], along(norm)
+        best, text = to_draft[along(best)], to_draft[tokens]
+        norm = () if whole else (along(log_norm(reading.logits)),)
         row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
-    facts = (row, place, norm, best, text)
+    facts = (row, place, best, text, *norm)
     states, surprise = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
     sampled = (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists]
     windows = TextWindows(mask[exists], states, greedy[exists], sampled, surprise)
@@ -134,6 +137,8 @@ def _compare_states(
         predicted = drafter.acceptance_logits(features.detach(), logits.detach())
         return (*found, confidence_loss(predicted, found.hit, found.overlap))
 
+    again = functools.partial(checkpoint, reduced, use_reentrant=False, preserve_rng_state=False)
+    comparison = reduced if fused and mask.numel() * labels.shape[-1] <= KEPT else again
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):
         if i:
@@ -142,7 +147,7 @@ def _compare_states(
         known = (unrolled.previous, *(values[:, :, i] for values in facts))
         arguments = (features, *(values.flatten().index_select(0, here) for values in known))
         figures = [
-            checkpoint(reduced, *part, use_reentrant=False, preserve_rng_state=False)
+            comparison(*part)
             for part in zip(*(values.split(max(1, LOGITS // labels.shape[-1])) for values in arguments))
         ]
         columns = [torch.cat(values) for values in zip(*figures)]

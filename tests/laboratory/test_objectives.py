@@ -1,18 +1,22 @@
 """The comparison of objectives: its way of reading acceptance along texts, and the command, small on a CPU."""
 
 import argparse
+import copy
 import json
 import math
 import signal
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from decoding_helpers import PAD, block_drafter, generate_with, prompt_batches, trained_block
 from ppow.training import evaluate
+from ppow.training.acceptance import acceptance_along, walk
 from ppow.training.config import EvaluateConfig, SupervisedConfig
 from ppow.training.data import Example
 from ppow.training.objectives import objective_of
+from ppow.training.target import FrozenTarget
 from small_pair import DRAFTER, TARGET
 from training_helpers import make_pair
 
@@ -54,12 +58,31 @@ def test_acceptance_read_along_greedy_texts_is_that_of_evaluate(benchmark, promp
     assert len(found["tree 60"]) == 2 and sum(found["tree 60"]) <= sum(found["chain"][:2])
 
 
-def test_acceptance_read_along_sampled_texts_is_that_of_sampled_decoding(benchmark):
+@pytest.mark.parametrize("anchor", [True, False])
+def test_acceptance_of_blocks_along_greedy_texts_is_that_of_decoding(benchmark, anchor):
+    target, drafter = trained_block(predict_from_anchor=anchor, markov_rank=4 * anchor)
+    frozen, accepted = FrozenTarget(copy.deepcopy(target), drafter.config.target_taps), []
+    for ids, _ in prompt_batches(1, 6, seed=7):
+        out = generate_with(target, drafter, ids, config={"window_size": 5, "max_new_tokens": 24})
+        stands = acceptance_along(frozen, drafter, out.sequences.tolist(), [ids.shape[1]], 5, 0.0, PAD)
+        found = walk([stands[0]], 5, room=24)
+        assert (found.drafted, found.accepted) == (out.acceptance.drafted, out.acceptance.accepted)
+        assert benchmark.acceptance.verifications(stands, [23]) == [len(out.acceptance.gained[0])]
+        accepted += found.accepted[0]
+    assert {0, 1, 2} <= set(accepted)
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "block"])
+def test_acceptance_read_along_sampled_texts_is_that_of_sampled_decoding(benchmark, kind):
     """The mean over texts of the expected verifications equals the mean of really counted ones."""
     target, drafter = make_pair(draft_vocab_size=20)
     rows, new, prompt = 1500, 8, [3, 9, 4, 7, 1]
-    with torch.no_grad():  # a drafter that knows something, and misses twelve tokens altogether
-        drafter.lm_head.weight.copy_(3 * target.model.get_output_embeddings().weight[drafter.draft_columns()])
+    if kind == "block":
+        drafter = block_drafter(target.model, markov_rank=4)
+        target.taps = drafter.config.target_taps
+    else:
+        with torch.no_grad():  # a drafter that knows something, and misses twelve tokens altogether
+            drafter.lm_head.weight.copy_(3 * target.model.get_output_embeddings().weight[drafter.draft_columns()])
     inputs = torch.tensor([prompt] * rows)
     mask = torch.ones_like(inputs)
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new, "pad_token_id": 0}
@@ -245,7 +268,7 @@ def test_averaged_weights_are_the_mean_of_the_second_half(benchmark, monkeypatch
     given = argparse.Namespace(
         target="t", drafter="d", data="x", batch_size=1, max_length=64, train_limit=None, dtype="float32"
     )
-    given.window_size, given.steps = 3, 4
+    given.window_size, given.steps, given.cost_ratio, given.compile_loss = 3, 4, None, False
     seen, step = [], torch.optim.AdamW.step
 
     def watched(self, *a, **k):
@@ -272,6 +295,25 @@ def test_fresh_drafters_are_compared_as_well(benchmark, prompts, tmp_path):
     assert losses["fresh"] == losses["fresh mixed"] and len({*map(tuple, losses.values())}) >= 3
     with pytest.raises(ValueError, match="name it with --mixed"):
         benchmark.main(arguments(prompts, "--draft-vocab-size=100", "--arms", "fresh mixed"))
+
+
+def test_a_block_drafter_is_compared_as_well(benchmark, prompts, tmp_path):
+    """Every kind of arm trains and measures it; what it drafts is free, so rewards charge nothing."""
+    target = AutoModelForCausalLM.from_pretrained(TARGET)
+    drafter = block_drafter(target, block_size=5, num_hidden_layers=1, markov_rank=4, initializer_range=0.02)
+    drafter.float().save_pretrained(tmp_path / "block")
+    names = ["stage1", "cst 3e-4", "lk", "exact text-rule + 3 lk", "exact text-rule", "exact sampling + 3 lk"]
+    names += ["ppow", "gto", "cst dspark muon", "fresh block of 8"]
+    more = ["--tree-prompts=1", "--seeds=1", "--window-size=5", f"--drafter={tmp_path / 'block'}"]
+    arms = benchmark.main(arguments(prompts, *more, "--arms", ",".join(names)))["arms"]
+    configs = {name: arms[f"{name}/0"]["config"] for name in names[1:]}
+    assert {configs[name]["cost_ratio"] for name in names[1:-2]} == {0.0}
+    assert configs["cst dspark muon"]["block_loss"] == "dspark"
+    for row in arms.values():
+        found = row["results"]["questions T=0"]
+        assert len(found["chain"]) == 3 and len(found["tree 60"]) == 1 and not any(map(math.isnan, found["chain"]))
+    for row in arms["exact text-rule/0"]["curve"]:
+        assert row["reward"] == pytest.approx(row["acceptance_length"] - 1, abs=1e-4) and row["gradient_norm"] > 0
 
 
 def test_a_spent_budget_stops_before_the_next_arm(benchmark, prompts, capsys):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from decoding_helpers import block_drafter, build_target
 from ppow import PPOWConfig, PPOWDrafter
-from ppow.training import blocks, supervised, text_windows
+from ppow.cache_ppow import SlotCache
+from ppow.training import blocks, recipes, supervised, text_windows
 from ppow.training.cli import main as ppow
 from ppow.training.config import SupervisedConfig, TrainConfig
 from ppow.training.data import Batch, Example, rarest_token
@@ -34,6 +35,8 @@ def test_the_losses_by_hand():
     assert float(loss) == pytest.approx(by_steps((ln(0.6) + ln(0.4)) / 2, ln(0.2)))
     assert metrics["step_losses"].tolist() == pytest.approx([(ln(0.6) + ln(0.4)) / 2, ln(0.2)])
 
+    assert float(block_loss(windows, "kl", 0.8)[0]) == pytest.approx(by_steps((1 + 3) / 2, 2))
+
     first, second = 0.5 + 0.3, 0.5 + 0.1  # (1 - a) q + a
     weighted = (first + first * second) * ln(0.6) + first * second * ln(0.2) + (0.5 + 0.2) * ln(0.4)
     assert float(block_loss(windows, "d_pace", 0.8)[0]) == pytest.approx(weighted / 2 / 2)
@@ -46,8 +49,8 @@ def test_the_losses_by_hand():
     assert float(block_loss(windows, "dspark", 0.8)[0]) == pytest.approx(by_steps((one + two) / 2, three))
     unsure = TextWindows(**{**vars(windows), "surprise": torch.tensor([[1.0, 2.0], [3.0, 99.0]])})
     assert float(block_loss(unsure, "dspark", 0.8)[0]) == pytest.approx(by_steps((one + two) / 2, three) + 2)
-    with pytest.raises(ValueError, match="'kl'"):
-        block_loss(windows, "kl", 0.8)
+    with pytest.raises(ValueError, match="'l1'"):
+        block_loss(windows, "l1", 0.8)
 
 
 @pytest.mark.parametrize("anchor", [True, False])
@@ -108,6 +111,7 @@ def test_a_step_learns_from_as_many_windows_as_were_asked_for_and_draws_anew(mon
 
 
 def test_a_compiled_comparison_is_used_where_it_is_asked_for(monkeypatch):
+    """Its few logits are kept for the way back; too many are computed again, and the gradient is the same."""
     target = build_target()
     drafter = block_drafter(target)
     frozen = FrozenTarget(target, drafter.config.target_taps)
@@ -116,24 +120,40 @@ def test_a_compiled_comparison_is_used_where_it_is_asked_for(monkeypatch):
     rows, compare = [], text_windows.compare
     stand_in = lambda *given: rows.append(len(given[0])) or compare(*given)  # noqa: E731
     monkeypatch.setattr(text_windows, "compiled", lambda: stand_in)
-    found = [supervised.block_step(frozen, drafter, batch, 0.8, anchors=3, fused=fused)[0] for fused in (False, True)]
-    assert torch.equal(*found) and len(rows) == 6 and max(rows) == 6
+    found, calls = [], []
+    for fused, kept in ((False, 0), (True, 1728), (True, 1727)):  # 2 texts, 3 windows of 6 slots, 48 tokens
+        monkeypatch.setattr(text_windows, "KEPT", kept)
+        loss = supervised.block_step(frozen, drafter, batch, 0.8, anchors=3, fused=fused)[0]
+        found.append((loss.detach(), *torch.autograd.grad(loss, list(drafter.parameters()))))
+        calls.append(len(rows))
+    assert calls == [0, 6, 6 + 2 * 6] and max(rows) == 6
+    for values in zip(*found):
+        torch.testing.assert_close(values[0], values[1])
+        torch.testing.assert_close(values[0], values[2])
 
 
-def test_the_whole_road_chooses_what_suits_a_block_drafter():
+def test_the_whole_road_chooses_what_suits_a_block_drafter(monkeypatch):
     config = build_target().config
     names = {"target": "-", "output_dir": "-", "architecture": "block"}
     choices = Choices(TrainConfig.from_dict(names | {"supervised": {"block_size": 7}}), config, DEVICES["h200"], True)
     found = choices.all()
     assert found["supervised"]["architecture"] == "block" and "draft_vocab_size" not in found["supervised"]
     assert found["reinforce"]["window_size"] == 7 and found["reinforce"]["cost_ratio"] == 0
+    monkeypatch.setattr(recipes, "HAS_TRITON", True)
+    for cuda in (False, True):
+        found = Choices(TrainConfig.from_dict(names), config, DEVICES["h200"], cuda).all()
+        assert all(found[stage].get("compile_loss", False) == cuda for stage in ("supervised", "reinforce"))
     eagle = Choices(TrainConfig.from_dict(names | {"architecture": "eagle3"}), config, DEVICES["h200"], True).all()
+    assert "compile_loss" not in eagle["supervised"]
     assert eagle["supervised"]["norm_output"] and "window_size" not in eagle["reinforce"]
 
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_closed_form_is_the_expected_reward_of_real_blocks(rank):
-    """Over all texts of the target it equals the expectation over all drafts and coins, Markov head or not."""
+    """Over all texts of the target it equals the expectation over all drafts and coins, Markov head or not.
+
+    So does its gradient, in every weight: a draft's chance depends on the Markov head by the drafts before it.
+    """
     target = build_target(vocab_size=VOCAB, initializer_range=0.25)
     drafter = block_drafter(target, block_size=K, markov_rank=rank, initializer_range=0.4)
     frozen = FrozenTarget(target, drafter.config.target_taps)
@@ -144,32 +164,67 @@ def test_the_closed_form_is_the_expected_reward_of_real_blocks(rank):
     batch = Batch(texts, mask, torch.full((len(texts),), texts.shape[1]), seed=0)
     with torch.no_grad():
         logprobs = target(texts).logits.log_softmax(-1)
-        tails = texts[:, 3:]
-        p = logprobs[:, 2:-1].exp()  # (texts, K, V), the target after each prefix of the tail
-        weights = p.gather(2, tails[:, :, None])[..., 0].prod(1)
-        unrolled = blocks.unroll(drafter, target, texts, frozen.read(texts).taps)
-        slots, q = unrolled.begin(torch.full((len(texts), 1), 1)), []
-        for i in range(K):
-            slots = unrolled.advance(tails[:, i - 1 : i]) if i else slots
-            q.append(unrolled.logits(slots, unrolled.previous)[:, 0].softmax(-1))
-        q = torch.stack(q, 1)
-        drawn = q.gather(2, tails[:, :, None])[..., 0]
-        accept = (p.gather(2, tails[:, :, None])[..., 0] / drawn).clamp(max=1)
-        before = torch.cat((torch.ones(len(texts), 1), accept.cumprod(1)), 1)
-        reward = (before[:, :K] * (1 - accept) * rewards[:K]).sum(1) + before[:, K] * rewards[K]
-        expected = (drawn.prod(1) * reward).sum()
-        windows, _ = read_windows(frozen, drafter, batch, K, (torch.full((len(texts), 1), 1), mask[:, 3:4]))
-        found = 0.0
-        for i, weight in enumerate(weights):
-            row = slice(i, i + 1)
-            one = TextWindows(
-                windows.mask[row],
-                type(windows.states)(*(values[row] for values in windows.states)),
-                windows.greedy[row],
-                windows.sampled[row],
-            )
-            found = found - weight * exact_loss(one, rewards, "sampling", 0.0)[0]
+    tails = texts[:, 3:]
+    p = logprobs[:, 2:-1].exp()  # (texts, K, V), the target after each prefix of the tail
+    weights = p.gather(2, tails[:, :, None])[..., 0].prod(1)
+    unrolled = blocks.unroll(drafter, target, texts, frozen.read(texts).taps)
+    slots, q = unrolled.begin(torch.full((len(texts), 1), 1)), []
+    for i in range(K):
+        slots = unrolled.advance(tails[:, i - 1 : i]) if i else slots
+        q.append(unrolled.logits(slots, unrolled.previous)[:, 0].softmax(-1))
+    q = torch.stack(q, 1)
+    drawn = q.gather(2, tails[:, :, None])[..., 0]
+    accept = (p.gather(2, tails[:, :, None])[..., 0] / drawn).clamp(max=1)
+    before = torch.cat((torch.ones(len(texts), 1), accept.cumprod(1)), 1)
+    reward = (before[:, :K] * (1 - accept) * rewards[:K]).sum(1) + before[:, K] * rewards[K]
+    expected = (drawn.prod(1) * reward).sum()
+    windows, _ = read_windows(frozen, drafter, batch, K, (torch.full((len(texts), 1), 1), mask[:, 3:4]))
+    found = 0.0
+    for i, weight in enumerate(weights):
+        row = slice(i, i + 1)
+        one = TextWindows(
+            windows.mask[row],
+            type(windows.states)(*(values[row] for values in windows.states)),
+            windows.greedy[row],
+            windows.sampled[row],
+        )
+        found = found - weight * exact_loss(one, rewards, "sampling", 0.0)[0]
     torch.testing.assert_close(found, expected)
+    learned = [weight for weight in drafter.parameters() if weight.requires_grad]
+    for one, other in zip(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned)):
+        assert float(other.abs().max()) > 1e-6
+        torch.testing.assert_close(one, other)
+
+
+def test_along_greedy_text_it_multiplies_what_decoding_would_draft():
+    """Each factor is read off the state of a running generation: its own cache, and the text's tokens as its drafts."""
+    target = build_target()
+    drafter = block_drafter(target, markov_rank=3)
+    ids = target.generate(torch.tensor([[3, 1, 4, 1, 5]]), max_new_tokens=12, do_sample=False)
+    frozen = FrozenTarget(target, drafter.config.target_taps)
+    taps, rewards = frozen.read(ids).taps, torch.tensor([0.0, 1.0, 1.7, 2.1, 2.2, 2.5, 2.6])
+    batch = Batch(ids, torch.arange(17)[None] >= 5, torch.tensor([17]), seed=0)
+    starts = torch.tensor([[4, 8, 12]])  # anchors are 5, 9 and 13: of the last, drafts 4 to 6 lie behind the text
+    windows, _ = read_windows(frozen, drafter, batch, 6, (starts, torch.ones_like(starts).bool()))
+    state = drafter.state_kind(
+        drafter, drafter.embedding_for(target), SlotCache(len(drafter.layers), 4), torch.zeros(1).long(), None
+    )
+    done, reward = 0, 0.0
+    for number, start in enumerate(starts[0].tolist()):
+        rows = torch.arange(done, start + 1)[None]
+        state.extend(taps[:, rows[0]], rows, rows, torch.tensor([rows.shape[1]]))
+        drafted, reached, done = ids[0, start + 2 : start + 8], 1.0, start + 1
+        steps = state._chain_steps(ids[:, start + 1], 6)
+        logits = next(steps)
+        for i, token in enumerate(drafted):
+            logits = steps.send(drafted[i - 1 : i]) if i else logits
+            chance = logits[0].softmax(-1)[token]
+            torch.testing.assert_close(windows.states.best[number, i], chance)
+            reached = reached * chance
+            reward = reward + reached * (rewards[i + 1] - rewards[i]) / 3
+    assert windows.mask.sum(1).tolist() == [6, 6, 3]
+    for rule in ("greedy", "text"):
+        torch.testing.assert_close(-exact_loss(windows, rewards, rule, 0.0)[0], reward)
 
 
 def test_the_mask_is_the_last_token_that_no_text_holds():

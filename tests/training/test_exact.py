@@ -31,7 +31,7 @@ def along(texts, target, draft):
         targets = torch.stack([target[text[:i]] for text in texts])
         drafts = torch.stack([draft[text[:i]] for text in texts])
         tokens = torch.tensor([text[i] for text in texts])
-        columns.append(compare(drafts, targets, targets.logsumexp(-1), targets.argmax(-1), tokens))
+        columns.append(compare(drafts, targets, targets.argmax(-1), tokens))
     states = Compared(*(torch.stack(steps, -1) for steps in zip(*columns)))
     greedy = [[all(text[j] == int(target[text[:j]].argmax()) for j in range(i)) for i in range(K)] for text in texts]
     mask = torch.ones(len(texts), K, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
-from ppow.training import cli, plan, reinforce, supervised
+from ppow.training import cli, objectives, plan, reinforce, supervised, text_windows
 from ppow.training.config import ReinforceConfig, SupervisedConfig
 from ppow.training.data import Batch
 from ppow.training.preparation import freeze_embedding
@@ -28,6 +28,7 @@ CONFIGS = {
     "rollouts": ReinforceConfig.from_dict({**STAGE2, "preset": "published"}),
     "block, stage 1": SupervisedConfig(**SHARED, architecture="block", anchors=16),
     "block, exact": ReinforceConfig(**STAGE2, anchors=16),
+    "block, compiled": ReinforceConfig(**STAGE2, anchors=16, compile_loss=True),
     "rollouts, supervised": ReinforceConfig.from_dict({**STAGE2, "preset": "published", "supervised_coef": 1.0}),
 }
 
@@ -79,7 +80,8 @@ def planned(config, pair, device=plan.DEVICES["h200"]):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_operations_are_those_of_an_executed_step(name, pairs):
+def test_the_operations_are_those_of_an_executed_step(name, pairs, monkeypatch):
+    monkeypatch.setattr(text_windows, "compiled", lambda: objectives.compare)
     config, pair = CONFIGS[name], pairs[name]
     target, drafter = pair
     ids = torch.randint(1, 900, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(0))
