@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from decoding_helpers import FAMILIES, build_target, generate_with, prompt_batches, random_drafter
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWConfig, PPOWDrafter, drafting_ppow
 from ppow.drafting_ppow import DrafterState, DraftWindow
 from ppow.target_ppow import TargetState, decoder_layers, read_taps
 from ppow.training.target import FrozenTarget
@@ -305,3 +305,10 @@ def test_padding_on_the_left_changes_no_feature_that_is_drafted_from(monkeypatch
             found.clear()
             generate_with(target, drafter, prompt[real][None], None, {"window_size": 2, "max_new_tokens": 6})
             assert len(found) == 4 and (row - torch.cat(found)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(2, 16384), (1, 10, 32000), (3, 7, 100), (2, 641)])
+def test_the_highest_of_a_row_are_found_in_parts(shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for mine, theirs in zip(drafting_ppow.top(values, 10), values.topk(10)):
+        assert torch.equal(mine, theirs)
