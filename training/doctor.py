@@ -95,7 +95,7 @@ def examine(config: DoctorConfig) -> tuple[dict, dict, list[Finding]]:
         bare = prompt.raw_completion or tokenizer.chat_template is None
         prompt = dataclasses.replace(prompt, turns=prompt.turns[:1], raw_completion=bare)
         asked.append((first_turn(tokenizer, prompt), None if bare else prompt.turns[0]))
-    with tqdm(total=2 * len(asked) + 8, leave=False) as bar:
+    with tqdm(total=5 * len(asked) + 1, leave=False) as bar:
         case = Case(config, FrozenTarget(model, []), tokenizer, drafter, size, bar)
         figures, measured = measure(case, asked, records["trained_length"])
     findings += measured
