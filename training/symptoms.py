@@ -1,4 +1,4 @@
-"""What ``ppow doctor`` measures of a pair, along answers that the target wrote greedily with this drafter.
+"""What ``ppow doctor`` measures of a pair, along answers that the target wrote greedily.
 
 Two ways to put a pair together are compared by what a window gains, in tokens with the bonus, if one begins at every
 token of the answers and each draft is accepted with the chance that sampling's rule gives it, min(1, Q / P). That is
@@ -31,11 +31,11 @@ from .preparation import pad_token
 from .remedies import IN_ORDER, Finding, beside, command, fixed, imported_again, trained
 from .target import FrozenTarget
 
-BETTER, SURE = 0.02, 1.645  # share of a window's length, and standard errors over the prompts (95%, one side)
+BETTER, SURE = 0.02, 1.645  # share of a window's length, and standard errors (95%, one side)
 TEMPLATE = 1.3  # length without the chat template over that with it, from which on a drafter is made for the former
 PARTED = 0.1  # share of what windows gain along the text that generate() may lack: near ties in bfloat16
 MISSING = 0.05  # share of the target's tokens that may be missing from the draft vocabulary
-ENTRIES = 10  # entries of the draft vocabulary that must be drafted often before it is called another run's
+PLACES = 10  # where other names must be right before the draft vocabulary is called another run's
 FAR = 0.8  # share of the first drafts that must still stand far from a text's beginning
 FARTHEST, FEWEST = 4096, 32  # tokens of a long text, and of those in it that must lie far enough
 OPENING = 8  # tokens of an answer after a question without template: alone, chat models often end it at once
@@ -158,10 +158,15 @@ def length(chances: list[torch.Tensor]) -> float:
 
 
 def better(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    """Whether windows gain more in one way, by a share of ``BETTER`` and by ``SURE`` standard errors over the texts."""
+    """Whether windows gain more in one way, by a share of ``BETTER`` and by ``SURE`` standard errors.
+
+    These are over stretches of the texts, each of as many windows as overlap. Over whole texts a few that gain most
+    would widen the error as they raise the mean, and two alike would pass for sure.
+    """
     if len(one) < 2:
         return False
-    more = torch.stack([(reach(ours) - reach(theirs)).sum() for ours, theirs in zip(one, other)])
+    pairs = [(reach(ours) - reach(theirs)).split(ours.shape[-1] + 1) for ours, theirs in zip(one, other)]
+    more = torch.stack([stretch.sum() for stretches in pairs for stretch in stretches])
     sure = more.mean() > SURE * more.std() / len(more) ** 0.5
     return bool(sure) and length(one) >= (1 + BETTER) * length(other)
 
@@ -171,7 +176,7 @@ def _figures(chances: list[torch.Tensor]) -> dict:
 
 
 class Way(NamedTuple):
-    """A pair put together otherwise: its name, what that would mean, the statement that leads there, what comes of it."""
+    """A pair put together otherwise: its name, what that would mean, the statement that leads there, its drafter."""
 
     name: str
     means: str
@@ -228,16 +233,14 @@ def draft_vocabulary(
     can, cannot = (
         [torch.cat((rows == yes, behind)).unfold(0, case.size, 1)[:-1] for rows in inside] for yes in (True, False)
     )
-    drafted = [draft for drafts in first for draft in drafts]
-    said = [token for text in texts for token in text.answer]
-    wrong, often = misnamed((draft, token) for draft, token in zip(drafted, said) if known[token])
+    explained, wrong = misnamed([list(zip(drafts, text.answer)) for drafts, text in zip(first, texts)], known)
     figures["draft vocabulary"] = found = {
         "coverage": float(torch.cat(inside).float().mean()),
         "ceiling": length(can),
         "length": length(stands),
         "length_with_the_missing": length([torch.maximum(rows, gaps.float()) for rows, gaps in zip(stands, cannot)]),
-        "misnamed": wrong,
-        "drafted_often": often,
+        "wrong": wrong,
+        "misnamed": explained,
     }
     if 1 - found["coverage"] > MISSING:
         words = (
@@ -248,21 +251,38 @@ def draft_vocabulary(
         again = trained(case.config, "--draft-vocab-size", str(min(size, 2 * held)), fresh=True)
         gain = found["length_with_the_missing"] - found["length"]
         yield Finding("coverage of the draft vocabulary", words, again, gain)
-    if often >= ENTRIES and wrong > often / 2 and "draft vocabulary in order" not in figures["ways"]:
+    if explained >= PLACES and explained > wrong / 2 and "draft vocabulary in order" not in figures["ways"]:
         words = (
-            f"{wrong} of the {often} tokens that are drafted more than once mostly meet one other token: d2t and t2d "
-            "are not those that it was trained with."
+            f"{explained} of {wrong} wrong first drafts would be right if each stood for the token that it met most in "
+            "the other answers: d2t and t2d are not those that it was trained with."
         )
         yield Finding("draft vocabulary of another run", words, imported_again(case.config), first=True)
 
 
-def misnamed(places: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Of the tokens that are drafted at two places (draft, token) or more: how many mostly meet one other, and all."""
-    met: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
-    for draft, token in places:
-        met[draft][token] += 1
-    often = [(draft, tokens.total(), *tokens.most_common(1)[0]) for draft, tokens in met.items() if tokens.total() > 1]
-    return sum(draft != token and 2 * count > total for draft, total, token, count in often), len(often)
+def misnamed(places: list[list[tuple[int, int]]], known: torch.Tensor) -> tuple[int, int]:
+    """How well other names would suit the drafts, read off the places (draft, token) of texts.
+
+    Looked at are drafts that are wrong though the token is ``known`` (V,) bool, and that the other texts hold, too.
+
+    Returns:
+        How many of them would be right if they stood for the token that they met most in the other texts, and never
+        were right by their own name; and how many these drafts are.
+    """
+    right = {draft for text in places for draft, token in text if draft == token}
+    everywhere: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
+    inside: dict[tuple[int, int], collections.Counter] = collections.defaultdict(collections.Counter)
+    for number, text in enumerate(places):
+        for draft, token in text:
+            everywhere[draft][token] += 1
+            inside[number, draft][token] += 1
+    explained, wrong = 0, 0
+    for number, text in enumerate(places):
+        for draft, token in text:
+            elsewhere = everywhere[draft] - inside[number, draft]
+            if draft != token and known[token] and elsewhere:
+                wrong += 1
+                explained += draft not in right and elsewhere.most_common(1)[0][0] == token
+    return explained, wrong
 
 
 def decoding(case: Case, texts: list[Text], stands: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
@@ -277,7 +297,7 @@ def decoding(case: Case, texts: list[Text], stands: list[torch.Tensor], figures:
             window = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
             where = {"prompt": prompt, "window": window + 1, "token": sum(ours[:window]) + 2}
             parts.append(where | {"generate": ours[window], "along_the_text": theirs[window]})
-    figures["decoding"] = {"parts": parts} | {
+    figures["decoding"] = {"answers": len(decoded), "parts": parts} | {
         name: {"length": found.acceptance_length, "per_position": found.per_position()}
         for name, found in (("generate", got), ("along the text", read))
     }
