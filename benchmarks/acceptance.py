@@ -11,7 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from ppow.drafting_ppow import call_config, what_was_drafted
-from ppow.training.acceptance import acceptance_along, verifications
+from ppow.training.acceptance import Along, verifications
+from ppow.training.answers import answer, padded_left
 from ppow.training.evaluate import ends_in_a_loop
 from ppow.training.files import write_json
 from ppow.training.prompts import first_turn, prompt_sets, sampling_options
@@ -59,9 +60,9 @@ def write_texts(model, tokenizer, arguments, pad: int) -> dict:
     texts, every = {}, [ids for prompts in domains.values() for ids in prompts]  # batches know no domains
     for temperature in (0, 1):
         torch.manual_seed(arguments.seed)
-        found = []
+        config, found = generation(model, temperature, arguments, pad), []
         for first in range(0, len(every), arguments.eval_batch):
-            found += answer(model, every[first : first + arguments.eval_batch], temperature, arguments, pad)
+            found += answer(model, every[first : first + arguments.eval_batch], config)
         answers = iter(found)
         for domain, prompts in domains.items():
             # the prompt's forward yields the first token, and a text of one token is never drafted for
@@ -75,26 +76,9 @@ def write_texts(model, tokenizer, arguments, pad: int) -> dict:
     return texts
 
 
-def padded_left(prompts: list[list[int]], pad: int, device) -> dict:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def generation(model, temperature: float, arguments, pad: int, **more) -> GenerationConfig:
     settings = {**sampling_options(temperature), "max_new_tokens": arguments.max_new_tokens, "pad_token_id": pad}
     return call_config(model.generation_config, **settings, **more)
-
-
-def answer(model, prompts: list[list[int]], temperature: float, arguments, pad: int) -> list[list[int]]:
-    """One batch of answers, end-of-text token included and padding cut."""
-    inputs = padded_left(prompts, pad, model.device)
-    config = generation(model, temperature, arguments, pad)
-    out = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in out]
 
 
 @torch.no_grad()
@@ -108,13 +92,13 @@ def measure(target: FrozenTarget, drafter, texts: dict, arguments, pad: int, tre
     for parameter in drafter.parameters():  # as it would be deployed; the rotary frequencies keep their precision
         parameter.data = parameter.data.to(target.model.dtype)
     for name, text in texts.items():
-        temperature = float(name.endswith("T=1"))
         order = sorted(range(len(text["ids"])), key=lambda i: len(text["ids"][i]))  # less padding
         chain = [0.0] * len(order)
         for first in range(0, len(order), arguments.eval_batch):
             part = order[first : first + arguments.eval_batch]
             ids, prompt = [text["ids"][i] for i in part], [text["prompt"][i] for i in part]
-            stands = acceptance_along(target, drafter, ids, prompt, size, temperature, pad)
+            windows = Along(target, ids, prompt, pad).windows(drafter, size)
+            stands = windows.chances if name.endswith("T=1") else windows.stands
             for i, count in zip(part, verifications(stands, [text["tokens"][i] for i in part])):
                 chain[i] = round(count, 4)
         results[name] = {"chain": chain}

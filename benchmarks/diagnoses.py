@@ -3,13 +3,17 @@
     python -m benchmarks.diagnoses    (benchmarks/results/diagnoses.json, and the table of docs/doctor.md)
 
 Without names it takes SmolLM2-135M-Instruct and the drafter in bundled/. Every damaged drafter is written to a folder,
-the good one's records beside it, and examined as by the command. What must hold: the first finding is the fault that
-was planted, and healthy drafters have none. tests/training/test_doctor.py plants the same faults in a smaller pair, and
-tries what doctor says fixes them.
+the good one's records beside it, and examined as by the command, on a GPU where there is one. What must hold: the first
+finding is the fault that was planted, and healthy drafters have none. tests/training/test_doctor.py plants the same
+faults in a smaller pair, and tries what doctor says fixes them.
+
+A call that was cut off goes on: rows of the summary that came of the same settings, commit, versions and machine stay,
+and `--only` adds a few at a time. Delete the summary to begin anew.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -25,9 +29,11 @@ from torch import nn
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import cli, doctor, provenance
 from ppow.training.config import DoctorConfig
+from ppow.training.loading import is_gguf
+from ppow.training.smollm2 import save_plain
 
 from .pairs import add_pair, parse_with_pair
-from .report import add_output, facts, rounded, write
+from .report import add_output, facts, ran_on, rounded, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, SUMMARY = ROOT / "docs" / "doctor.md", ROOT / "benchmarks" / "results" / "diagnoses.json"
@@ -129,18 +135,52 @@ DAMAGES = {
 
 def main(argv=None) -> dict:
     arguments = parse(argv)
-    report = provenance.scrub(facts("diagnoses", arguments, argv)) | {"rows": []}
-    for name in [*DAMAGES, *HEALTHY]:
-        with tempfile.TemporaryDirectory() as folder:
-            row = examine(name, arguments, Path(folder))
-        report["rows"].append(row)
-        print(line(row), flush=True)
-        write(rounded(report), arguments.output or SUMMARY)  # what is done stays, whatever becomes of the others
+    names = chosen(arguments.only)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    output = arguments.output or SUMMARY
+    report = opened(rounded(provenance.scrub(facts("diagnoses", arguments, argv, without=("output", "only")))), output)
+    with tempfile.TemporaryDirectory() as work:
+        if is_gguf(arguments.target):  # which takes longer to read than to examine
+            save_plain(arguments.target, Path(work) / "target")
+            arguments.target = str(Path(work) / "target")
+        known = {row["drafter"]: row for row in report["rows"]}
+        for name in names:
+            if name not in known:
+                with tempfile.TemporaryDirectory() as folder:
+                    known[name] = rounded(examine(name, arguments, Path(folder)))
+                report["rows"] = [known[each] for each in (*DAMAGES, *HEALTHY) if each in known]
+                write(report, output)  # what is done stays, whatever becomes of the others
+            print(line(known[name]), flush=True)
     if arguments.output is None:
         page = PAGE.read_text(encoding="utf-8")
         before, after = page.partition(START)[0], page.partition(END)[2]
-        PAGE.write_text(before + START + table(rounded(report)) + END + after, encoding="utf-8")
+        PAGE.write_text(before + START + table(report) + END + after, encoding="utf-8")
     return report
+
+
+def opened(report: dict, output: Path) -> dict:
+    """The report to go on with: with the rows of the one in ``output``, if that was made in the same way."""
+    before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    ways = [
+        {name: made.get(name) for name in ("settings", "versions", "hardware")}
+        | {"commit": (made.get("git") or {}).get("commit")}
+        for made in (report, before)
+    ]
+    return report | {"rows": before["rows"] if ways[0] == ways[1] else []}
+
+
+def chosen(only: str | None) -> list[str]:
+    """Names of drafters that hold one of the parts.
+
+    Raises:
+        ValueError: a part that is in none of them.
+    """
+    names, parts = [*DAMAGES, *HEALTHY], only.split(",") if only else [""]
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ValueError(f"--only: {part!r} is in no drafter's name; there are: {'; '.join(names)}.")
+    return [name for name in names if any(part in name for part in parts)]
 
 
 def parse(argv) -> argparse.Namespace:
@@ -149,7 +189,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--data", help="a file of prompts; none: the demo's")
     parser.add_argument("--limit", type=int, default=8, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of the CPU; none: torch's choice")
+    parser.add_argument("--only", help="comma separated parts of names of drafters to examine")
     add_output(parser)
     return parse_with_pair(parser, argv)
 
@@ -175,7 +216,6 @@ def examine(name: str, arguments: argparse.Namespace, folder: Path) -> dict:
             data=[arguments.data] if arguments.data else [],
             limit=arguments.limit,
             max_new_tokens=arguments.max_new_tokens,
-            threads=arguments.threads,
             **options,
         )
         report = doctor.main(config)
@@ -210,8 +250,8 @@ def table(report: dict) -> str:
             *map(line, report["rows"]),
             "",
             f"The planted fault is named first in {right[0]} damaged drafters, and {right[1]} healthy ones have none: "
-            f"{settings['limit']} prompts, answers of {settings['max_new_tokens']} tokens, float32, on "
-            f"{settings['threads']} threads {min(seconds):.0f} to {max(seconds):.0f} s each.",
+            f"{settings['limit']} prompts, answers of {settings['max_new_tokens']} tokens, float32; on "
+            f"{ran_on(report)}, {min(seconds):.0f} to {max(seconds):.0f} s each.",
             "",
         ]
     )

@@ -83,12 +83,10 @@ def frame(race: dict, seconds: float, font: dict) -> Image.Image:
     image = Image.new("RGB", (WIDTH, HEIGHT), "#ffffff")
     draw = ImageDraw.Draw(image)
     draw.text((GAP, 10), race["prompt"], INK, font[18])
-    threads = race["hardware"]["torch_threads"]
-    where = (race["hardware"]["gpus"] or [f"{race['hardware']['cpu']}, {threads} thread{'s'[: threads > 1]}"])[0]
     model = race["target"].rpartition("/")[2]
     pace = pace_of(race)
     shown = "at the measured speed" if pace == 1 else f"{pace} times faster than measured"
-    draw.text((GAP, 37), f"{model}, {where}, temperature 0, replayed {shown}", QUIET, font[13])
+    draw.text((GAP, 37), f"{model}, {report.ran_on(race)}, temperature 0, replayed {shown}", QUIET, font[13])
     width = (WIDTH - 3 * GAP) // 2
     for number, (name, run) in enumerate(race["systems"].items()):
         left = GAP + number * (width + GAP)

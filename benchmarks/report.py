@@ -46,6 +46,13 @@ def facts(name: str, arguments, argv: list[str] | None, without=("output",), **m
     }
 
 
+def ran_on(report: dict) -> str:
+    """The machine of a report, as pages name it: its first GPU, or its CPU and the threads that were used."""
+    hardware = report["hardware"]
+    threads = hardware["torch_threads"]
+    return (hardware["gpus"] or [f"{hardware['cpu']}, {threads} thread{'s'[: threads > 1]}"])[0]
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="file of the summary; the raw report goes to raw/ beside it")
 

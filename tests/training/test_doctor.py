@@ -1,5 +1,6 @@
 """`ppow doctor`: a healthy pair, drafters damaged on purpose in every way that it knows, and its figures by hand."""
 
+import copy
 import json
 import shlex
 import shutil
@@ -7,7 +8,8 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.diagnoses import DAMAGES
 from gguf_target import write_gguf
@@ -17,7 +19,7 @@ from ppow.drafting_ppow import DrafterState, call_config
 from ppow.training import cli, config, doctor
 from ppow.training.acceptance import reach, walk
 from ppow.training.config import DoctorConfig
-from ppow.training.symptoms import better, length, misnamed
+from ppow.training.symptoms import Case, better, length, misnamed
 from ppow.training.target import FrozenTarget
 from ppow.training.unrolled import Unrolled
 from small_pair import PAIR
@@ -183,7 +185,7 @@ def test_absolute_ids_and_rounded_offsets_need_no_forward_pass(examine, drafter,
 def test_the_draft_vocabulary_of_another_run(examine, drafter):
     """Like the right one in everything that can be read off it; half of the answers' tokens are in it."""
     drafter, fault = damage(drafter, "d2t and t2d of another run")
-    report = examine(drafter, limit=6, max_new_tokens=48, window_size=2)
+    report = examine(drafter, limit=3, max_new_tokens=16)
     assert first_fault(report) == fault == "draft vocabulary of another run"
     assert shlex.split(report["next"])[:2] == ["ppow", "import"]
 
@@ -366,10 +368,63 @@ def test_better_is_more_and_sure():
     assert not better([torch.full((4, 1), 1.0)], given[:1])  # one prompt tells nothing
 
 
-def test_misnamed_tokens_by_hand():
-    # 1 mostly meets 5; 2 meets itself; 3 meets two others equally often; 4 was drafted once
-    places = [(1, 5), (1, 5), (1, 1), (2, 2), (2, 2), (2, 9), (3, 6), (3, 7), (4, 8)]
-    assert misnamed(places) == (1, 3)
+def test_better_is_read_off_stretches_of_the_texts():
+    given = [torch.full((8, 1), 0.5) for _ in range(4)]
+    # one text gains most: over the four texts its gain is as large as the error that it brings
+    assert better([torch.full((8, 1), share) for share in (0.9, 0.52, 0.51, 0.5)], given)
+    # two texts alike, in which windows gain as often as they lose
+    waves = torch.tensor([1.0, 1.0, 0.1, 0.1, 0.9, 0.9, 0.3, 0.3])[:, None]
+    assert length([waves]) > 1.02 * length(given[:1]) and not better([waves, waves], given[:2])
+
+
+def test_misnamed_drafts_by_hand():
+    known = torch.ones(10, dtype=torch.bool).index_fill_(0, torch.tensor([8]), False)
+    # 1 means 5, also in the other text; 2 means itself, and is once wrong; 3 meets 6 here and 7 there; 4 is here alone
+    here, there = [(1, 5), (1, 5), (2, 2), (3, 6), (4, 9), (4, 9)], [(1, 5), (2, 9), (3, 7), (3, 3)]
+    assert misnamed([here, there], known) == (3, 6)  # 1 three times; 2 once, 3 twice
+    assert misnamed([here + [(1, 1)], there], known) == (0, 6)  # a name that is right once is right
+    assert misnamed([[(1, 8), (1, 8)], [(1, 8)]], known) == (0, 0)  # what cannot be drafted says nothing about names
+    assert misnamed([here + there], known) == (0, 0)  # one text tells nothing
+
+
+@torch.no_grad()
+def test_answers_together_are_those_with_drafts_and_a_text_is_read_once(drafter, target, tokenizer, monkeypatch):
+    prompts = [(chat_ids(tokenizer, question), question) for question in QUESTIONS]
+    prompts.insert(1, ([], "no token, so no answer"))
+    options = DoctorConfig(target="t", drafter="d", max_new_tokens=12)
+    case = Case(options, FrozenTarget(target, []), tokenizer, drafter, 4, tqdm(disable=True))
+    texts, plain = case.answers(prompts, "some", 2), case.answers(prompts, "none", 0)
+    assert [text.ids for text in texts] == [text.ids for text in plain] and len(texts) == len(QUESTIONS)
+    assert [text.windows is None for text in texts] == [False, False, True, True, True, True]
+    assert all(text.answer == greedy(target, text.ids[: text.prompt], 12)[1:] for text in plain)
+
+    shifted = copy.deepcopy(drafter)
+    shifted.config.target_taps = [tap - 1 for tap in drafter.config.target_taps]
+    alone = [case.along(texts, [one], "alone")[0] for one in (drafter, shifted)]
+    read, reads = FrozenTarget.read, []
+    monkeypatch.setattr(FrozenTarget, "read", lambda self, ids: reads.append(len(ids)) or read(self, ids))
+    together = case.along(texts, [drafter, shifted], "together")
+    assert reads == [4, 2]
+    for ours, theirs in zip(sum(together, []), sum(alone, [])):
+        assert torch.equal(ours.stands, theirs.stands) and torch.equal(ours.drafts, theirs.drafts)
+        torch.testing.assert_close(ours.chances, theirs.chances)
+    assert not torch.equal(together[0][0].chances, together[1][0].chances)
+
+
+def test_what_an_examination_costs(examine, monkeypatch):
+    """Target forwards, so that no way to put the pair together is paid for twice."""
+    generate, read, calls = LlamaForCausalLM.generate, FrozenTarget.read, []
+
+    def generating(self, *ids, **options):
+        drafts = "drafted" if "assistant_model" in options else "plain"
+        calls.append(f"{drafts} {len(ids[0] if ids else options['input_ids'])}")
+        return generate(self, *ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generating)
+    monkeypatch.setattr(FrozenTarget, "read", lambda self, ids: calls.append(f"read {len(ids)}") or read(self, ids))
+    examine(PAIR / "drafter", limit=6, max_new_tokens=12)
+    texts = ["read 4", "read 2"]
+    assert calls == ["drafted 1"] * 4 + ["plain 2", *texts, "read 1", "plain 6", *texts, *texts]
 
 
 @pytest.mark.parametrize(
