@@ -176,9 +176,9 @@ def at(name: str, wanted: str, aim: float = 6.4) -> float:
     return speed(name, wanted) * aim / system(name, wanted)["acceptance_length"]
 
 
-def stocked(name: str, wanted: str) -> str:
-    """594.9 (18.9x)."""
-    return f"{speed(name, wanted):.1f} ({over_stock(name, wanted):.1f}x)"
+def cycles(name: str, wanted: str) -> float:
+    """A second, prefill included."""
+    return speed(name, wanted) / system(name, wanted)["acceptance_length"]
 
 
 def runs(name: str, wanted: str) -> str:

@@ -2,8 +2,8 @@
 
 Between a decoder layer's products lie some thirty small kernels when torch runs a model as it is written, and for the
 few rows of a window each costs its start, not its arithmetic. Here a norm, the rotation of queries and keys, and the
-gate of an MLP are one kernel each, and round where the modules round for which they stand. A module is exchanged only
-where it agrees with the kernel on random numbers; what is written otherwise runs as it is.
+gate of an MLP are one kernel each. A module is exchanged only where it agrees with the kernel on random numbers, up to
+a rounding; what is written otherwise runs as it is.
 """
 
 import copy

@@ -188,7 +188,7 @@ for shape in SHAPES: torch.testing.assert_close(*attention_cases(shape, "cpu", t
 """
 FUSED = """
 from fused_cases import check_models, check_strides, check_twins, check_writing
-check_strides("cpu", torch.float32); check_models("cpu", torch.float32, 1e-5); check_twins("cpu", torch.float32)
+check_strides("cpu", torch.float32); check_models("cpu", torch.float32, 1e-5); check_twins("cpu", torch.float32, 1e-5)
 check_writing("cpu", torch.float32)
 """
 

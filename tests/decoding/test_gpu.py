@@ -121,7 +121,7 @@ def test_schedules_make_the_same_tokens(schedule, path):
             lengths |= {drafts for row in out.acceptance.drafted for drafts in row}
     assert len(lengths) > 1 and (path == "plain" or lengths <= {2, 4, 6, 8})
     if path == "fast":
-        recorded = {name[1] for name in drafter._fast_path.drafter_state.replay.graphs if name[0] == "chain"}
+        recorded = {name[1] for name in drafter._fast_path.replay.graphs if name[0] == "cycle"}
         assert recorded <= {2, 4, 6, 8} and len(recorded) > 1
 
 
@@ -231,7 +231,7 @@ def test_in_bfloat16_what_differs_is_a_near_tie_and_the_reference_agrees_token_f
 def test_fused_modules_compute_what_they_stand_for(dtype, tolerance):
     check_strides("cuda", dtype)
     check_models("cuda", dtype, tolerance)
-    check_twins("cuda", dtype)
+    check_twins("cuda", dtype, tolerance)
     check_writing("cuda", dtype)
 
 
@@ -250,10 +250,10 @@ def test_a_cycle_as_one_graph_is_the_cycle_of_its_parts(mode, sampling, monkeypa
             for _ in range(2):
                 torch.manual_seed(3)
                 out = generate_with(target, drafter, ids, mask, config)
+                assert any(name[0] == "cycle" for name in drafter._fast_path.replay.graphs) or not whole
                 texts.setdefault((whole, tuple(ids.flatten().tolist())), []).append(
                     (out.sequences.tolist(), out.acceptance.accepted)
                 )
-    assert any(name[0] == "cycle" for name in drafter._fast_path.replay.graphs)
     for (whole, prompt), (first, again) in texts.items():
         assert first == again
         assert sampling or whole or first == texts[True, prompt][0]

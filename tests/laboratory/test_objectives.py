@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from decoding_helpers import PAD, block_drafter, generate_with, prompt_batches, trained_block
 from ppow.training import evaluate
-from ppow.training.acceptance import acceptance_along, walk
+from ppow.training.acceptance import Along, walk
 from ppow.training.config import EvaluateConfig, SupervisedConfig
 from ppow.training.data import Example
 from ppow.training.objectives import objective_of
@@ -64,7 +64,7 @@ def test_acceptance_of_blocks_along_greedy_texts_is_that_of_decoding(benchmark, 
     frozen, accepted = FrozenTarget(copy.deepcopy(target), drafter.config.target_taps), []
     for ids, _ in prompt_batches(1, 6, seed=7):
         out = generate_with(target, drafter, ids, config={"window_size": 5, "max_new_tokens": 24})
-        stands = acceptance_along(frozen, drafter, out.sequences.tolist(), [ids.shape[1]], 5, 0.0, PAD)
+        stands = Along(frozen, out.sequences.tolist(), [ids.shape[1]], PAD).windows(drafter, 5).stands
         found = walk([stands[0]], 5, room=24)
         assert (found.drafted, found.accepted) == (out.acceptance.drafted, out.acceptance.accepted)
         assert benchmark.acceptance.verifications(stands, [23]) == [len(out.acceptance.gained[0])]

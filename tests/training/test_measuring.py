@@ -242,7 +242,6 @@ def test_drafting_options_reach_a_target_without_a_generation_config(pair, tmp_p
     ("own", "asked"),
     [
         ({"tree_depth": 2, "tree_top_k": 2, "tree_nodes": 3}, {"window_size": 10}),  # the target's own config wins
-        ({}, {"cuda_graphs": True}),  # of no effect here
         ({"draft_threshold": 0.2}, {"window_size": 3, "draft_threshold": 0.1}),
     ],
 )
