@@ -187,9 +187,10 @@ from attention_cases import SHAPES, attention_cases
 for shape in SHAPES: torch.testing.assert_close(*attention_cases(shape, "cpu", torch.float32))
 """
 FUSED = """
-from fused_cases import check_models, check_strides, check_twins, check_writing
+from fused_cases import check_models, check_refusals, check_strides, check_twins, check_writing
 check_strides("cpu", torch.float32); check_models("cpu", torch.float32, 1e-5); check_twins("cpu", torch.float32, 1e-5)
 check_writing("cpu", torch.float32)
+check_refusals("cpu", torch.bfloat16)
 """
 
 

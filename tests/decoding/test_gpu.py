@@ -19,7 +19,7 @@ from decoding_helpers import (
     trained_block,
     trained_pair,
 )
-from fused_cases import check_models, check_strides, check_twins, check_writing
+from fused_cases import check_models, check_refusals, check_strides, check_twins, check_writing
 from ppow import pair_ppow
 from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftWindow, call_config
@@ -233,6 +233,7 @@ def test_fused_modules_compute_what_they_stand_for(dtype, tolerance):
     check_models("cuda", dtype, tolerance)
     check_twins("cuda", dtype, tolerance)
     check_writing("cuda", dtype)
+    check_refusals("cuda", dtype)
 
 
 @pytest.mark.parametrize("sampling", [False, True])

@@ -112,3 +112,16 @@ def check_writing(device: str, dtype: torch.dtype) -> None:
     for part, entries in zip(layer.update(key, value), (key, value)):
         assert part.shape == (2, 3, 36, 24) and torch.equal(part[1, :, 30:35], entries[1])
         assert float(part.abs().sum()) > 0 and not part[0, :, 8:].any()
+
+
+def check_refusals(device: str, dtype: torch.dtype) -> None:
+    """However small its values are, what computes something else stays as it is."""
+    torch.manual_seed(4)
+    model, *_ = fused_model("llama", device, dtype)
+    for activation, exchanged in ((torch.nn.SiLU(), True), (torch.nn.GELU("tanh"), False), (torch.nn.ReLU(), False)):
+        for layer in model.model.layers:
+            layer.mlp.act_fn = activation
+            layer.mlp.down_proj.weight.data *= 1e-3
+        twin = copy.deepcopy(model)
+        fuse(twin)
+        assert (type(twin.model.layers[0].mlp) is not type(model.model.layers[0].mlp)) is exchanged
