@@ -70,7 +70,7 @@ class SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         slots = self.slots if self.slots.device == self.device else self.slots.to(self.device)
         if can_write(key_states, value_states):
-            write(self.keys, self.values, key_states, value_states, slots)
+            write(self.keys, self.values, key_states, value_states, slots.contiguous())
             return self.keys[:, :, : self.view], self.values[:, :, : self.view]
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if slots.shape[0] == 1:

@@ -25,6 +25,7 @@ if HAS_TRITON:
 
 ROTATION = "apply_rotary_pos_emb"  # transformers' name for the rotation of queries and keys
 GATED = "gate_proj", "up_proj", "down_proj"  # and for the products of a gated MLP
+LARGE = 30.0  # deviation of a gate's input that shows whether an MLP clamps
 GAIN_AFTER, ONE_MORE, GAIN_BEFORE = range(3)  # a norm rounds before its gain, has the gain 1 + w, or rounds after it
 
 
@@ -40,9 +41,13 @@ def fuse(model: PreTrainedModel) -> None:
     kinds: dict[tuple, type | None] = {}  # what becomes of modules of one class, tried once
     for module in model.modules():
         activation = getattr(module, "act_fn", getattr(module, "act", None))
-        key = type(module), _eps(module), type(activation)
+        numbers = tuple(item for item in vars(module).items() if isinstance(item[1], (bool, float)))  # limits, scales
+        key = type(module), numbers, type(activation), getattr(getattr(module, "weight", None), "dtype", None)
         if key not in kinds:
-            kinds[key] = _fused_kind(module, activation, like)
+            try:
+                kinds[key] = _fused_kind(module, activation, like)
+            except Exception:  # whatever a module raises that wants something else than is tried
+                kinds[key] = None
         kind = kinds[key]
         if kind is not None:
             module.__class__ = kind
@@ -57,8 +62,9 @@ def _fused_kind(module: nn.Module, activation: Callable | None, like: torch.Tens
     own: Any = module
     weight: Any = getattr(module, "weight", None)
     forward: Any = None
-    eps = _eps(module)
-    if type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and eps is not None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    alone = len(inspect.signature(own.forward).parameters) == 1  # nothing but x, such as a gate
+    if alone and type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor) and eps is not None:
         x = _random(like, 1, 3, len(weight))
         shadow: Any = copy.deepcopy(module)  # with a gain that tells the styles apart
         shadow.weight.data = weight = _random(weight, len(weight)) / 2
@@ -66,21 +72,18 @@ def _fused_kind(module: nn.Module, activation: Callable | None, like: torch.Tens
         style = min(range(3), key=lambda style: float((rms_norm(x, weight, eps, style) - expected).abs().max()))
         if _agree(rms_norm(x, weight, eps, style), expected):
             forward = functools.partialmethod(_norm, eps=eps, style=style)
-    elif activation is not None and all(isinstance(getattr(module, name, None), nn.Module) for name in GATED):
+    elif alone and activation is not None and all(isinstance(getattr(module, n, None), nn.Module) for n in GATED):
         x, gate = _random(like, 1, 3, own.gate_proj.in_features), 3 * _random(like, 1000)
-        if _agree(nn.functional.silu(gate), activation(gate)) and _agree(_gate(own, x), own(x)):
+        given = x, x * (LARGE / own.gate_proj(x).float().std()).to(x)
+        if _agree(nn.functional.silu(gate), activation(gate)) and all(_agree(_gate(own, x), own(x)) for x in given):
             forward = _gate
     else:
         forward = _with_rotation(type(own), like)
     return None if forward is None else type(type(module).__name__, (type(module),), {"forward": forward})
 
 
-def _eps(module: nn.Module) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
 def _random(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
 
 
 def _agree(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -192,8 +195,8 @@ def rotated(
 
 
 def can_write(key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether :func:`write` serves these entries."""
-    here = HAS_TRITON and (key.is_cuda or INTERPRETED)
+    """Whether :func:`write` serves these entries. Triton launches kernels on the current device, wherever they lie."""
+    here = HAS_TRITON and (INTERPRETED or (key.is_cuda and key.device.index == torch.cuda.current_device()))
     return here and key.shape == value.shape and key.stride(-1) == value.stride(-1) == 1
 
 

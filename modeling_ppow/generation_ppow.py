@@ -87,7 +87,9 @@ def decode(
     # running ahead, a row may go two windows beyond its end before that is known, and draft another from there
     rows = drafter.config.block_size if drafter.config.is_block else 0  # that a block's forward writes, all of them
     most = prompt.end + text.remaining() + 3 * max(options.slots, rows)
+    place = prompt.ids.device.index if prompt.ids.is_cuda else -1  # where Triton launches, and graphs are recorded
     with (
+        torch.cuda.device(place),
         without_cudnn_attention(),
         fast_path(target, drafter, options, prompt, most) as fast,
         few_rows(*(() if fast or split else (target, drafter))),

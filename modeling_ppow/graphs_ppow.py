@@ -27,7 +27,7 @@ from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
 from .schedules_ppow import Schedule
-from .target_ppow import LayerMasks, TargetState, decoder_layers, is_split
+from .target_ppow import LayerMasks, TargetState, decoder_layers, has_hooks, is_split
 
 logger = logging.get_logger(__name__)
 AttentionInterface.register(WINDOW_ATTENTION, window_attention)
@@ -36,6 +36,7 @@ PLACES = "lengths", "next_position", "last_position", "first"  # what a verifica
 DRAFTER_PLACES = "hidden", "positions", "lengths", "first"  # and a draft of a GraphDrafter
 PREFILL = 128  # tokens of a prompt that one replay reads
 SHORT_PROMPT = 4 * PREFILL  # up to here replays read a prompt sooner than it takes to launch its kernels one by one
+ADAPTED = "_active_adapter", "_disable_adapters", "merged_adapters", "scaling"  # what PEFT's layers go by
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
 
 
@@ -56,7 +57,11 @@ class GraphTarget(TargetState):
         self.replay, self.capacity = replay, capacity
         self.first = torch.zeros_like(self.lengths)
         self.twin = twin
-        self.places = [(self, name) for name in PLACES]
+
+    @property
+    def places(self) -> list[tuple[object, str]]:
+        """Where what changes from cycle to cycle is kept (a list in this object would keep it, and its buffers)."""
+        return [(self, name) for name in PLACES]
 
     def prefill(
         self,
@@ -135,7 +140,11 @@ class GraphDrafter(DrafterState):
         self.first = torch.zeros_like(self.lengths)
         self.prefilled = False
         self.twin = twin
-        self.places = [(self, name) for name in DRAFTER_PLACES]
+
+    @property
+    def places(self) -> list[tuple[object, str]]:
+        """As in :class:`GraphTarget`."""
+        return [(self, name) for name in DRAFTER_PLACES]
 
     def extend(self, taps: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """As in :class:`DrafterState`; the first is the prompt, and runs as it is."""
@@ -209,6 +218,7 @@ def unrecorded(
 
     Arguments of :class:`TargetState`.
     """
+    capacity += PREFILL  # so that a prompt is read as a call reads it
     cache = SlotCache(len(decoder_layers(target)), capacity)
     with GATE.exclusive():  # weights are laid side by side
         twin = target_twin(target)
@@ -243,14 +253,15 @@ class FastPath:
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = SlotCache(len(drafter.layers), capacity)
         self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
-        self.weights = _weights(target, drafter)
+        self.weights, self.columns = _weights(target, drafter), drafter.draft_columns()
         self.state: list[torch.Tensor] = []  # what a whole cycle changes, see :meth:`advance`
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
     def serves(self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> bool:
         """Whether a call that needs this much can use it."""
         fits = capacity <= self.capacity and self.batch == batch
-        return fits and self.weights == _weights(target, drafter)
+        same = fits and self.weights == _weights(target, drafter)
+        return same and torch.equal(self.columns, drafter.draft_columns())
 
     def begin(self, valid: torch.Tensor | None) -> None:
         """Start a new text; ``valid`` (B, P) bool, False at the padding on the left."""
@@ -412,18 +423,23 @@ def call_obstacle(target: PreTrainedModel, prompt: Prompt) -> str | None:
         return "the call continues a cache"
     if valid is not None and bool((valid[:, 1:] < valid[:, :-1]).any()):
         return "the padding is not on the left"
+    if torch.is_autocast_enabled(target.device.type):
+        return "autocast is on, whose casts would be part of the graphs"
+    if has_hooks(target):
+        return "hooks watch the target's modules, and graphs call none"
     return target_obstacle(target)
 
 
 def target_obstacle(target: PreTrainedModel) -> str | None:
-    """What about a target the fast path cannot serve, by its configuration; None if nothing."""
+    """What about a target the fast path cannot serve, by its configuration and its modules' names; None if nothing."""
     config = target.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
+    experts = bool(getattr(config, "num_experts", getattr(config, "num_local_experts", 0)))  # not every class says so
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     obstacles = {
         "the target's attention cannot be exchanged": not getattr(target, "_supports_attention_backend", False),
         "the target caps its attention logits": getattr(config, "attn_logit_softcapping", None) is not None,
-        "the target routes to experts": bool(getattr(config, "num_experts", getattr(config, "num_local_experts", 0))),
+        "the target routes to experts": experts or any("expert" in name for name, _ in target.named_modules()),
         "the target's positions change with the length": bool(kinds & {"dynamic", "longrope"}),
     }
     return next((reason for reason, holds in obstacles.items() if holds), None)
@@ -467,9 +483,11 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _weights(*models: PreTrainedModel) -> tuple[int, ...]:
-    """Where the models' weights lie: graphs are bound to these addresses."""
-    return tuple(address for model in models for parameter in model.parameters() for address in _addresses(parameter))
+def _weights(*models: PreTrainedModel) -> tuple[int | str, ...]:
+    """Where the models' weights lie, and which adapters are in use: to both graphs are bound."""
+    places = (address for model in models for parameter in model.parameters() for address in _addresses(parameter))
+    modules = [vars(module) for model in models for module in model.modules()]
+    return *places, *(str(module[name]) for module in modules for name in ADAPTED if name in module)
 
 
 def _addresses(tensor: torch.Tensor) -> Iterator[int]:

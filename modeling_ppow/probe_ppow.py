@@ -242,8 +242,8 @@ def mixes_rows(target: PreTrainedModel) -> str | None:
     kinds = {(type(layer), type(layer.weight)): layer for layer in layers if _is_quantized(layer.weight)}
     for (kind, weight), layer in kinds.items():
         width = layer.weight.shape[-1] if is_split(target) else layer.in_features
-        rows = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0))
-        louder = rows * torch.tensor([[1.0], [100.0]])  # in the second row every column is an outlier
+        rows = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0), device="cpu")
+        louder = rows * torch.tensor([[1.0], [100.0]], device="cpu")  # in the second row every column is an outlier
         place = device_of(target) if layer.weight.device.type == "meta" else layer.weight.device
         first, same = (layer(x.to(place, target.dtype))[:, :1].float() for x in (rows, louder))
         if not _difference(same, first) <= MIXED:
@@ -280,8 +280,9 @@ def _text(target: PreTrainedModel, length: int) -> tuple[torch.Tensor, torch.Ten
     words = [i for i in range(min(text.vocab_size, 4096)) if i not in special]
     if len(words) < 4:
         raise ValueError(f"a vocabulary of {text.vocab_size} leaves no words to try")
-    draw = torch.randint(len(words), (2, length + TOKENS), generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor(words)[draw].to(target.device)
+    chance = torch.Generator().manual_seed(0)
+    draw = torch.randint(len(words), (2, length + TOKENS), generator=chance, device="cpu")  # whatever the default is
+    ids = torch.tensor(words, device=target.device)[draw.to(target.device)]
     mask = torch.ones_like(ids[:, :length])
     mask[1, : length // 2] = 0
     return ids[:, :length].masked_fill(mask == 0, words[0]), mask, ids[:, length:]

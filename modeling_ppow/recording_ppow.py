@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .fused_ppow import fuse
 
+MOST_GRAPHS = 64  # of one pair; each has memory of its own, and calls may sample with any settings
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # modules that read one input
 
 
@@ -95,7 +96,7 @@ class Replay:
         if self.part_of_another or not tensors[0].is_cuda:
             return function(*tensors)
         self.record(name, function, *tensors)
-        held, graph, outputs = self.graphs[name]
+        held, graph, outputs = self._used(name)
         for buffer, tensor in zip(held, tensors):
             buffer.copy_(tensor)
         graph.replay()
@@ -137,9 +138,17 @@ class Replay:
             finally:
                 self.part_of_another = False
             self.graphs[name] = (*state, *constants), graph, result
-        _, graph, result = self.graphs[name]
+        _, graph, result = self._used(name)
         graph.replay()
         return result
+
+    def _used(self, name: tuple) -> tuple[Sequence[torch.Tensor], torch.cuda.CUDAGraph, Any]:
+        """The graph of that name, which is now the last to be forgotten where there are too many."""
+        found = self.graphs[name] = self.graphs.pop(name)
+        if len(self.graphs) > MOST_GRAPHS:
+            torch.cuda.synchronize()  # it may be running
+            del self.graphs[next(iter(self.graphs))]
+        return found
 
     def _capture(
         self, function: Callable[[], Any], finish: Callable[[Any], None] = lambda outputs: None

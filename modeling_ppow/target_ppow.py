@@ -73,6 +73,13 @@ def read_taps(target: PreTrainedModel, taps: list[int], **inputs: Any) -> tuple[
     return logits, torch.cat([states[tap].to(device) for tap in taps], dim=-1)
 
 
+def has_hooks(target: PreTrainedModel) -> bool:
+    """Whether somebody's hooks are to be called as the target's modules run; transformers' and ours take no part."""
+    found = [hooks for m in target.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks]
+    makers = {getattr(hook, "__module__", None) or "" for hooks in found for hook in list(hooks.values())}
+    return any(name != __name__ and not name.startswith("transformers.") for name in makers)
+
+
 def is_split(target: PreTrainedModel) -> bool:
     """Whether each of several processes holds a part of every weight (tensor parallelism), and all run one text."""
     mesh = getattr(target, "_device_mesh", None)

@@ -3,15 +3,29 @@ capture itself is tested here, the capture in test_gpu.py."""
 
 import contextlib
 import copy
+import gc
 import importlib.util
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from attention_cases import SHAPES, attention_cases
-from decoding_helpers import MODES, generate_with, prompt_batches, trained_pair
-from ppow import PPOWConfig, PPOWDrafter, generation_ppow, graphs_ppow, recording_ppow
+from decoding_helpers import (
+    MODES,
+    VOCAB,
+    build_target,
+    generate_with,
+    offsets_of,
+    prompt_batches,
+    random_drafter,
+    trained_pair,
+)
+from ppow import PPOWConfig, PPOWDrafter, fused_ppow, generation_ppow, graphs_ppow, recording_ppow
+from ppow.target_ppow import TargetState
+from tiny_targets import build
 
 
 @pytest.fixture
@@ -102,6 +116,90 @@ def test_buffers_are_made_anew_for_more_room_other_batches_and_moved_weights(any
     target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.detach().clone())
     assert path() is not second
     assert copy.deepcopy(drafter)._fast_path is None
+    third = path()
+    drafter.set_draft_vocabulary(*offsets_of(torch.arange(6, VOCAB), VOCAB))  # in place: graphs keep its columns
+    assert path() is not third
+
+
+def test_graphs_of_one_adapter_do_not_serve_another(anywhere):
+    peft = pytest.importorskip("peft")
+    target = build_target().float()
+    drafter, ids = random_drafter(target), torch.tensor([[5, 6, 7, 8]])
+    drafter.generation_config.cuda_graphs = True
+    lora = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "up_proj"], lora_alpha=64)
+    model = peft.get_peft_model(target, lora).eval()
+    model.add_adapter("other", lora)
+
+    def answer():
+        found = [
+            model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, assistant_model=assistant)
+            for assistant in (None, drafter)
+        ]
+        assert torch.equal(*found)
+        return found[0].tolist()
+
+    first = answer()
+    with model.disable_adapter():
+        without = answer()
+    model.set_adapter("other")
+    assert first != without != answer()
+    model.merge_adapter()
+    answer()
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    assert answer() == first
+
+
+def test_outgrown_buffers_and_graphs_are_freed_at_once(anywhere):
+    """Whether new ones fit is asked right then, so nothing may wait for the collector of cycles."""
+    target, drafter = (copy.deepcopy(model) for model in trained_pair())
+    ids = torch.arange(1, 9)[None]
+    for mode in MODES.values():
+        generate_with(target, drafter, ids, config={**mode, "max_new_tokens": 8, "cuda_graphs": True})
+        gc.collect()
+        gc.disable()
+        try:
+            path = drafter._fast_path
+            held = (path.target_state.cache, path.drafter_state.cache, path.replay)
+            left = [weakref.ref(each) for each in held]
+            vars(drafter)["_fast_path"] = path = held = None
+            assert [each() for each in left] == [None] * 3
+        finally:
+            gc.enable()
+
+
+def test_of_many_graphs_the_longest_unused_are_forgotten(monkeypatch):
+    """Calls may sample with any settings, each of which is a graph with memory of its own."""
+    monkeypatch.setattr(recording_ppow, "MOST_GRAPHS", 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    replay, recorded = recording_ppow.Replay(), []
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(replay, "_capture", lambda *functions: recorded.append(name) or (graph, (name, [])))
+    for name in (1, 2, 3, 1, 4, 1, 3, 2):
+        assert replay.advance((name,), None, [SimpleNamespace(is_cuda=True)]) == name
+    assert recorded == [1, 2, 3, 4, 2] and list(replay.graphs) == [(1,), (3,), (2,)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "phi3", "gpt-neox"])
+def test_prompts_read_in_windows_are_what_the_target_reads(family, monkeypatch):
+    """Also behind the first window, in every layer, and from another position on than 0."""
+    target, read = build_target(family), []
+    verify = graphs_ppow.GraphTarget.verify
+    monkeypatch.setattr(graphs_ppow.GraphTarget, "verify", lambda *given: read.append(1) or verify(*given))
+    for batch, length, first in ((1, 300, 0), (2, 129, 7), (3, 128, 0)):
+        ids = torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(length))
+        positions = torch.arange(first, first + length).expand(batch, -1)
+        ours = graphs_ppow.unrecorded(target, [0, 2, 4], None, batch, 512, None)
+        theirs = TargetState(target, [0, 2, 4], None, batch, 512, None)
+        with torch.no_grad():
+            found, expected = (state.prefill(ids, None, positions, None, 24) for state in (ours, theirs))
+        torch.testing.assert_close(found, expected)
+        for name in ("lengths", "next_position", "last_position"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        for mine, stock in zip(ours.cache.layers, theirs.cache.layers):
+            torch.testing.assert_close(mine.keys[:, :, :length], stock.keys[:, :, :length])
+            torch.testing.assert_close(mine.values[:, :, :length], stock.values[:, :, :length])
+    assert len(read) == 3 + 2 + 1
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
@@ -163,6 +261,42 @@ def test_calls_that_it_cannot_serve_take_the_plain_path(anywhere):
     mask[0, 3] = 0
     with pytest.raises(ValueError, match="padding is not on the left"):
         generate_with(target, drafter, ids, mask, fast)
+    with pytest.raises(ValueError, match="autocast is on"), torch.autocast("cpu", dtype=torch.bfloat16):
+        generate_with(target, drafter, ids, config=fast)
+
+
+def test_hooks_are_called(anywhere):
+    """Graphs would not call them, nor know of those that came later."""
+    target, drafter = trained_pair()
+    ids = torch.arange(1, 9)[None]
+    target(ids, output_hidden_states=True)  # hooks of transformers' own stay behind
+    config = {"max_new_tokens": 12, "cuda_graphs": True}
+    before = generate_with(target, drafter, ids, config=config).sequences
+    hook = target.model.layers[1].register_forward_hook(lambda layer, given, out: -out)
+    try:
+        steered = target.generate(ids, max_new_tokens=12, do_sample=False)
+        with pytest.raises(ValueError, match="hooks watch the target's modules"):
+            generate_with(target, drafter, ids, config=config)
+        assert torch.equal(generate_with(target, drafter, ids, config={"max_new_tokens": 12}).sequences, steered)
+    finally:
+        hook.remove()
+    assert torch.equal(generate_with(target, drafter, ids, config=config).sequences, before)
+    assert not torch.equal(steered, before)
+
+
+@pytest.mark.parametrize("kind", ["aria_text", "dbrx", "jetmoe"])
+def test_experts_are_found_whatever_the_configuration_calls_them(kind):
+    assert "routes to experts" in graphs_ppow.target_obstacle(build(kind))
+
+
+def test_entries_on_another_device_than_the_current_one_are_not_written_by_triton(monkeypatch):
+    monkeypatch.setattr(fused_ppow, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for index in (0, 1):
+        entries = SimpleNamespace(
+            is_cuda=True, device=torch.device("cuda", index), shape=(1, 2, 3, 4), stride=lambda _: 1
+        )
+        assert fused_ppow.can_write(entries, entries) is (index == 0)
 
 
 def test_memory_is_checked_before_buffers_are_made(monkeypatch):

@@ -443,6 +443,37 @@ def test_grad_modes_mix_on_the_fast_path():
             assert torch.equal(out.sequences, expected)
 
 
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is always the current one")
+
+
+@several
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_a_pair_on_another_gpu_than_the_current_one(path):
+    target, drafter = (model.to("cuda:1") for model in on_gpu())
+    ids = torch.arange(1, 9, device="cuda:1")[None]
+    expected = generate_with(target, None, ids, config=FAST).sequences
+    for mode in MODES.values():
+        for sampling in ({}, {"do_sample": True, "temperature": 0.01}):
+            config = {**FAST, **mode, **sampling, "cuda_graphs": path == "fast"}
+            assert torch.equal(generate_with(target, drafter, ids, config=config).sequences, expected)
+    assert torch.cuda.current_device() == 0
+
+
+@several
+@pytest.mark.parametrize("mode", MODES)
+def test_a_target_spread_over_two_gpus(mode):
+    import accelerate
+
+    target, drafter = on_gpu()
+    ids = torch.arange(1, 9, device="cuda")[None]
+    plain = {**FAST, "cuda_graphs": None}
+    expected = generate_with(target, None, ids, config=plain).sequences
+    second = {"model.layers.2", "model.layers.3", "model.norm", "lm_head"}
+    first = {"model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1"}
+    accelerate.dispatch_model(target, dict.fromkeys(first, 0) | dict.fromkeys(second, 1))
+    assert torch.equal(generate_with(target, drafter, ids, config={**plain, **MODES[mode]}).sequences, expected)
+
+
 def test_models_that_do_not_meet_are_refused():
     target, drafter = on_gpu()
     with pytest.raises(ValueError, match="The drafter is on cpu, the target takes its inputs on cuda:0"):

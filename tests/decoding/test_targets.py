@@ -136,6 +136,17 @@ def test_the_fast_paths_attention_is_tried_too():
     sinks = build("gpt_oss", attention="eager")  # its attention has a sink, which the fast path's has not
     assert "not those of the same tokens" in probe_ppow.trial(sinks, "fast", 24, graphs_ppow.unrecorded)
     assert probe_ppow.trial(sinks, "plain", 24, TargetState) is None
+    ways = build("moshi")  # it reads a prompt as a whole, and what follows in a sliding window
+    assert "the logits of a prompt are not those" in graphs_ppow.attention_obstacle(ways)
+    assert probe_ppow.trial(ways, "plain", 24, TargetState) is None
+
+
+def test_another_default_device_changes_nothing_about_a_trial():
+    target = build("stablelm")
+    here = probe_ppow._text(target, 24)
+    with torch.device("meta"):  # as torch.set_default_device("cuda") for a target on a GPU
+        there = probe_ppow._text(target, 24)
+    assert all(torch.equal(*pair) for pair in zip(here, there))
 
 
 # -- lengths -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import functools
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.cache_ppow import SlotLayer
@@ -108,6 +109,9 @@ def check_writing(device: str, dtype: torch.dtype) -> None:
             old[row, :, slots[row]] = entries[row]
         assert torch.equal(buffer, old)
     layer = SlotLayer(40)
+    layer.slots, layer.view = slots[1:].expand(2, -1), 36  # one row of slots for both
+    assert torch.equal(layer.update(key, value)[0][0, :, 30:35], key[0])
+    layer = SlotLayer(40)
     layer.slots, layer.view = slots, 36
     for part, entries in zip(layer.update(key, value), (key, value)):
         assert part.shape == (2, 3, 36, 24) and torch.equal(part[1, :, 30:35], entries[1])
@@ -122,6 +126,59 @@ def check_refusals(device: str, dtype: torch.dtype) -> None:
         for layer in model.model.layers:
             layer.mlp.act_fn = activation
             layer.mlp.down_proj.weight.data *= 1e-3
-        twin = copy.deepcopy(model)
-        fuse(twin)
+        twin = twin_of(model)
         assert (type(twin.model.layers[0].mlp) is not type(model.model.layers[0].mlp)) is exchanged
+    with torch.device("meta"):  # whatever the default device is
+        assert type(twin_of(with_mlps(model, Scaled)).model.layers[0].mlp) is not Scaled
+    for layer in twin_of(with_mlps(model, Clamped)).model.layers:
+        assert type(layer.mlp) is Clamped
+    layers = twin_of(with_mlps(model, Scaled)).model.layers
+    assert type(layers[0].mlp) is not Scaled and type(layers[1].mlp) is Scaled
+    bare = LlamaRMSNorm(48)
+    del bare.weight
+    for norm in (GatedRMSNorm(48), OddRMSNorm(48), bare):
+        model.norms = torch.nn.ModuleList([model.model.norm, norm.to(device, dtype)])
+        assert type(twin_of(model).norms[1]) is type(norm)
+
+
+def twin_of(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy with fused modules."""
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    return twin
+
+
+def with_mlps(model: torch.nn.Module, kind: type) -> torch.nn.Module:
+    """A copy whose MLPs are of another class, and have the activation of the class they were of."""
+    copied = copy.deepcopy(model)
+    for number, layer in enumerate(copied.model.layers):
+        layer.mlp.__class__, layer.mlp.act_fn, layer.mlp.scale = kind, torch.nn.SiLU(), 1.0 + number
+    return copied
+
+
+class Clamped(LlamaMLP):
+    """What is above its limit is rare."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x).clamp(-7, 7))
+
+
+class Scaled(LlamaMLP):
+    """In the first layer by 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    """May be given a gate."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
+class OddRMSNorm(LlamaRMSNorm):
+    """Takes nothing of the shape of its gain."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.view(5, -1))
