@@ -93,11 +93,8 @@ class GraphTarget(TargetState):
 
     def verify(self, window: DraftWindow) -> tuple[torch.Tensor, torch.Tensor]:
         """As in :class:`TargetState`; what it returns is overwritten by the next verification."""
-        return self.replay(*self._verification(window))
-
-    def _verification(self, window: DraftWindow) -> tuple:
-        tensors = window.tokens, window.depth, window.ancestors, *(getattr(self, name) for name in PLACES)
-        return ("verify", window.tokens.shape), self._verify_at, *tensors
+        tensors = window.tokens, window.depth, window.ancestors, *(getattr(*place) for place in self.places)
+        return self.replay(("verify", window.tokens.shape), self._verify_at, *tensors)
 
     def _verify_at(
         self, tokens: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor, *places: torch.Tensor

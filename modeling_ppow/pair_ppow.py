@@ -118,9 +118,13 @@ class Pair:
             self.begun = None
             if self.runs_ahead and self.text.remaining() > window.max_depth + 1:
                 # should one of these tokens end the text, this was in vain
-                if not self.as_one:
+                if self.as_one:
+                    self.begun = self._cycle()
+                else:
                     self._move_on(verdict, taps, self._gain(verdict))
-                self.begun = self._cycle() if self.as_one else self._begin()
+                    following = self._draft()
+                    outputs = self.target_state.verify(following)
+                    self.begun = Cycle(following, outputs, self._judge(following, outputs[0]))
         return verdict
 
     def learn(self, window: DraftWindow, counts: list[int]) -> None:
@@ -187,11 +191,6 @@ class Pair:
         window = draft(state, self.root, options, self.text.remaining() - 1, self.verifier, self.schedule, rows)
         self.schedule.drafted()
         return window
-
-    def _begin(self) -> Cycle:
-        window = self._draft()
-        outputs = self.target_state.verify(window)
-        return Cycle(window, outputs, self._judge(window, outputs[0]))
 
     def _cycle(self) -> Cycle:
         """A whole cycle, after which both models hold what it accepted: replayed as one graph."""
