@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from ppow import PPOWDrafter, generation_ppow
+from ppow import PPOWDrafter, generation_ppow, streamed_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath
@@ -48,6 +48,7 @@ class System:
     batch: int = 1
     forced: float | None = None  # acceptance length to force; None: whatever happens
     repeats: int | None = None
+    fewest_weights: int = streamed_ppow.FEWEST_WEIGHTS  # of the drafter's matrices that are read in eight bits
 
 
 def main(argv=None) -> dict:
@@ -130,6 +131,9 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
         for batch in map(int, arguments.batches.split(",")):
             chosen.append(System("PPOW fast, chain", {**CHAIN, **fast}, {}, batch, length))
         chosen += [
+            System(
+                "PPOW fast, chain, drafter in 16 bits", {**CHAIN, **fast}, {}, forced=length, fewest_weights=1 << 62
+            ),
             System("PPOW fast, chain, sampled", {**CHAIN, **fast, "do_sample": True}, {}, forced=length),
             System("PPOW fast, tree", {**TREE, **fast}, {}, forced=length),
             System("static cache, compiled", {}, {"cache_implementation": "static"}, repeats=3),
@@ -153,6 +157,8 @@ def measure(system: System, target, drafter, prompts, arguments, device: str) ->
     prompts = [ids[: system.batch] for ids in prompts]
     seconds, lengths, parts = [], [], {}
     repeats = min(system.repeats or arguments.repeats, arguments.repeats)
+    streamed_ppow.FEWEST_WEIGHTS = system.fewest_weights
+    vars(drafter).pop("_fast_path", None)  # which was made under other settings, and the first run is to record
     for run in range(1 + repeats):
         torch.manual_seed(arguments.seed + run)
         seconds.append(sum(run_once(system, target, ids, calls, arguments.new, lengths) for ids in prompts))

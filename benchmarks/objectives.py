@@ -97,6 +97,9 @@ ARMS: dict[str, tuple[dict | None, int]] = {
     "lk 3e-3 averaged": ({**_LK, "learning_rate": 3e-3, "average_from": 0.5}, 1),
     "exact text-rule + 3 lk 1e-4": ({"learning_rate": 1e-4}, 1),
     "exact text-rule + 3 lk 3e-4 averaged": ({"learning_rate": 3e-4, "average_from": 0.5}, 1),
+    "exact text-rule + 3 lk averaged mixed": ({"average_from": 0.5, "mixed": True}, 3),
+    "cst averaged mixed": ({**_CST, "average_from": 0.5, "mixed": True}, 3),
+    "lk averaged mixed": ({**_LK, "average_from": 0.5, "mixed": True}, 3),
     "cst muon": (_CST | _MUON, 3),
     "lk muon": (_LK | _MUON, 3),
     "exact text-rule + 3 lk muon": (_MUON, 3),
@@ -277,7 +280,7 @@ def parse(argv):
     parser.add_argument("--arms", help="comma separated names of arms; none: all of stage 2")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many seeds for the leading arms")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step")
-    parser.add_argument("--mixed", help="the file that arms called mixed learn from instead of --data")
+    parser.add_argument("--mixed", help="the file that arms called mixed learn from: half of its answers are sampled")
     parser.add_argument("--draft-vocab-size", type=int, help="of fresh drafters; none: all")
     parser.add_argument("--train-limit", type=int, help="read at most so many training texts")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a training text that are kept")
@@ -319,11 +322,11 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
     Raises:
         ValueError: an arm that needs an option which is not given.
     """
+    own = {name: value for name, value in changes.items() if name not in ("stage", "mixed", "continued", "alternated")}
+    data = arguments.mixed if "mixed" in changes else arguments.data
+    if data is None:
+        raise ValueError("Arms called mixed learn from a file of their own: name it with --mixed.")
     if changes.get("stage") == 1:
-        own = {name: value for name, value in changes.items() if name not in ("stage", "mixed", "continued")}
-        data = arguments.mixed if "mixed" in changes else arguments.data
-        if data is None:
-            raise ValueError("Arms called mixed learn from a file of their own: name it with --mixed.")
         names = ("target", "batch_size", "max_length", "dtype", "compile_loss")
         shared = {name: getattr(arguments, name) for name in names}
         shared |= {"data": data, "output_dir": "-", "steps": STEPS}
@@ -344,7 +347,7 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
     }
     if arguments.cost_ratio is not None:
         shared["cost_ratio"] = arguments.cost_ratio
-    return stage2(arguments, **shared | {name: value for name, value in changes.items() if name != "alternated"})
+    return stage2(arguments, **shared | {"data": data} | own)
 
 
 def arm_list(arguments) -> list[tuple[str, dict | None, int]]:

@@ -400,9 +400,10 @@ class DrafterState:
         logits = next(steps)  # (B, D)
         for i in range(size):
             if sample is None:
-                draft = logits.argmax(-1)
+                draft, token = self._likeliest(logits)
             else:
                 draft, distribution = sample(logits)
+                token = drafter.to_target_ids(draft)
             if watched is not None:
                 if drafter.config.confidence_head:
                     confidence = self._confidence(logits, sample is not None)
@@ -413,7 +414,7 @@ class DrafterState:
             if sample is not None:
                 ids.append(draft)
                 probs.append(distribution)
-            tokens.append(self.drafter.to_target_ids(draft))
+            tokens.append(token)
             if threshold > 0:
                 if drafter.config.confidence_head:
                     joint = joint * self._confidence(logits, sample is not None)
@@ -429,6 +430,11 @@ class DrafterState:
         if not ids:
             return DraftWindow.chain(torch.stack(tokens, 1))
         return DraftWindow.chain(torch.stack(tokens, 1), torch.stack(ids, 1), torch.stack(probs, 1))
+
+    def _likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most probable drafts of logits (B, D), by their own ids and the target's, (B,) each."""
+        draft = logits.argmax(-1)
+        return draft, self.drafter.to_target_ids(draft)
 
     def _confidence(self, logits: torch.Tensor, sampled: bool) -> torch.Tensor:
         """How likely the confidence head thinks the present draft, from logits (B, D), is accepted: -> (B,)."""

@@ -194,10 +194,37 @@ def rotated(
     return out[:, :, :heads].transpose(1, 2), out[:, :, heads:].transpose(1, 2)
 
 
+def likeliest(logits: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable token of each row, the first of several, and what the target calls it.
+
+    Args:
+        logits: (B, D).
+        offsets: (D,) int64, from an id in the draft vocabulary to the target's; None: they are the same.
+
+    Returns:
+        (B,) and (B,) int64.
+    """
+    if not _here(logits) or logits.stride(-1) != 1:
+        draft = logits.argmax(-1)
+        return draft, draft if offsets is None else draft + offsets[draft]
+    rows, size = logits.shape
+    found = torch.empty(2, rows, dtype=torch.long, device=logits.device)
+    block = min(32768, triton.next_power_of_2(size))
+    _likeliest[(rows,)](
+        logits, found if offsets is None else offsets, found, logits.stride(0), rows, size,
+        MAPPED=offsets is not None, BLOCK=block, num_warps=min(32, max(1, block // 256)),
+    )  # fmt: skip
+    return found[0], found[1]
+
+
+def _here(tensor: torch.Tensor) -> bool:
+    """Whether kernels reach a tensor: Triton launches them on the current device, wherever it lies."""
+    return HAS_TRITON and (INTERPRETED or (tensor.is_cuda and tensor.device.index == torch.cuda.current_device()))
+
+
 def can_write(key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether :func:`write` serves these entries. Triton launches kernels on the current device, wherever they lie."""
-    here = HAS_TRITON and (INTERPRETED or (key.is_cuda and key.device.index == torch.cuda.current_device()))
-    return here and key.shape == value.shape and key.stride(-1) == value.stride(-1) == 1
+    """Whether :func:`write` serves these entries."""
+    return _here(key) and key.shape == value.shape and key.stride(-1) == value.stride(-1) == 1
 
 
 def write(
@@ -288,6 +315,22 @@ if HAS_TRITON:
         to = out + (place.to(tl.int64) * (heads + kv_heads) + head) * (2 * half) + column
         tl.store(to, x.to(kind), mask=inside)
         tl.store(to + half, y.to(kind), mask=inside)
+
+    @triton.jit
+    def _likeliest(  # type: ignore[no-untyped-def]
+        logits, offsets, found, stride, rows, size, MAPPED: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        """One row."""
+        row, column = tl.program_id(0), tl.arange(0, BLOCK)
+        highest, where = tl.full([BLOCK], float("-inf"), tl.float32), column
+        for left in range(0, size, BLOCK):
+            at = left + column
+            value = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < size, other=float("-inf"))
+            above = value.to(tl.float32) > highest
+            highest, where = tl.where(above, value.to(tl.float32), highest), tl.where(above, at, where)
+        first = tl.min(tl.where(highest == tl.max(highest, 0), where, size - 1), 0).to(tl.int64)
+        tl.store(found + row, first)
+        tl.store(found + rows + row, first + tl.load(offsets + first) if MAPPED else first)
 
     @triton.jit
     def _written(  # type: ignore[no-untyped-def]

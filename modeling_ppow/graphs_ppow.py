@@ -23,10 +23,12 @@ from transformers.utils import logging
 from .attention_ppow import HAS_TRITON, WINDOW_ATTENTION, pack_window, window_attention
 from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow, Sampler
+from .fused_ppow import likeliest
 from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
 from .schedules_ppow import Schedule
+from .streamed_ppow import sample_of, streamed_bytes
 from .target_ppow import LayerMasks, TargetState, decoder_layers, has_hooks, is_split
 
 logger = logging.get_logger(__name__)
@@ -34,7 +36,7 @@ AttentionInterface.register(WINDOW_ATTENTION, window_attention)
 
 PLACES = "lengths", "next_position", "last_position", "first"  # what a verification reads of a GraphTarget,
 DRAFTER_PLACES = "hidden", "positions", "lengths", "first"  # and a draft of a GraphDrafter
-PREFILL = 128  # tokens of a prompt that one replay reads
+PREFILL = 128  # tokens of a prompt that one replay reads; of a longer prompt, when it is alone, twice as many
 SHORT_PROMPT = 4 * PREFILL  # up to here replays read a prompt sooner than it takes to launch its kernels one by one
 ADAPTED = "_active_adapter", "_disable_adapters", "merged_adapters", "scaling"  # what PEFT's layers go by
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
@@ -72,10 +74,12 @@ class GraphTarget(TargetState):
         room: int = 1 << 30,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in :class:`TargetState`; a short prompt without padding is read as windows are, by replays."""
-        length, parts = input_ids.shape[1], -(-input_ids.shape[1] // PREFILL)
+        batch, length = input_ids.shape
+        size = 2 * PREFILL if batch == 1 and length > PREFILL else PREFILL
+        parts = -(-length // size)
         steps = torch.arange(length, device=position_ids.device)
-        short = chunk is None and self.valid is None and max(length, len(input_ids) * PREFILL) <= SHORT_PROMPT
-        short = short and length + PREFILL <= self.capacity and torch.equal(position_ids, position_ids[:, :1] + steps)
+        short = chunk is None and self.valid is None and max(length, batch * PREFILL) <= SHORT_PROMPT
+        short = short and length + size <= self.capacity and torch.equal(position_ids, position_ids[:, :1] + steps)
         if not short:
             return super().prefill(input_ids, attention_mask, position_ids, chunk, room)
         if not self.cache.layers[0].is_initialized:  # allocates, which is not to happen while a graph is recorded
@@ -84,9 +88,9 @@ class GraphTarget(TargetState):
         self.next_position = position_ids[:, 0]
         self.last_position = position_ids[:, -1] + max(room - 1, 0)
         taps: list[torch.Tensor] = []
-        for tokens in nn.functional.pad(input_ids, (0, parts * PREFILL - length)).split(PREFILL, 1):
+        for tokens in nn.functional.pad(input_ids, (0, parts * size - length)).split(size, 1):
             logits, tap = self.verify(DraftWindow.chain(tokens))
-            count = min(PREFILL, length - PREFILL * len(taps))
+            count = min(size, length - size * len(taps))
             taps.append(tap[:, :count].clone())
             self.lengths, self.next_position = self.lengths + count, self.next_position + count
         return logits[:, count - 1], torch.cat(taps, 1)
@@ -186,6 +190,9 @@ class GraphDrafter(DrafterState):
 
         return self.replay(name, run, root, *(getattr(*place) for place in self.places))
 
+    def _likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return likeliest(logits, self.drafter.d2t if self.drafter.pruned else None)
+
     def _at(self, **tensors: torch.Tensor | None) -> AbstractContextManager[None]:
         return held(self, drafter=self.twin.model, **tensors)
 
@@ -215,7 +222,7 @@ def unrecorded(
 
     Arguments of :class:`TargetState`.
     """
-    capacity += PREFILL  # so that a prompt is read as a call reads it
+    capacity += 2 * PREFILL  # so that a prompt is read as a call reads it
     cache = SlotCache(len(decoder_layers(target)), capacity)
     with GATE.exclusive():  # weights are laid side by side
         twin = target_twin(target)
@@ -245,12 +252,13 @@ class FastPath:
         self.capacity, self.batch, self.replay = capacity, batch, Replay()
         replay, layers, taps = self.replay, decoder_layers(target), drafter.config.target_taps
         siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
-        twins = target_twin(target), Twin(drafter, lambda model: model.layers, siblings)
+        twins = target_twin(target), Twin(drafter, lambda model: model.layers, siblings, streams=True)
         cache, embed = SlotCache(len(layers), capacity), drafter.embedding_for(target)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = SlotCache(len(drafter.layers), capacity)
         self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
         self.weights, self.columns = _weights(target, drafter), drafter.draft_columns()
+        self.streamed, self.sample = twins[1].streamed, sample_of(twins[1].streamed)
         self.state: list[torch.Tensor] = []  # what a whole cycle changes, see :meth:`advance`
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
@@ -258,7 +266,8 @@ class FastPath:
         """Whether a call that needs this much can use it."""
         fits = capacity <= self.capacity and self.batch == batch
         same = fits and self.weights == _weights(target, drafter)
-        return same and torch.equal(self.columns, drafter.draft_columns())
+        same = same and torch.equal(self.columns, drafter.draft_columns())
+        return same and torch.equal(self.sample, sample_of(self.streamed))
 
     def begin(self, valid: torch.Tensor | None) -> None:
         """Start a new text; ``valid`` (B, P) bool, False at the padding on the left."""
@@ -452,7 +461,7 @@ def shortage(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capa
     own = drafter.config
     entry = slot_bytes(target)
     entry += 2 * own.num_hidden_layers * own.num_key_value_heads * own.head_dim * drafter.dtype.itemsize
-    needed, free = batch * capacity * entry, free_bytes(target.device)
+    needed, free = batch * capacity * entry + streamed_bytes(drafter), free_bytes(target.device)
     if needed <= free:
         return None
     return (

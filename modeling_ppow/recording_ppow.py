@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .fused_ppow import fuse
+from .streamed_ppow import Streamed, can_stream, stream
 
 MOST_GRAPHS = 64  # of one pair; each has memory of its own, and calls may sample with any settings
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # modules that read one input
@@ -164,7 +165,8 @@ class Replay:
             torch.cuda.current_stream().wait_stream(side)
             # Each graph has a memory pool of its own: what one returns must outlive the replays of the others.
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may allocate meanwhile
+            # on a stream of this device (torch keeps one of the first); others may allocate meanwhile
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 outputs = function()
                 finish(outputs)
             torch.cuda.set_rng_state(chance)  # a seed means the same whether graphs were recorded on the way or not
@@ -189,7 +191,11 @@ class Product:
         self.weight = self._side_by_side([linear.weight for linear in linears])
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else self._side_by_side(biases)
+        self.multiply: Callable[[torch.Tensor], torch.Tensor] = self._linear
         self.result: Any = None  # (.., out) of the product under way
+
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def _side_by_side(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         data = [tensor.data for tensor in tensors]
@@ -238,7 +244,7 @@ class PartOfProduct(nn.Linear):
         """This module's part (.., part) of the product with x (.., in)."""
         product, part = self.product, self.part
         if part.start == 0:
-            product.result = nn.functional.linear(x, product.weight, product.bias)
+            product.result = product.multiply(x)
         result = product.result
         if part.stop == product.weight.shape[0]:
             product.result = None
@@ -252,6 +258,7 @@ class Twin:
         model: the model to copy.
         layers_of: its decoder layers, of a model.
         siblings: names of modules that are always called together, on one input.
+        streams: read large weights in eight bits, which a drafter may.
     """
 
     def __init__(
@@ -259,6 +266,7 @@ class Twin:
         model: PreTrainedModel,
         layers_of: Callable,
         siblings: Sequence[tuple[str, ...]] = SIBLINGS,
+        streams: bool = False,
     ):
         self.model = copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors_of(model)})
         layers: list[nn.Module] = list(layers_of(self.model))
@@ -267,6 +275,11 @@ class Twin:
             for linear, part in product.parts:
                 linear.__class__ = PartOfProduct
                 vars(linear).update(product=product, part=part)
+        self.streamed: list[Streamed] = stream(self.model) if streams else []
+        for product in self.products:
+            if streams and can_stream(product.weight):
+                product.multiply = Streamed(product.weight, product.bias)
+                self.streamed.append(product.multiply)
         fuse(self.model)
 
 

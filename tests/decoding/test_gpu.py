@@ -19,8 +19,16 @@ from decoding_helpers import (
     trained_block,
     trained_pair,
 )
-from fused_cases import check_models, check_refusals, check_strides, check_twins, check_writing
-from ppow import pair_ppow
+from fused_cases import (
+    check_likeliest,
+    check_models,
+    check_refusals,
+    check_streaming,
+    check_strides,
+    check_twins,
+    check_writing,
+)
+from ppow import pair_ppow, streamed_ppow
 from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftWindow, call_config
 from ppow.lossless_ppow import first_difference, without_drafts
@@ -234,6 +242,31 @@ def test_fused_modules_compute_what_they_stand_for(dtype, tolerance):
     check_twins("cuda", dtype, tolerance)
     check_writing("cuda", dtype)
     check_refusals("cuda", dtype)
+    check_likeliest("cuda")
+
+
+def test_a_drafter_in_eight_bits_drafts_nearly_the_same_and_the_text_stays_the_targets(monkeypatch):
+    check_streaming("cuda", torch.bfloat16)
+    ids, lengths = torch.arange(1, 9, device="cuda")[None], []
+    for fewest in (0, 1 << 30):  # all weights of the drafter, or none
+        monkeypatch.setattr(streamed_ppow, "FEWEST_WEIGHTS", fewest)
+        target, drafter = (copy.deepcopy(model).to("cuda", torch.bfloat16) for model in trained_pair())
+        for mode in MODES.values():
+            config = call_config(target.generation_config, **FAST, **mode, return_dict_in_generate=True)
+            out = target.generate(ids, generation_config=config, assistant_model=drafter)
+            path = drafter._fast_path
+            assert bool(path.streamed) is (fewest == 0)
+            assert out.sequences[0, ids.shape[1] :].tolist() == without_drafts(target, drafter, ids, config)[0]
+            lengths.append(out.acceptance.acceptance_length)
+    half = len(lengths) // 2
+    assert sum(lengths[:half]) > 0.9 * sum(lengths[half:])
+    monkeypatch.setattr(streamed_ppow, "FEWEST_WEIGHTS", 0)
+    drafter._fast_path, paths = None, []
+    for change in (1, 1, -1):  # in place: graphs read the weight itself, copies would stay behind
+        drafter.lm_head.weight.data.mul_(change)
+        generate_with(target, drafter, ids, config={**FAST, **MODES["chain"]})
+        paths.append(drafter._fast_path)
+    assert paths[0] is paths[1] is not paths[2]
 
 
 @pytest.mark.parametrize("sampling", [False, True])

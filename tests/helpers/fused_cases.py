@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWConfig, PPOWDrafter, streamed_ppow
 from ppow.cache_ppow import SlotLayer
-from ppow.fused_ppow import fuse, gated, rms_norm, rotated, write
+from ppow.fused_ppow import fuse, gated, likeliest, rms_norm, rotated, write
 from ppow.recording_ppow import Twin
+from ppow.streamed_ppow import in_eight_bits, multiply
 from ppow.target_ppow import decoder_layers
 
 SMALL = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -116,6 +117,56 @@ def check_writing(device: str, dtype: torch.dtype) -> None:
     for part, entries in zip(layer.update(key, value), (key, value)):
         assert part.shape == (2, 3, 36, 24) and torch.equal(part[1, :, 30:35], entries[1])
         assert float(part.abs().sum()) > 0 and not part[0, :, 8:].any()
+
+
+def check_likeliest(device: str) -> None:
+    """As argmax, the first of several; in more than one piece; strided rows; with and without a draft vocabulary."""
+    torch.manual_seed(5)
+    for size in (5, 900, 40_000):
+        logits = torch.randn(3, size + 3, device=device, dtype=torch.float16)[:, :size]
+        logits[1, size // 2] = logits[1, size - 1] = 50.0
+        offsets = torch.randint(0, 1000, (size,), device=device)
+        best = torch.tensor([int(row.argmax()) for row in logits], device=device)
+        assert int(best[1]) == size // 2
+        for given, wanted in ((offsets, best + offsets[best]), (None, best)):
+            draft, token = likeliest(logits, given)
+            assert torch.equal(draft, best) and torch.equal(token, wanted)
+
+
+@torch.no_grad()
+def check_streaming(device: str, dtype: torch.dtype) -> None:
+    """Eight bits are half a step off at most, products exact but for one rounding, and a twin is nearly the drafter."""
+    torch.manual_seed(6)
+    for outs, size, biased in ((70, 96, False), (4, 1000, True), (40_000 if device == "cuda" else 130, 520, False)):
+        weight = torch.randn(outs, size, device=device, dtype=dtype)
+        weight[1] = 0
+        bias = torch.randn(outs, device=device, dtype=dtype) if biased else None
+        rounded, scale = in_eight_bits(weight)
+        meant = rounded.float() * scale[:, None]
+        assert bool(((meant - weight.float()).abs() <= scale[:, None] / 2 * 1.001).all())
+        for shape in ((1,), (2, 5), (16,)):
+            x = torch.randn(*shape, 2 * size, device=device, dtype=dtype)[..., :size]
+            wanted = (x.float() @ meant.T + (0 if bias is None else bias.float())).to(dtype)
+            torch.testing.assert_close(multiply(x, rounded, scale, bias), wanted, rtol=2e-2, atol=1e-1)
+    large, streamed_ppow.FEWEST_WEIGHTS = streamed_ppow.FEWEST_WEIGHTS, 0
+    try:
+        config = PPOWConfig.from_target(AutoConfig.for_model("llama", **SMALL), target_taps=[0, 1, 2])
+        drafter = PPOWDrafter(config).to(device, dtype).eval()
+        twin = Twin(drafter, lambda model: model.layers, streams=True)
+        assert len(twin.streamed) == 6  # fc, queries to values, output, gate and up, down, head
+        given = {"input_ids": torch.randint(3, 64, (2, 8), device=device)}
+        given["taps"] = torch.randn(2, 8, 3 * 48, device=device, dtype=dtype)
+        for some in (given, {name: torch.cat((part, part)) for name, part in given.items()}):  # 16 rows, and too many
+            ours, theirs = twin.model(**some).logits.float(), drafter(**some).logits.float()
+            assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.03 or (
+                some is not given and ours.equal(theirs)
+            )
+        before = streamed_ppow.sample_of(twin.streamed)
+        assert torch.equal(before, streamed_ppow.sample_of(twin.streamed))
+        drafter.lm_head.weight.data.mul_(2)
+        assert not torch.equal(before, streamed_ppow.sample_of(twin.streamed))
+    finally:
+        streamed_ppow.FEWEST_WEIGHTS = large
 
 
 def check_refusals(device: str, dtype: torch.dtype) -> None:
