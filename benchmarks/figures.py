@@ -196,8 +196,8 @@ def machine(name: str, fact: str) -> float:
 
 
 def floor_ms(name: str) -> float:
-    """Milliseconds in which the weights of a cycle of chains of 10 can be read."""
-    weights = machine(name, "target_bytes") + 10 * machine(name, "draft_step_bytes")
+    """Milliseconds in which the weights of a cycle of chains of 10 can be read, the drafter's in eight bits."""
+    weights = machine(name, "target_bytes") + 10 * machine(name, "draft_step_bytes") / 2
     return 1000 * weights / machine(name, "matmul_bytes_per_second")
 
 

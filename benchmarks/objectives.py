@@ -280,7 +280,7 @@ def parse(argv):
     parser.add_argument("--arms", help="comma separated names of arms; none: all of stage 2")
     parser.add_argument("--seeds", type=int, default=3, help="at most so many seeds for the leading arms")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per step")
-    parser.add_argument("--mixed", help="the file that arms called mixed learn from: half of its answers are sampled")
+    parser.add_argument("--mixed", help="answers, half of them sampled, for the arms that learn from such a mix")
     parser.add_argument("--draft-vocab-size", type=int, help="of fresh drafters; none: all")
     parser.add_argument("--train-limit", type=int, help="read at most so many training texts")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a training text that are kept")
@@ -325,7 +325,7 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
     own = {name: value for name, value in changes.items() if name not in ("stage", "mixed", "continued", "alternated")}
     data = arguments.mixed if "mixed" in changes else arguments.data
     if data is None:
-        raise ValueError("Arms called mixed learn from a file of their own: name it with --mixed.")
+        raise ValueError("This arm learns from texts of which half are sampled: name their file with --mixed.")
     if changes.get("stage") == 1:
         names = ("target", "batch_size", "max_length", "dtype", "compile_loss")
         shared = {name: getattr(arguments, name) for name in names}
@@ -351,8 +351,12 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
 
 
 def arm_list(arguments) -> list[tuple[str, dict | None, int]]:
-    """(key, changes, seed) in the order to run: first every arm once, then further seeds of the leading ones."""
-    every = (name for name, (changes, _) in ARMS.items() if not changes or "stage" not in changes)
+    """(key, changes, seed) in the order to run: first every arm once, then further seeds of the leading ones.
+
+    Without ``--arms`` all of stage 2, of those that want ``--mixed`` only where that is given.
+    """
+    left_out = {"stage"} if arguments.mixed else {"stage", "mixed"}
+    every = (name for name, (changes, _) in ARMS.items() if not left_out & set(changes or ()))
     chosen = {name: ARMS[name] for name in (arguments.arms.split(",") if arguments.arms else every)}
     rounds = max(seeds for _, seeds in chosen.values())
     arms = [

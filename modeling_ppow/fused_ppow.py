@@ -209,10 +209,10 @@ def likeliest(logits: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch
         return draft, draft if offsets is None else draft + offsets[draft]
     rows, size = logits.shape
     found = torch.empty(2, rows, dtype=torch.long, device=logits.device)
-    block = min(32768, triton.next_power_of_2(size))
+    block = min(8192, triton.next_power_of_2(size))
     _likeliest[(rows,)](
         logits, found if offsets is None else offsets, found, logits.stride(0), rows, size,
-        MAPPED=offsets is not None, BLOCK=block, num_warps=min(32, max(1, block // 256)),
+        MAPPED=offsets is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
     return found[0], found[1]
 

@@ -28,7 +28,7 @@ from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
 from .schedules_ppow import Schedule
-from .streamed_ppow import sample_of, streamed_bytes
+from .streamed_ppow import streamed_bytes, sums_of
 from .target_ppow import LayerMasks, TargetState, decoder_layers, has_hooks, is_split
 
 logger = logging.get_logger(__name__)
@@ -36,7 +36,7 @@ AttentionInterface.register(WINDOW_ATTENTION, window_attention)
 
 PLACES = "lengths", "next_position", "last_position", "first"  # what a verification reads of a GraphTarget,
 DRAFTER_PLACES = "hidden", "positions", "lengths", "first"  # and a draft of a GraphDrafter
-PREFILL = 128  # tokens of a prompt that one replay reads; of a longer prompt, when it is alone, twice as many
+PREFILL = 128  # tokens of a prompt that one replay reads; twice as many where so many are left of one that is alone
 SHORT_PROMPT = 4 * PREFILL  # up to here replays read a prompt sooner than it takes to launch its kernels one by one
 ADAPTED = "_active_adapter", "_disable_adapters", "merged_adapters", "scaling"  # what PEFT's layers go by
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
@@ -75,11 +75,12 @@ class GraphTarget(TargetState):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in :class:`TargetState`; a short prompt without padding is read as windows are, by replays."""
         batch, length = input_ids.shape
-        size = 2 * PREFILL if batch == 1 and length > PREFILL else PREFILL
-        parts = -(-length // size)
+        wide, sizes = 2 * PREFILL if batch == 1 else PREFILL, []
+        while sum(sizes) < length:
+            sizes.append(wide if length - sum(sizes) > PREFILL else PREFILL)
         steps = torch.arange(length, device=position_ids.device)
         short = chunk is None and self.valid is None and max(length, batch * PREFILL) <= SHORT_PROMPT
-        short = short and length + size <= self.capacity and torch.equal(position_ids, position_ids[:, :1] + steps)
+        short = short and sum(sizes) <= self.capacity and torch.equal(position_ids, position_ids[:, :1] + steps)
         if not short:
             return super().prefill(input_ids, attention_mask, position_ids, chunk, room)
         if not self.cache.layers[0].is_initialized:  # allocates, which is not to happen while a graph is recorded
@@ -88,9 +89,9 @@ class GraphTarget(TargetState):
         self.next_position = position_ids[:, 0]
         self.last_position = position_ids[:, -1] + max(room - 1, 0)
         taps: list[torch.Tensor] = []
-        for tokens in nn.functional.pad(input_ids, (0, parts * size - length)).split(size, 1):
+        for tokens in nn.functional.pad(input_ids, (0, sum(sizes) - length)).split(sizes, 1):
             logits, tap = self.verify(DraftWindow.chain(tokens))
-            count = min(size, length - size * len(taps))
+            count = min(tokens.shape[1], length - sum(part.shape[1] for part in taps))
             taps.append(tap[:, :count].clone())
             self.lengths, self.next_position = self.lengths + count, self.next_position + count
         return logits[:, count - 1], torch.cat(taps, 1)
@@ -222,7 +223,7 @@ def unrecorded(
 
     Arguments of :class:`TargetState`.
     """
-    capacity += 2 * PREFILL  # so that a prompt is read as a call reads it
+    capacity += PREFILL  # for the last window of a prompt
     cache = SlotCache(len(decoder_layers(target)), capacity)
     with GATE.exclusive():  # weights are laid side by side
         twin = target_twin(target)
@@ -246,19 +247,22 @@ class FastPath:
         target, drafter: the pair.
         batch: rows B.
         capacity: slots of every row.
+        streams: read the drafter's large weights in eight bits.
     """
 
-    def __init__(self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int):
+    def __init__(
+        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, streams: bool = True
+    ):
         self.capacity, self.batch, self.replay = capacity, batch, Replay()
         replay, layers, taps = self.replay, decoder_layers(target), drafter.config.target_taps
         siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
-        twins = target_twin(target), Twin(drafter, lambda model: model.layers, siblings, streams=True)
+        twins = target_twin(target), Twin(drafter, lambda model: model.layers, siblings, streams)
         cache, embed = SlotCache(len(layers), capacity), drafter.embedding_for(target)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
         cache = SlotCache(len(drafter.layers), capacity)
         self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
         self.weights, self.columns = _weights(target, drafter), drafter.draft_columns()
-        self.streamed, self.sample = twins[1].streamed, sample_of(twins[1].streamed)
+        self.streamed, self.sums = twins[1].streamed, sums_of(twins[1].streamed)
         self.state: list[torch.Tensor] = []  # what a whole cycle changes, see :meth:`advance`
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
@@ -267,7 +271,7 @@ class FastPath:
         fits = capacity <= self.capacity and self.batch == batch
         same = fits and self.weights == _weights(target, drafter)
         same = same and torch.equal(self.columns, drafter.draft_columns())
-        return same and torch.equal(self.sample, sample_of(self.streamed))
+        return same and torch.equal(self.sums, sums_of(self.streamed))
 
     def begin(self, valid: torch.Tensor | None) -> None:
         """Start a new text; ``valid`` (B, P) bool, False at the padding on the left."""
@@ -399,9 +403,10 @@ def _path_of(
     reason = shortage(target, drafter, batch, capacity)
     if reason is not None:
         return None, reason
+    streams = shortage(target, drafter, batch, capacity, streamed_bytes(drafter)) is None
     try:
         with GATE.exclusive():  # weights are laid side by side
-            path = FastPath(target, drafter, batch, capacity)
+            path = FastPath(target, drafter, batch, capacity, streams)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         return None, f"the pair's modules cannot be copied ({error})"
     vars(drafter)["_fast_path"] = path
@@ -456,17 +461,22 @@ def attention_obstacle(target: PreTrainedModel) -> str | None:
     return None if is_known(target) else trial(target, "fast", PROMPT, unrecorded)
 
 
-def shortage(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> str | None:
-    """Why keys and values of ``batch`` rows of ``capacity`` slots do not fit into the GPU's memory; None if they do."""
-    own = drafter.config
+def shortage(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, more: int = 0) -> str | None:
+    """Why ``batch`` rows of ``capacity`` slots do not fit into the GPU's memory; None if they do.
+
+    Counted are keys and values, the logits of a prompt's graphs, and ``more`` bytes.
+    """
+    own, vocabulary = drafter.config, target.config.get_text_config(decoder=True).vocab_size
     entry = slot_bytes(target)
     entry += 2 * own.num_hidden_layers * own.num_key_value_heads * own.head_dim * drafter.dtype.itemsize
-    needed, free = batch * capacity * entry + streamed_bytes(drafter), free_bytes(target.device)
+    needed, free = batch * capacity * entry + more, free_bytes(target.device)
+    if batch * PREFILL <= SHORT_PROMPT:
+        needed += (3 if batch == 1 else batch) * PREFILL * vocabulary * target.dtype.itemsize
     if needed <= free:
         return None
     return (
-        f"{batch} x {capacity} cache slots need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free (lower "
-        "max_new_tokens or the batch)"
+        f"{batch} x {capacity} cache slots, and what belongs to them, need {needed / 2**30:.1f} GiB and "
+        f"{free / 2**30:.1f} GiB are free (lower max_new_tokens or the batch)"
     )
 
 

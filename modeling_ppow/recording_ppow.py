@@ -7,6 +7,7 @@ the state of being recorded.
 
 import contextlib
 import copy
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -163,14 +164,24 @@ class Replay:
                 for _ in range(2):  # libraries allocate and choose kernels on first use
                     function()
             torch.cuda.current_stream().wait_stream(side)
+            _forget_workspaces()
             # Each graph has a memory pool of its own: what one returns must outlive the replays of the others.
             graph = torch.cuda.CUDAGraph()
             # on a stream of this device (torch keeps one of the first); others may allocate meanwhile
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 outputs = function()
                 finish(outputs)
+            _forget_workspaces()
             torch.cuda.set_rng_state(chance)  # a seed means the same whether graphs were recorded on the way or not
         return graph, outputs
+
+
+def _forget_workspaces() -> None:
+    """Let cuBLAS allocate its workspaces anew: a graph's is to lie in the graph's own memory, which nobody else frees.
+
+    torch keeps one for each stream, and frees it when a graph of that stream is deleted or compiled ones are recorded.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def _store(state: Sequence[torch.Tensor], following: Sequence[torch.Tensor]) -> None:
@@ -191,11 +202,8 @@ class Product:
         self.weight = self._side_by_side([linear.weight for linear in linears])
         biases = [linear.bias for linear in linears]
         self.bias = None if biases[0] is None else self._side_by_side(biases)
-        self.multiply: Callable[[torch.Tensor], torch.Tensor] = self._linear
+        self.multiply: Callable = functools.partial(nn.functional.linear, weight=self.weight, bias=self.bias)
         self.result: Any = None  # (.., out) of the product under way
-
-    def _linear(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
 
     def _side_by_side(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         data = [tensor.data for tensor in tensors]
@@ -275,6 +283,7 @@ class Twin:
             for linear, part in product.parts:
                 linear.__class__ = PartOfProduct
                 vars(linear).update(product=product, part=part)
+            product.parts.clear()  # a circle would keep the weights until Python looks for circles
         self.streamed: list[Streamed] = stream(self.model) if streams else []
         for product in self.products:
             if streams and can_stream(product.weight):

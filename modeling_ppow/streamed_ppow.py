@@ -1,9 +1,9 @@
 """Products of few rows on a GPU, each weight read once and as it lies; a drafter's in eight bits.
 
 A draft step multiplies a row or a few with every weight of the drafter, so it takes as long as reading them does. In
-eight bits, with one scale for each output, half as much is read. What is drafted may differ by that rounding; the text
-cannot, since the target decides it, and sampling accepts by the distribution that was drafted from. The target's own
-weights stay as they are.
+eight bits, with one scale for each output, half of 16 bits is read. What is drafted may differ by that rounding. What
+is kept is the target's all the same: it decides, and sampling accepts by the distribution that was drafted from. The
+target's own weights stay as they are.
 """
 
 from collections.abc import Iterable
@@ -62,31 +62,35 @@ def can_stream(weight: torch.Tensor) -> bool:
 def stream(model: nn.Module) -> list[Streamed]:
     """Exchange the large linear modules of a twin, whose modules nobody else uses; -> what was exchanged."""
     found = []
-    for module in model.modules():
-        if type(module) is nn.Linear and can_stream(module.weight):
-            held: Any = module
-            held.__class__ = StreamedLinear
-            held.streamed = Streamed(module.weight, module.bias)
-            found.append(held.streamed)
+    for module in _large(model):
+        held: Any = module
+        held.__class__ = StreamedLinear
+        held.streamed = Streamed(module.weight, module.bias)
+        found.append(held.streamed)
     return found
 
 
 def streamed_bytes(model: nn.Module) -> int:
     """Memory that the copies of a model's weights take."""
-    linears = (module for module in model.modules() if type(module) is nn.Linear)
-    return sum(module.weight.numel() for module in linears if can_stream(module.weight))
+    return sum(module.weight.numel() for module in _large(model))
 
 
-def sample_of(streamed: Iterable[Streamed]) -> torch.Tensor:
-    """Some of the weights, which tell whether somebody has trained or loaded others into their place since."""
-    parts = [each.weight.detach().flatten()[:: each.weight.numel() // 1024] for each in streamed]
-    return torch.cat(parts) if parts else torch.empty(0)
+def _large(model: nn.Module) -> list[nn.Linear]:
+    """Linear modules that can be streamed; pruned ones make their weight anew, and some have a forward of their own."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    return [module for module in linears if type(module.weight) is nn.Parameter and can_stream(module.weight)]
+
+
+def sums_of(streamed: Iterable[Streamed]) -> torch.Tensor:
+    """Sums of the bits of every row, which tell whether somebody has since trained or loaded others in its place."""
+    sums = [each.weight.detach().view(torch.int16).sum(1) for each in streamed]
+    return torch.cat(sums) if sums else torch.empty(0)
 
 
 def in_eight_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight (N, K) as int8 (N, K) and a float32 scale (N,) for each output: round(w / s), s = max |w| / 127."""
     rounded, scales = torch.empty_like(weight, dtype=torch.int8), []
-    for part, out in zip(weight.detach().split(4096), rounded.split(4096)):  # so that no float32 copy of all is made
+    for part, out in zip(weight.detach().split(512), rounded.split(512)):  # so that no float32 copy of all is made
         exact = part.float()
         scales.append((exact.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny))
         out.copy_((exact / scales[-1][:, None]).round_())
@@ -120,8 +124,8 @@ def multiply(
 def _cut(outs: int, weight: torch.Tensor) -> tuple[int, int, int]:
     """Outputs of a program, weights of each read at once, reads on their way.
 
-    Of 42 tried on an H200 at the shapes of an EAGLE-3 drafter for Llama-3.1-8B, the fastest or nearly so: 0.5 to 0.8 of
-    the library's time for 16 bits. They need more shared memory than earlier GPUs have.
+    The last line was the fastest of 42 or nearly so on an H200, at the shapes of an EAGLE-3 drafter for Llama-3.1-8B:
+    0.5 to 0.8 of the library's time for 16 bits. Its second choice needs 160 KB of shared memory.
     """
     device = torch.cuda.get_device_properties(weight.device) if weight.is_cuda else None
     if getattr(device, "shared_memory_per_block_optin", 0) < 232448:  # ROCm does not say

@@ -304,7 +304,7 @@ def test_memory_is_checked_before_buffers_are_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    assert "2 x 1024 cache slots need" in graphs_ppow.shortage(target, drafter, 2, 1024)
+    assert "2 x 1024 cache slots, and what belongs to them, need" in graphs_ppow.shortage(target, drafter, 2, 1024)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     assert graphs_ppow.shortage(target, drafter, 2, 1024) is None
 

@@ -324,12 +324,16 @@ def test_every_arm_is_a_valid_configuration(benchmark, prompts):
     given = benchmark.parse(arguments(prompts))
     for name, (changes, _) in benchmark.ARMS.items():
         if changes is not None:
-            config = benchmark.make_config(argparse.Namespace(**vars(given) | {"mixed": given.data}), changes, 0)
+            config = benchmark.make_config(argparse.Namespace(**vars(given) | {"mixed": "half.jsonl"}), changes, 0)
+            assert config.data == ("half.jsonl" if "mixed" in changes else given.data)
             if isinstance(config, SupervisedConfig):
                 continue
             rolls = objective_of(config).batch == "rollouts"  # then every arm rolls out 64 times from a text
             assert not rolls or config.group_size * config.windows_per_sequence == 64, name
     keys = [key for key, _, _ in benchmark.arm_list(given)]
     assert len(set(keys)) == len(keys) and keys.index("ppow/1") > keys.index("exact text-rule + 3 lk 1e-4/0")
+    assert not any("averaged mixed" in key for key in keys)  # which the data for is not given
+    with_mixed = benchmark.arm_list(benchmark.parse(arguments(prompts, "--mixed", "half.jsonl")))
+    assert "cst averaged mixed/0" in [key for key, _, _ in with_mixed]
     with pytest.raises(SystemExit):
         benchmark.parse(arguments(prompts, "--arms", "no such arm"))
