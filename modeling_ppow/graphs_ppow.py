@@ -75,7 +75,8 @@ class GraphTarget(TargetState):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in :class:`TargetState`; a short prompt without padding is read as windows are, by replays."""
         batch, length = input_ids.shape
-        wide, sizes = 2 * PREFILL if batch == 1 else PREFILL, []
+        wide = 2 * PREFILL if batch == 1 else PREFILL
+        sizes: list[int] = []
         while sum(sizes) < length:
             sizes.append(wide if length - sum(sizes) > PREFILL else PREFILL)
         steps = torch.arange(length, device=position_ids.device)
