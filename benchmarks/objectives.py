@@ -325,7 +325,7 @@ def make_config(arguments, changes: dict, seed: int) -> ReinforceConfig | Superv
     own = {name: value for name, value in changes.items() if name not in ("stage", "mixed", "continued", "alternated")}
     data = arguments.mixed if "mixed" in changes else arguments.data
     if data is None:
-        raise ValueError("This arm learns from texts of which half are sampled: name their file with --mixed.")
+        raise ValueError("This arm learns from a file of which half of the answers are sampled: name it with --mixed.")
     if changes.get("stage") == 1:
         names = ("target", "batch_size", "max_length", "dtype", "compile_loss")
         shared = {name: getattr(arguments, name) for name in names}

@@ -54,7 +54,7 @@ DEVICES = {
 MEASURED = (2.7, 9.5)
 # Seconds that stock generate() took per token and layer at the shape of Llama-3.1-8B on an H200 and an H100, which is
 # what starting its kernels takes (benchmarks/results/decoding-llama-3.1-8b*.json; a test computes it)
-EAGER = 0.97e-3
+EAGER = 0.83e-3
 
 
 def this_device() -> Device:
