@@ -198,15 +198,14 @@ def likeliest(logits: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch
     """The most probable token of each row, the first of several, and what the target calls it.
 
     Args:
-        logits: (B, D).
+        logits: (B, D), :func:`reachable`.
         offsets: (D,) int64, from an id in the draft vocabulary to the target's; None: they are the same.
 
     Returns:
         (B,) and (B,) int64.
     """
-    if not _here(logits) or logits.stride(-1) != 1:
-        draft = logits.argmax(-1)
-        return draft, draft if offsets is None else draft + offsets[draft]
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
     rows, size = logits.shape
     found = torch.empty(2, rows, dtype=torch.long, device=logits.device)
     block = min(8192, triton.next_power_of_2(size))
@@ -217,14 +216,14 @@ def likeliest(logits: torch.Tensor, offsets: torch.Tensor | None) -> tuple[torch
     return found[0], found[1]
 
 
-def _here(tensor: torch.Tensor) -> bool:
+def reachable(tensor: torch.Tensor) -> bool:
     """Whether kernels reach a tensor: Triton launches them on the current device, wherever it lies."""
     return HAS_TRITON and (INTERPRETED or (tensor.is_cuda and tensor.device.index == torch.cuda.current_device()))
 
 
 def can_write(key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether :func:`write` serves these entries."""
-    return _here(key) and key.shape == value.shape and key.stride(-1) == value.stride(-1) == 1
+    return reachable(key) and key.shape == value.shape and key.stride(-1) == value.stride(-1) == 1
 
 
 def write(

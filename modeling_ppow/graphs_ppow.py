@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .attention_ppow import HAS_TRITON, WINDOW_ATTENTION, pack_window, window_attention
 from .cache_ppow import SlotCache
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow, Sampler
-from .fused_ppow import likeliest
+from .fused_ppow import likeliest, reachable
 from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin, held
@@ -193,6 +193,8 @@ class GraphDrafter(DrafterState):
         return self.replay(name, run, root, *(getattr(*place) for place in self.places))
 
     def _likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not reachable(logits):
+            return super()._likeliest(logits)
         return likeliest(logits, self.drafter.d2t if self.drafter.pruned else None)
 
     def _at(self, **tensors: torch.Tensor | None) -> AbstractContextManager[None]:
