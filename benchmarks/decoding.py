@@ -2,6 +2,8 @@
 
     python -m benchmarks.decoding --shape llama-3.1-8b --output benchmarks/results/decoding-llama-3.1-8b.json
     python -m benchmarks.decoding --target tests/pair/target --drafter tests/pair/drafter
+    python -m benchmarks.decoding --shape llama-3.1-8b --window-size 15 \
+        --drafter-config '{"architecture": "block", "block_size": 16, "num_hidden_layers": 5}'
 
 With `--shape` target and drafter have the shapes of a known pair and random weights. Every forward, cache move and
 synchronisation is real; only which drafted tokens count as accepted is drawn from a seeded profile, so that an
@@ -13,6 +15,7 @@ are medians over repetitions, and speeds are compared within the run only.
 import argparse
 import contextlib
 import functools
+import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig
 from ppow import PPOWDrafter, generation_ppow, streamed_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
-from ppow.graphs_ppow import FastPath
+from ppow.graphs_ppow import FastPath, PairOfTwins
 from ppow.training.loading import load_model, load_tokenizer
 from ppow.training.prompts import first_turn, load_prompts
 from ppow.training.smollm2 import PROMPTS
@@ -34,7 +37,6 @@ from .machine import copy_speed, matmul_speed, seconds_of, synchronize
 from .pairs import SHAPES, SMALL, random_model, random_pair
 from .report import add_output, facts, save
 
-CHAIN = {"window_size": 10}
 TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}
 
 
@@ -56,23 +58,25 @@ def main(argv=None) -> dict:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
     if arguments.shape:
-        target, drafter = random_pair(arguments.shape, device, dtype)
+        target, *drafters = random_pair(arguments.shape, device, dtype, **json.loads(arguments.drafter_config))
     else:
         target = load_model(arguments.target, dtype=dtype).to(device).eval()
-        drafter = PPOWDrafter.from_pretrained(arguments.drafter, dtype=dtype).to(device).eval()
+        drafters = [PPOWDrafter.from_pretrained(folder, dtype=dtype).to(device).eval() for folder in arguments.drafter]
     target.generation_config = GenerationConfig(pad_token_id=0)
     report = facts("decoding", arguments, argv, device=device, dtype=str(dtype).split(".")[-1]) | {
         "forced_acceptance": bool(arguments.shape),
-        "machine": machine(target, drafter, device, dtype),
+        "machine": machine(target, drafters[0], device, dtype),
         "systems": [],
     }
     prompts = real_prompts(arguments, device) if arguments.target else random_prompts(target, arguments, device)
     for system in systems(arguments, device, dtype):
-        report["systems"].append(measure(system, target, drafter, prompts, arguments, device))
-        show(report["systems"][-1], report["systems"][0])
-        save(report, arguments.output)  # whatever ends the run early, what was measured is kept
+        for drafter in drafters if "PPOW" in system.name else drafters[:1]:
+            row = measure(system, target, drafter, prompts, arguments, device)
+            report["systems"].append(row | ({"drafter": drafter.name_or_path} if drafters[1:] else {}))
+            show(report["systems"][-1], report["systems"][0])
+            save(report, arguments.output)  # whatever ends the run early, what was measured is kept
     if device == "cuda":
-        report["verification"] = verification_costs(target, drafter, arguments.prompt)
+        report["verification"] = verification_costs(target, drafters[0], arguments.prompt)
         print("a verification of N nodes, replayed, ms:", report["verification"])
     save(report, arguments.output)
     return report
@@ -82,14 +86,19 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, acceptance forced")
     parser.add_argument("--target", help="a real target instead, with --drafter")
-    parser.add_argument("--drafter")
+    parser.add_argument("--drafter", nargs="+", help="one, or several to compare, each in every system of ours")
+    parser.add_argument("--drafter-config", default="{}", help="JSON of fields for the drafter of a --shape")
     parser.add_argument("--prompts", help=".jsonl of prompts for a real pair; none: those of `ppow demo`")
     parser.add_argument("--acceptance-length", type=float, default=6.4, help="forced, bonus included")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--window-size", type=int, default=10, help="drafts of a chain")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate")
     parser.add_argument("--batches", default="1,2,4,8", help="batch sizes of the fast path")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", help="comma separated parts of names of systems to run (stock always runs)")
+    parser.add_argument(
+        "--only",
+        help="comma separated parts of names of systems to run; others are compared with the first",
+    )
     parser.add_argument("--kernels", type=int, default=0, help="also list the kernels of a cycle that take longest")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
@@ -121,20 +130,21 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
     """What is compared, stock ``generate()`` first."""
     length = arguments.acceptance_length if arguments.shape else None
     plain, fast = {"cuda_graphs": False}, {"cuda_graphs": True}
+    chain = {"window_size": arguments.window_size}
     chosen = [
         System("stock generate", {}, {}, repeats=2),
         System("prompt lookup (transformers)", {}, {"prompt_lookup_num_tokens": 10}, repeats=2),
-        System("PPOW plain, chain", {**CHAIN, **plain}, {}, forced=length),
+        System("PPOW plain, chain", {**chain, **plain}, {}, forced=length),
         System("PPOW plain, tree", {**TREE, **plain}, {}, forced=length),
     ]
     if device == "cuda":
         for batch in map(int, arguments.batches.split(",")):
-            chosen.append(System("PPOW fast, chain", {**CHAIN, **fast}, {}, batch, length))
+            chosen.append(System("PPOW fast, chain", {**chain, **fast}, {}, batch, length))
         chosen += [
             System(
-                "PPOW fast, chain, drafter in 16 bits", {**CHAIN, **fast}, {}, forced=length, fewest_weights=1 << 62
+                "PPOW fast, chain, drafter in 16 bits", {**chain, **fast}, {}, forced=length, fewest_weights=1 << 62
             ),
-            System("PPOW fast, chain, sampled", {**CHAIN, **fast, "do_sample": True}, {}, forced=length),
+            System("PPOW fast, chain, sampled", {**chain, **fast, "do_sample": True}, {}, forced=length),
             System("PPOW fast, tree", {**TREE, **fast}, {}, forced=length),
             System("static cache, compiled", {}, {"cache_implementation": "static"}, repeats=3),
         ]
@@ -142,7 +152,7 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
         assistant = "a small Llama, transformers' assisted decoding"
         chosen.append(System(assistant, {}, {"assistant_model": (SMALL, device, dtype)}, repeats=2))
     only = arguments.only.split(",") if arguments.only else [""]
-    return [chosen[0]] + [system for system in chosen[1:] if any(part in system.name for part in only)]
+    return [system for system in chosen if any(part in system.name for part in only)]
 
 
 def measure(system: System, target, drafter, prompts, arguments, device: str) -> dict:
@@ -158,7 +168,7 @@ def measure(system: System, target, drafter, prompts, arguments, device: str) ->
     seconds, lengths, parts = [], [], {}
     repeats = min(system.repeats or arguments.repeats, arguments.repeats)
     streamed_ppow.FEWEST_WEIGHTS = system.fewest_weights
-    vars(drafter).pop("_fast_path", None)  # which was made under other settings, and the first run is to record
+    vars(drafter).pop("_fast_paths", None)  # which was made under other settings, and the first run is to record
     for run in range(1 + repeats):
         torch.manual_seed(arguments.seed + run)
         seconds.append(sum(run_once(system, target, ids, calls, arguments.new, lengths) for ids in prompts))
@@ -279,9 +289,9 @@ def timed_parts(parts: dict, device: str):
 
     Each part is synchronised, and a graph of its own on the fast path, so their sum exceeds an undisturbed cycle.
     """
-    from ppow import drafting_ppow, graphs_ppow, pair_ppow, target_ppow, transcript_ppow
+    from ppow import block_ppow, drafting_ppow, graphs_ppow, pair_ppow, target_ppow, transcript_ppow
 
-    drafters = (drafting_ppow.DrafterState, graphs_ppow.GraphDrafter)
+    drafters = (drafting_ppow.DrafterState, block_ppow.BlockState, graphs_ppow.GraphDrafter)
     targets = (target_ppow.TargetState, graphs_ppow.GraphTarget)
     places = [("draft", kind, name) for kind in drafters for name in ("chain", "tree")]
     places += [("extend", kind, "extend") for kind in drafters]
@@ -336,7 +346,7 @@ def verification_costs(target, drafter, kept: int) -> dict[int, float]:
     """Milliseconds of one verification of 1, 11 and 61 nodes behind ``kept`` slots, replayed."""
     from ppow.drafting_ppow import DraftWindow
 
-    path = FastPath(target, drafter, 1, kept + 128)
+    path = FastPath(target, drafter, PairOfTwins(target, drafter), 1, kept + 128)
     path.begin(None)
     state = path.target_state
     ids = torch.zeros(1, kept, dtype=torch.long, device=target.device)

@@ -6,7 +6,7 @@ import contextlib
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from ppow import PPOWConfig, PPOWDrafter
+from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
 from ppow.target_ppow import check_pair
 from ppow.training.loading import load_tokenizer
 from ppow.training.preparation import freeze_embedding
@@ -76,13 +76,18 @@ def stage2(arguments, **more) -> ControlConfig:
     return ControlConfig.from_dict({**given, "output_dir": "-", **more})
 
 
-def random_pair(shape: str, device: str, dtype: torch.dtype):
-    """Target and drafter of a shape, with random weights made where they will stay."""
+def random_pair(shape: str, device: str, dtype: torch.dtype, **of_drafter):
+    """Target and drafter of a shape, with random weights made where they will stay.
+
+    ``of_drafter`` are fields of its configuration; without them it is EAGLE-3's.
+    """
     kind, fields, draft_vocabulary = SHAPES[shape]
     target = random_model(kind(**fields), device, dtype)
-    config = PPOWConfig.from_target(target.config, draft_vocab_size=draft_vocabulary)
+    if of_drafter.get("architecture") != "block":
+        of_drafter = {"draft_vocab_size": draft_vocabulary} | of_drafter
+    config = PPOWConfig.from_target(target.config, **of_drafter)
     with torch.device(device), default_dtype(dtype):
-        drafter = PPOWDrafter(config).eval()
+        drafter = (PPOWBlockDrafter if config.is_block else PPOWDrafter)(config).eval()
     return target, drafter.to(device=device, dtype=dtype)
 
 

@@ -40,6 +40,7 @@ PREFILL = 128  # tokens of a prompt that one replay reads; twice as many where s
 SHORT_PROMPT = 4 * PREFILL  # up to here replays read a prompt sooner than it takes to launch its kernels one by one
 ADAPTED = "_active_adapter", "_disable_adapters", "merged_adapters", "scaling"  # what PEFT's layers go by
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
+MOST_PATHS = 8  # batch sizes whose buffers and graphs a drafter keeps
 
 
 class GraphTarget(TargetState):
@@ -248,33 +249,22 @@ class FastPath:
 
     Args:
         target, drafter: the pair.
+        twins: of the pair.
         batch: rows B.
         capacity: slots of every row.
-        streams: read the drafter's large weights in eight bits.
     """
 
     def __init__(
-        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, streams: bool = True
+        self, target: PreTrainedModel, drafter: PreTrainedModel, twins: "PairOfTwins", batch: int, capacity: int
     ):
-        self.capacity, self.batch, self.replay = capacity, batch, Replay()
+        self.capacity, self.replay = capacity, Replay()
         replay, layers, taps = self.replay, decoder_layers(target), drafter.config.target_taps
-        siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
-        twins = target_twin(target), Twin(drafter, lambda model: model.layers, siblings, streams)
         cache, embed = SlotCache(len(layers), capacity), drafter.embedding_for(target)
-        self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins[0])
+        self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins.target)
         cache = SlotCache(len(drafter.layers), capacity)
-        self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins[1])
-        self.weights, self.columns = _weights(target, drafter), drafter.draft_columns()
-        self.streamed, self.sums = twins[1].streamed, sums_of(twins[1].streamed)
+        self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins.drafter)
         self.state: list[torch.Tensor] = []  # what a whole cycle changes, see :meth:`advance`
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
-
-    def serves(self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> bool:
-        """Whether a call that needs this much can use it."""
-        fits = capacity <= self.capacity and self.batch == batch
-        same = fits and self.weights == _weights(target, drafter)
-        same = same and torch.equal(self.columns, drafter.draft_columns())
-        return same and torch.equal(self.sums, sums_of(self.streamed))
 
     def begin(self, valid: torch.Tensor | None) -> None:
         """Start a new text; ``valid`` (B, P) bool, False at the padding on the left."""
@@ -325,8 +315,83 @@ class FastPath:
             self.left = torch.cuda.Event()
             self.left.record()
 
+
+class PairOfTwins:
+    """The twins of a pair, for its fast paths of every batch size.
+
+    Args:
+        target, drafter: the pair.
+        streams: read the drafter's large weights in eight bits.
+    """
+
+    def __init__(self, target: PreTrainedModel, drafter: PreTrainedModel, streams: bool = True):
+        siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
+        self.target, self.drafter = target_twin(target), Twin(drafter, lambda model: model.layers, siblings, streams)
+        self.weights, self.columns = _weights(target, drafter), drafter.draft_columns()
+        self.sums = sums_of(self.drafter.streamed)
+
+    def are_of(self, target: PreTrainedModel, drafter: PreTrainedModel) -> bool:
+        """Whether the pair still computes what it did when they were made."""
+        same = self.weights == _weights(target, drafter) and torch.equal(self.columns, drafter.draft_columns())
+        return same and torch.equal(self.sums, sums_of(self.drafter.streamed))
+
+
+class FastPaths:
+    """The fast paths of a drafter, one for each batch size; the first is the next to be forgotten."""
+
+    def __init__(self) -> None:
+        self.twins: PairOfTwins | None = None
+        self.by_batch: dict[int, FastPath] = {}
+
+    def find(
+        self, target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int
+    ) -> tuple[FastPath | None, str | None]:
+        """The path for a call that needs this much, kept or made; or why there is none.
+
+        What is made for a text that outgrew the buffers has twice their room if that is free, so that a growing chat
+        seldom records anew. Where memory is short, other batch sizes lose theirs.
+        """
+        if self.twins is not None and not self.twins.are_of(target, drafter):
+            self.forget()
+        path = self.by_batch.pop(batch, None)
+        if path is not None and capacity <= path.capacity:
+            self.by_batch[batch] = path
+            return path, None
+        rooms = [-(-slots // CAPACITY_STEP) * CAPACITY_STEP for slots in (2 * path.capacity if path else 0, capacity)]
+        path = None  # frees the old buffers first
+        rooms = [max(rooms), rooms[-1]]
+        while True:
+            reasons = [shortage(target, drafter, batch, room) for room in rooms]
+            if not all(reasons) or (self.twins is None and not self.by_batch):
+                break
+            if self.by_batch:
+                del self.by_batch[next(iter(self.by_batch))]
+            else:
+                self.twins = None  # with the weights that they have in eight bits
+        if all(reasons):
+            return None, reasons[-1]
+        capacity = rooms[reasons.index(None)]
+        try:
+            with GATE.exclusive():  # weights are laid side by side
+                if self.twins is None:
+                    streams = shortage(target, drafter, batch, capacity, streamed_bytes(drafter)) is None
+                    self.twins = PairOfTwins(target, drafter, streams)
+                path = FastPath(target, drafter, self.twins, batch, capacity)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+            return None, f"the pair's modules cannot be copied ({error})"
+        self.by_batch[batch] = path
+        if len(self.by_batch) > MOST_PATHS:
+            del self.by_batch[next(iter(self.by_batch))]
+        logger.warning_once("PPOW decodes from CUDA graphs, recorded at the first call (cuda_graphs=False: never).")
+        return path, None
+
+    def forget(self) -> None:
+        """Free everything."""
+        self.twins = None
+        self.by_batch.clear()
+
     def __reduce__(self) -> tuple:
-        return type(None), ()  # a copied or pickled drafter makes its own
+        return FastPaths, ()  # a copied or pickled drafter makes its own
 
 
 class Claim:
@@ -377,7 +442,8 @@ def fast_path(
     taken = reason is None and claim.take(wait=bool(options.cuda_graphs))
     try:
         if taken:
-            path, reason = _path_of(target, drafter, prompt.ids.shape[0], capacity)
+            paths = vars(drafter).setdefault("_fast_paths", FastPaths())
+            path, reason = paths.find(target, drafter, prompt.ids.shape[0], capacity)
         elif reason is None:
             reason = "another call is using this drafter's graphs"
         if path is not None:
@@ -392,29 +458,6 @@ def fast_path(
             path.end()
         if taken:
             claim.free()
-
-
-def _path_of(
-    target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int
-) -> tuple[FastPath | None, str | None]:
-    """The drafter's fast path, made anew where the old one does not serve; or why there is none."""
-    path = vars(drafter).get("_fast_path")
-    if path is not None and path.serves(target, drafter, batch, capacity):
-        return path, None
-    vars(drafter)["_fast_path"] = path = None  # frees the old buffers first
-    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-    reason = shortage(target, drafter, batch, capacity)
-    if reason is not None:
-        return None, reason
-    streams = shortage(target, drafter, batch, capacity, streamed_bytes(drafter)) is None
-    try:
-        with GATE.exclusive():  # weights are laid side by side
-            path = FastPath(target, drafter, batch, capacity, streams)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        return None, f"the pair's modules cannot be copied ({error})"
-    vars(drafter)["_fast_path"] = path
-    logger.warning_once("PPOW decodes from CUDA graphs, recorded at the first call (cuda_graphs=False: never).")
-    return path, None
 
 
 def place_obstacle(target: PreTrainedModel, drafter: PreTrainedModel) -> str | None:

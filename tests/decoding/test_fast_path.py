@@ -85,10 +85,10 @@ def test_buffers_serve_call_after_call_and_returned_caches_are_independent(anywh
     config = {"window_size": 4, "max_new_tokens": 8, "cuda_graphs": True}
     first, second = torch.arange(1, 9)[None], torch.arange(20, 26)[None]
     expected = [generate_with(target, drafter, ids, config=config).sequences for ids in (first, second)]
-    path = drafter._fast_path
+    path = drafter._fast_paths.by_batch[1]
     out = generate_with(target, drafter, first, config=config)
     again = generate_with(target, drafter, second, config=config)
-    assert drafter._fast_path is path
+    assert drafter._fast_paths.by_batch[1] is path
     torch.testing.assert_close(out.sequences, expected[0])
     torch.testing.assert_close(again.sequences, expected[1])
     # the first call's cache still holds the first text after the second call used the buffers
@@ -99,26 +99,54 @@ def test_buffers_serve_call_after_call_and_returned_caches_are_independent(anywh
     torch.testing.assert_close(continued.sequences, fresh)
 
 
-def test_buffers_are_made_anew_for_more_room_other_batches_and_moved_weights(anywhere):
+def test_buffers_are_kept_for_each_batch_size_and_made_anew_for_more_room_and_moved_weights(anywhere):
     target, drafter = (copy.deepcopy(model) for model in trained_pair())
     ids = torch.arange(1, 9)[None]
 
     def path(rows=1, new=8):
-        generate_with(
-            target, drafter, ids.expand(rows, -1), config={"window_size": 4, "max_new_tokens": new, "cuda_graphs": True}
-        )
-        return drafter._fast_path
+        config = {"window_size": 4, "max_new_tokens": new, "cuda_graphs": True, "max_time": 0.1 if new > 100 else None}
+        out = generate_with(target, drafter, ids.expand(rows, -1), config=config)
+        expected = generate_with(target, None, ids.expand(rows, -1), config={"max_new_tokens": 8})
+        kept = min(16, out.sequences.shape[1])
+        torch.testing.assert_close(out.sequences[:, :kept], expected.sequences[:, :kept])
+        return drafter._fast_paths.by_batch[rows]
 
     first = path()
     assert path(new=20) is first
-    assert path(rows=2) is not first
-    second = path()
+    second = path(rows=2)
+    assert second is not first and path() is first and path(rows=2) is second
+    longer = path(new=1100)
+    assert longer is not first and path() is longer and path(rows=2) is second
     target.lm_head.weight = torch.nn.Parameter(target.lm_head.weight.detach().clone())
-    assert path() is not second
-    assert copy.deepcopy(drafter)._fast_path is None
+    assert path() is not longer and list(drafter._fast_paths.by_batch) == [1]
+    assert not copy.deepcopy(drafter)._fast_paths.by_batch
     third = path()
     drafter.set_draft_vocabulary(*offsets_of(torch.arange(6, VOCAB), VOCAB))  # in place: graphs keep its columns
     assert path() is not third
+
+
+def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(anywhere, monkeypatch):
+    target, drafter = (copy.deepcopy(model) for model in trained_pair())
+
+    def run(rows, new=8):
+        config = {"window_size": 4, "max_new_tokens": new, "max_time": 0.05, "cuda_graphs": True}
+        generate_with(target, drafter, torch.arange(1, 9).expand(rows, -1), config=config)
+        return {rows: path.capacity for rows, path in drafter._fast_paths.by_batch.items()}
+
+    def short(target, drafter, batch, capacity, more=0):
+        slots = batch * capacity + sum(size * path.capacity for size, path in drafter._fast_paths.by_batch.items())
+        return "too little memory" if slots > 6 * 1024 else None
+
+    monkeypatch.setattr(graphs_ppow, "shortage", short)
+    for rows, kept in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [4]), (1, [4, 1]), (2, [1, 2]), (1, [2, 1])):
+        assert list(run(rows).items()) == [(size, 1024) for size in kept]
+    assert run(1, new=1100) == {2: 1024, 1: 2048}
+    assert run(2, new=1100) == {1: 2048, 2: 2048}
+    assert run(1, new=2500) == {1: 4096}  # twice what it was, in the other's room
+    assert run(1, new=4200) == {1: 5120}  # not twice, which would not fit
+    with pytest.raises(ValueError, match="too little memory"):
+        run(7)
+    assert not drafter._fast_paths.by_batch and drafter._fast_paths.twins is None
 
 
 def test_graphs_of_one_adapter_do_not_serve_another(anywhere):
@@ -159,10 +187,11 @@ def test_outgrown_buffers_and_graphs_are_freed_at_once(anywhere):
         gc.collect()
         gc.disable()
         try:
-            path = drafter._fast_path
+            path = drafter._fast_paths.by_batch[1]
             held = (path.target_state.cache, path.drafter_state.cache, path.replay)
             left = [weakref.ref(each) for each in held]
-            vars(drafter)["_fast_path"] = path = held = None
+            path = held = None
+            drafter._fast_paths.forget()
             assert [each() for each in left] == [None] * 3
         finally:
             gc.enable()
@@ -210,7 +239,7 @@ def test_projections_of_one_input_are_one_product_and_the_weights_stay_the_model
     expected = target.generate(ids, max_new_tokens=12, do_sample=False)
     config = {"window_size": 4, "max_new_tokens": 12, "cuda_graphs": True}
     torch.testing.assert_close(generate_with(target, drafter, ids, config=config).sequences, expected)
-    products = drafter._fast_path.target_state.twin.products
+    products = drafter._fast_paths.by_batch[1].target_state.twin.products
     assert len(products) == 2 * target.config.num_hidden_layers
     assert all(product.result is None for product in products)
     attention = target.model.layers[0].self_attn

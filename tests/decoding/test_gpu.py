@@ -12,6 +12,7 @@ from attention_cases import SHAPES, attention_cases
 from decoding_helpers import (
     MODES,
     PAD,
+    VOCAB,
     build_target,
     generate_with,
     prompt_batches,
@@ -33,6 +34,7 @@ from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftWindow, call_config
 from ppow.lossless_ppow import first_difference, without_drafts
 from ppow.probe_ppow import check_target
+from ppow.recording_ppow import Replay
 from ppow.training.data import Batch
 from ppow.training.supervised import block_step
 from ppow.training.target import FrozenTarget
@@ -129,7 +131,8 @@ def test_schedules_make_the_same_tokens(schedule, path):
             lengths |= {drafts for row in out.acceptance.drafted for drafts in row}
     assert len(lengths) > 1 and (path == "plain" or lengths <= {2, 4, 6, 8})
     if path == "fast":
-        recorded = {name[1] for name in drafter._fast_path.replay.graphs if name[0] == "cycle"}
+        paths = drafter._fast_paths.by_batch.values()
+        recorded = {name[1] for path in paths for name in path.replay.graphs if name[0] == "cycle"}
         assert recorded <= {2, 4, 6, 8} and len(recorded) > 1
 
 
@@ -214,6 +217,28 @@ def low_precision_pair():
     return tuple(copy.deepcopy(model).to("cuda", torch.bfloat16) for model in trained_pair())
 
 
+def test_long_prompts_and_answers_in_batches_of_all_sizes_leave_no_more_memory_and_record_nothing_again(monkeypatch):
+    """16k tokens of a prompt, 4k of an answer, batches of 1 to 8 in turn, one process: after one round all is there."""
+    target = build_target(max_position_embeddings=32768).to("cuda", torch.bfloat16)
+    drafter = random_drafter(target).to("cuda", torch.bfloat16)
+    recorded, states = [], []
+    capture = Replay._capture
+    monkeypatch.setattr(Replay, "_capture", lambda self, *functions: recorded.append(1) or capture(self, *functions))
+    for _ in range(2):
+        for batch in (8, 1, 4, 2):
+            for length, new in ((16384, 4096), (100, 64)):
+                ids = torch.randint(
+                    1, VOCAB, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(batch)
+                )
+                out = generate_with(target, drafter, ids, config={**FAST, **MODES["chain"], "max_new_tokens": new})
+                assert out.sequences.shape == (batch, length + new) and out.acceptance.cuda_graphs
+                del out
+        torch.cuda.synchronize()
+        states.append((len(recorded), torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    (graphs, held, reserved), after = states
+    assert after[:2] == (graphs, held) and after[2] <= 1.01 * reserved
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_in_bfloat16_what_differs_is_a_near_tie_and_the_reference_agrees_token_for_token(mode, low_precision_pair):
     target, drafter = low_precision_pair
@@ -254,18 +279,18 @@ def test_a_drafter_in_eight_bits_drafts_nearly_the_same_and_the_text_stays_the_t
         for mode in MODES.values():
             config = call_config(target.generation_config, **FAST, **mode, return_dict_in_generate=True)
             out = target.generate(ids, generation_config=config, assistant_model=drafter)
-            path = drafter._fast_path
-            assert bool(path.streamed) is (fewest == 0)
+            assert bool(drafter._fast_paths.twins.drafter.streamed) is (fewest == 0)
             assert out.sequences[0, ids.shape[1] :].tolist() == without_drafts(target, drafter, ids, config)[0]
             lengths.append(out.acceptance.acceptance_length)
     half = len(lengths) // 2
     assert sum(lengths[:half]) > 0.9 * sum(lengths[half:])
     monkeypatch.setattr(streamed_ppow, "FEWEST_WEIGHTS", 0)
-    drafter._fast_path, paths = None, []
+    drafter._fast_paths.forget()
+    paths = []
     for change in (1, 1, -1):  # in place: graphs read the weight itself, copies would stay behind
         drafter.lm_head.weight.data.mul_(change)
         generate_with(target, drafter, ids, config={**FAST, **MODES["chain"]})
-        paths.append(drafter._fast_path)
+        paths.append(drafter._fast_paths.by_batch[1])
     assert paths[0] is paths[1] is not paths[2]
 
 
@@ -284,7 +309,8 @@ def test_a_cycle_as_one_graph_is_the_cycle_of_its_parts(mode, sampling, monkeypa
             for _ in range(2):
                 torch.manual_seed(3)
                 out = generate_with(target, drafter, ids, mask, config)
-                assert any(name[0] == "cycle" for name in drafter._fast_path.replay.graphs) or not whole
+                graphs = drafter._fast_paths.by_batch[len(ids)].replay.graphs
+                assert any(name[0] == "cycle" for name in graphs) or not whole
                 texts.setdefault((whole, tuple(ids.flatten().tolist())), []).append(
                     (out.sequences.tolist(), out.acceptance.accepted)
                 )

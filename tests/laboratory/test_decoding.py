@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from decoding_helpers import block_drafter
+from ppow.training.loading import load_model
 from small_pair import DRAFTER, TARGET
 
 BENCHMARK = "decoding"
@@ -12,7 +14,7 @@ BENCHMARK = "decoding"
 def test_decoding_with_forced_acceptance(benchmark, tmp_path, capsys):
     output = tmp_path / "decoding.json"
     arguments = ["--shape", "tiny", "--prompt", "16", "--new", "48", "--acceptance-length", "5", "--repeats", "2"]
-    benchmark.main([*arguments, "--only", "PPOW", "--device", "cpu", "--output", str(output)])
+    benchmark.main([*arguments, "--only", "stock,PPOW", "--device", "cpu", "--output", str(output)])
     report = json.loads((tmp_path / "raw" / "decoding.json").read_text())
     stock, *ours = report["systems"]
     assert (stock["name"], [row["name"] for row in ours]) == (
@@ -33,9 +35,27 @@ def test_decoding_with_forced_acceptance(benchmark, tmp_path, capsys):
 
 def test_decoding_of_a_real_pair_forces_nothing(benchmark):
     pair = ["--target", str(TARGET), "--drafter", str(DRAFTER)]
-    report = benchmark.main([*pair, "--prompt", "16", "--new", "16", "--repeats", "1", "--only", "plain, chain"])
+    report = benchmark.main([*pair, "--prompt", "16", "--new", "16", "--repeats", "1", "--only", "stock,chain"])
     assert not report["forced_acceptance"]
     assert report["systems"][1]["forced_acceptance_length"] is None
+
+
+def test_several_drafters_in_one_run(benchmark, tmp_path):
+    drafters = DRAFTER, tmp_path / "block"
+    block_drafter(load_model(str(TARGET))).save_pretrained(drafters[1])
+    options = ["--new", "16", "--repeats", "1", "--only", "chain", "--window-size", "5"]
+    report = benchmark.main(["--target", str(TARGET), "--drafter", *map(str, drafters), *options])
+    assert [row["drafter"] for row in report["systems"]] == [str(folder) for folder in drafters]
+    assert set(report["systems"][1]["cycle_ms"]) >= {"draft", "extend", "verify"}
+
+
+def test_a_shape_with_a_block_drafter(benchmark):
+    fields = json.dumps({"architecture": "block", "block_size": 8, "predict_from_anchor": False})
+    options = ["--prompt", "16", "--new", "32", "--repeats", "1", "--acceptance-length", "5", "--device", "cpu"]
+    report = benchmark.main(
+        ["--shape", "tiny", "--drafter-config", fields, "--window-size", "7", "--only", "chain", *options]
+    )
+    assert 3 < report["systems"][0]["acceptance_length"] <= 8
 
 
 @pytest.mark.parametrize(("length", "depth", "rate"), [(1.0, 10, 0.0), (11.0, 10, 1.0), (1.75, 2, 0.5)])
