@@ -260,7 +260,7 @@ if HAS_TRITON:
         x, weight, out, outer, inner, count, size, eps, STYLE: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
         """One row."""
-        row, column = tl.program_id(0), tl.arange(0, BLOCK)
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         inside = column < size
         given = tl.load(x + (row // count) * outer + (row % count) * inner + column, mask=inside, other=0.0)
         gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -272,20 +272,20 @@ if HAS_TRITON:
             value = value * (1.0 + gain)
         else:
             value = value * gain
-        tl.store(out + row.to(tl.int64) * size + column, value.to(given.dtype), mask=inside)
+        tl.store(out + row * size + column, value.to(given.dtype), mask=inside)
 
     @triton.jit
     def _gated(  # type: ignore[no-untyped-def]
         gate, up, out, g_outer, g_inner, count, u_outer, u_inner, size, BLOCK: tl.constexpr
     ):  # fmt: skip
         """A piece of one row."""
-        row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < size
         g = tl.load(gate + (row // count) * g_outer + (row % count) * g_inner + column, mask=inside, other=0.0)
         u = tl.load(up + (row // count) * u_outer + (row % count) * u_inner + column, mask=inside, other=0.0)
         x = g.to(tl.float32)
         x = (x / (1.0 + tl.exp(-x))).to(g.dtype).to(tl.float32) * u.to(tl.float32)
-        tl.store(out + row.to(tl.int64) * size + column, x.to(g.dtype), mask=inside)
+        tl.store(out + row * size + column, x.to(g.dtype), mask=inside)
 
     @triton.jit
     def _rotated(  # type: ignore[no-untyped-def]
@@ -293,7 +293,7 @@ if HAS_TRITON:
         c_batch, c_node, c_column, s_batch, s_node, s_column, heads, kv_heads, nodes, half, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One head of one node: x1 cos1 - x2 sin1 and x2 cos2 + x1 sin2, each product and each sum rounded."""
-        place, head, column = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
+        place, head, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
         batch, node = place // nodes, place % nodes
         inside = column < half
         if head < heads:
@@ -311,7 +311,7 @@ if HAS_TRITON:
         sin2 = tl.load(sines + half * s_column, mask=inside, other=0.0).to(tl.float32)
         x = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
         y = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
-        to = out + (place.to(tl.int64) * (heads + kv_heads) + head) * (2 * half) + column
+        to = out + (place * (heads + kv_heads) + head) * (2 * half) + column
         tl.store(to, x.to(kind), mask=inside)
         tl.store(to + half, y.to(kind), mask=inside)
 

@@ -1,6 +1,7 @@
 """The decoding loop and the training stages on a CUDA device: run with ``pytest -m gpu``."""
 
 import copy
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -268,6 +269,18 @@ def test_fused_modules_compute_what_they_stand_for(dtype, tolerance):
     check_writing("cuda", dtype)
     check_refusals("cuda", dtype)
     check_likeliest("cuda")
+
+
+def test_training_reads_a_target_by_fused_kernels():
+    target, ids = build_target().float(), torch.randint(1, VOCAB, (3, 40), device="cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        target.save_pretrained(folder)
+        frozen = FrozenTarget.load(folder, "float32", "cuda")
+    frozen.taps = [1, 2]
+    assert type(frozen.model.model.norm) is not type(target.model.norm)
+    found, expected = frozen.read(ids), FrozenTarget(target.cuda(), [1, 2]).read(ids)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.taps, expected.taps, rtol=1e-3, atol=1e-4)
 
 
 def test_a_drafter_in_eight_bits_drafts_nearly_the_same_and_the_text_stays_the_targets(monkeypatch):
