@@ -49,10 +49,12 @@ class Chat:
     def __init__(self, messages: list[dict], options: dict, tokenizer: PreTrainedTokenizerBase):
         self.messages, self.options, self.tokenizer = messages, options, tokenizer
         self.template = tokenizer.get_chat_template(tools=options.get("tools"))
-        self.form = self._choose_form()
+        self.form, self.whole = self._choose_form()
 
     def render(self, count: int | None = None, prompt: bool = False) -> str:
         """The first ``count`` messages as text, behind them the generation prompt if asked for."""
+        if not prompt and count in (None, len(self.messages)):
+            return self.whole
         try:
             return self._apply(self.form, count, tokenize=False, add_generation_prompt=prompt)
         except TEMPLATE_ERRORS as error:
@@ -170,12 +172,13 @@ class Chat:
 
     # -- forms ---------------------------------------------------------------------------------------------------------
 
-    def _choose_form(self) -> Callable[[dict], dict]:
+    def _choose_form(self) -> tuple[Callable[[dict], dict], str]:
         """How this template takes content: as it is, with empty text for none, or (image-text models) as parts.
 
         The first form that is taken and shows what the user says; a template that reads parts shows nothing of a text.
+        With it comes the conversation in that form.
         """
-        taken: list[Callable[[dict], dict]] = []
+        taken: list[tuple[Callable[[dict], dict], str]] = []
         failed: list[Exception] = []
         said = [m["content"].strip() for m in self.messages if m["role"] == "user" and m["content"]]
         for form in (_plain, _filled, _in_parts):
@@ -185,8 +188,8 @@ class Chat:
                 failed.append(error)
                 continue
             if all(content in text for content in said):
-                return form
-            taken.append(form)
+                return form, text
+            taken.append((form, text))
         if not taken:
             raise _refused(failed[0])
         return taken[0]

@@ -11,10 +11,11 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from .rows import normal, options_of
 from .sources import BadRow, read_source, say
 
 SHOWN = 20  # bad rows that are named; the others are counted
+TOGETHER = 256  # rows whose texts are tokenized in one call
 
 
 class Example(NamedTuple):
@@ -145,11 +147,11 @@ def encode(
                 "Finding the answers of a chat needs a fast tokenizer (for character offsets); "
                 f"{type(tokenizer).__name__} is not one. Convert it, or give rows of 'text'."
             )
-    examples = []
-    for index, row in enumerate(tqdm(rows, desc="tokenizing", unit="row", disable=None, leave=False)):
+    examples, shown = [], tqdm(rows, desc="tokenizing", unit="row", disable=None, leave=False)
+    for index, (row, encoded) in enumerate(zip(shown, _encoded(rows, tokenizer))):
         place = getattr(row, "place", f"row {index}")
         try:
-            examples += _fitting(_encode_row(row, tokenizer), max_length, drop_long, positions, bad)
+            examples += _fitting(_learnable(row, encoded), max_length, drop_long, positions, bad)
         except _Unanswered:
             bad.left_out["`ppow regenerate` got no answer for them"] += 1
         except BadRow as error:
@@ -187,14 +189,11 @@ def _fitting(
     )
 
 
-def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The examples of a row, each with a masked token. Raises BadRow."""
-    if "messages" in row:
-        examples = _encode_chat(row, tokenizer)
-    else:
-        ids = tokenizer(row["text"], verbose=False)["input_ids"]
-        examples = [Example(ids, [1] * len(ids))]
-    examples = [example for example in examples if any(example.loss_mask)]
+def _learnable(row: dict, encoded: list[Example] | BadRow) -> list[Example]:
+    """The examples of a row that have a masked token. Raises BadRow."""
+    if isinstance(encoded, BadRow):
+        raise encoded
+    examples = [example for example in encoded if any(example.loss_mask)]
     if not examples and "by" in row and row.get("complete") is False:
         raise _Unanswered
     if not examples:
@@ -205,7 +204,49 @@ def _encode_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     return examples
 
 
-def _encode_chat(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def _encoded(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Example] | BadRow]:
+    """The examples of each row, or why it has none; many texts are tokenized in one call, on all processors."""
+    for first in range(0, len(rows), TOGETHER):
+        found: list[list[Example | Marked] | BadRow] = []
+        for row in rows[first : first + TOGETHER]:
+            try:
+                found.append(_parts_of(row, tokenizer))
+            except BadRow as error:
+                found.append(error)
+        parts = [part for known in found if not isinstance(known, BadRow) for part in known]
+        texts = [part.text for part in parts if isinstance(part, Marked)]
+        how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        encoded = tokenizer(texts, **how) if texts else {"input_ids": [], "offset_mapping": []}
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
+        for known in found:
+            if isinstance(known, BadRow):
+                yield known
+            else:
+                yield [part if isinstance(part, Example) else part.example(*next(pairs)) for part in known]
+
+
+class Marked(NamedTuple):
+    """A text to tokenize: the ``spans`` of its characters that the target wrote, and a mask that the template gave."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    mask: list[int] | None
+
+    def example(self, ids: list[int], offsets: list[tuple[int, int]]) -> Example:
+        """Its tokens. One that starts before an answer does is the prompt's."""
+        begins, ends = np.array(offsets, dtype=int).reshape(-1, 2).T
+        inside = np.zeros(len(ids), dtype=bool)
+        for start, end in self.spans:
+            inside |= (begins >= start) & (begins < end) & (ends > begins)
+        mask = inside.astype(int).tolist()
+        return Example(ids, mask if self.mask is None else [ours & theirs for ours, theirs in zip(mask, self.mask)])
+
+
+def _parts_of(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example | Marked]:
+    """What a row's examples come from. Raises BadRow."""
+    if "messages" not in row:
+        ids = tokenizer(row["text"], verbose=False)["input_ids"]
+        return [Example(ids, [1] * len(ids))]
     messages = row["messages"]
     chat, cut = Chat(messages, options_of(row), tokenizer), row.get("complete") is False
     plain = not any(message.get("tool_calls") or "weight" in message for message in messages)
@@ -217,15 +258,11 @@ def _encode_chat(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example]
         if not (chat.has_blocks() and plain) or cut:
             raise
         return [Example(*chat.marked())]
-    examples = []
-    for text, spans, count in found:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        # A token that starts before the answer does is the prompt's.
-        mask = [int(any(start <= a < end and b > a for start, end in spans)) for a, b in encoded["offset_mapping"]]
-        if chat.has_blocks() and count is not None:
-            mask = [ours & theirs for ours, theirs in zip(mask, chat.marked(count)[1])]
-        examples.append(Example(encoded["input_ids"], mask))
-    return examples
+    blocks = chat.has_blocks()
+    return [
+        Marked(text, spans, chat.marked(count)[1] if blocks and count is not None else None)
+        for text, spans, count in found
+    ]
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
