@@ -37,6 +37,7 @@ NO_FIGURES = re.compile(PASSAGES, re.S)
 PARTS = {"0": "T=0", "0s": "T=0, not looping", "1": "T=1", "1s": "T=1, not looping", "tree": "tree 60, T=0"}
 SHOWN, CHAINS = ("0", "0s", "1", "tree"), ("0", "0s", "1")
 OURS, OURS_LAST = "exact text-rule + 3 lk averaged", "exact text-rule + 3 lk"  # ppow reinforce, mean and last weights
+OURS_MIXED = f"{OURS} mixed"  # half of the answers sampled
 OURS_HIGH = "exact text-rule + 3 lk 3e-3 averaged"
 OURS_MUON = "exact text-rule + 3 lk 1e-3 averaged"
 UNSEEN = "exact text-rule + 3 lk 1e-3"
@@ -205,6 +206,14 @@ def cycle(name: str, stage: str) -> float:
     return system(name, "PPOW fast, chain")["cycle_ms"][stage]
 
 
+def of_drafter(name: str) -> str:
+    """Cells: a chain's tokens per second, least and most; its cycle; its draft alone; sampled; a tree."""
+    chain, (least, most) = "PPOW fast, chain", system(name, "PPOW fast, chain")["tokens_per_second_range"]
+    whole = f"{speed(name, chain):.0f} ({least:.0f} to {most:.0f}) | {1000 / cycles(name, chain):.2f} ms"
+    others = f"{speed(name, f'{chain}, sampled'):.0f} | {speed(name, 'PPOW fast, tree'):.0f}"
+    return f"{whole} | {cycle(name, 'draft'):.2f} ms | {others}"
+
+
 def estimator(verification: str, name: str) -> dict:
     return summary(f"gradients-{verification}")["estimators"][name]
 
@@ -246,10 +255,10 @@ def product(part: str, way: str) -> float:
     return summary("products-llama-3.1-8b-h100")["milliseconds"][part][way]
 
 
-def accepts(name: str, which: str) -> str:
-    """Cells: acceptance length of a drafter that was measured alone, on GSM8K, HumanEval and MT-Bench."""
+def accepts(name: str, which: str, arm: str = "stage1") -> str:
+    """Cells: acceptance length on GSM8K, HumanEval and MT-Bench, of a drafter that was measured alone or of an arm."""
     found = summary(name)["domains"]
-    return " | ".join(f"{found[f'{domain} {which}']['stage1']:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
+    return " | ".join(f"{found[f'{domain} {which}'][arm]:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
 
 
 def four_rows(name: str) -> float:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from . import plan
 from .config import EvaluateConfig, TrainConfig
 from .loading import named
-from .recipes import EVALUATED, PARTS, TEMPLATE, Choices, held_out_of
+from .recipes import EVALUATED, PARTS, TEMPLATE, Choices, held_out_of, mixed_of, parts_of
 from .writers import ROWS
 
 
@@ -35,7 +35,8 @@ def show(config: TrainConfig, target: PreTrainedConfig) -> None:
     print(form.format("part", "memory", "at least", "likely" * choices.cuda, "given" * bool(budget), "what").rstrip())
     least, low, high = (sum(column) for column in zip(*(row.seconds for row in rows)))
     for row in rows:
-        given = duration(budget * PARTS[row.part].share) if budget else ""
+        share = PARTS[row.part].share / sum(part.share for part in parts_of(config).values())
+        given = duration(budget * share) if budget else ""
         likely = between(*row.seconds[1:]) if choices.cuda else ""
         what = row.what + "  DOES NOT FIT" * (row.memory > available)
         print(
@@ -89,7 +90,10 @@ def planned(choices: Choices, decided: dict, count: int, limit: int) -> Iterator
         options = {"batch_size": 32, **decided["prompts"]}
         what = f"{count + held} of up to {options['max_new_tokens']} tokens, {options['batch_size']} at once"
         yield written("prompts", options, count + held, TEMPLATE, what)
-    for name, rows in (("answers", count), ("heldout", held)):
+    answered = {"answers": count, "heldout": held, "mixed": mixed_of(count, decided["reinforce"])}
+    for name, rows in answered.items():
+        if name not in parts_of(choices.config):
+            continue
         options = {"batch_size": ROWS["cpu"], **decided["regenerate"]}
         if "endpoint" in options:
             yield Planned(name, 0.0, (0.0, 0.0, 0.0), f"{rows} by {options['endpoint']}")

@@ -4,6 +4,7 @@
     RUN/prompts.jsonl           ppow prompts, or the rows of --data in a random order
     RUN/heldout.jsonl           prompts that nothing is trained on: the last ones that were written, or chosen rows
     RUN/answers.jsonl           ppow regenerate; of the held-out prompts heldout-answers.jsonl
+    RUN/mixed-answers.jsonl     ppow regenerate, half of them sampled: what stage 2 learns from
     RUN/stage1, RUN/stage2      ppow supervised, ppow reinforce
     RUN/figures                 ppow evaluate, on the held-out prompts
     RUN/drafter                 the repository, as ppow push makes it
@@ -45,7 +46,7 @@ from .metrics import read_metrics
 from .outlook import between, duration, planned, show
 from .preparation import load_examples
 from .prompts import from_row
-from .recipes import EVALUATIONS, KINDS, PARTS, Choices, complete, held_out_of
+from .recipes import EVALUATIONS, KINDS, MIXED, Choices, complete, held_out_of, mixed_of, parts_of
 from .repository import assemble
 from .rows import TEMPLATE_COLUMNS
 from .sources import say
@@ -89,7 +90,7 @@ class Road:
     """One run: its folder, and what its train.json says."""
 
     def __init__(self, config: TrainConfig, target: PreTrainedConfig):
-        self.config, self.folder = config, Path(config.output_dir)
+        self.config, self.folder, self.parts = config, Path(config.output_dir), parts_of(config)
         before = self._read()
         with named("target", config.target):
             self.choices = Choices(config, target, plan.this_device(), torch.cuda.is_available())
@@ -200,12 +201,12 @@ class Road:
     def go(self) -> None:
         """All parts that are not done yet, one after the other."""
         self._write()
-        for number, (name, part) in enumerate(PARTS.items(), 1):
+        for number, (name, part) in enumerate(self.parts.items(), 1):
             done = name in self.record["done"] and all((self.folder / result).exists() for result in part.results)
             if done:
                 continue
             with self.spending(name):
-                print(f"\npart {number} of {len(PARTS)}: {part.title}; {self._clock(name)}", flush=True)
+                print(f"\npart {number} of {len(self.parts)}: {part.title}; {self._clock(name)}", flush=True)
                 getattr(self, f"_{name}")()
                 self.record["done"] = [*(other for other in self.record["done"] if other != name), name]
             gc.collect()
@@ -213,7 +214,7 @@ class Road:
                 torch.cuda.empty_cache()
             self._know_target()
             if asked():
-                raise Stopped(f"stopped by SIGTERM after part {number} of {len(PARTS)}, which is done. {again()}.")
+                raise Stopped(f"stopped by SIGTERM after part {number} of {len(self.parts)}, which is done. {again()}.")
         if self.config.push_to_hub:
             push.main(self._push(self.config.push_to_hub))
         print(f"\n{self.results()}", flush=True)
@@ -223,9 +224,9 @@ class Road:
         told = f"{duration(sum(self.record['seconds'].values()))} so far"
         left = self.left(name)
         if left is not None:
-            return f"{told}, about {duration(left)} for it" if PARTS[name].share else told
+            return f"{told}, about {duration(left)} for it" if self.parts[name].share else told
         count = self.decided("regenerate").get("limit") or self.decided("prompts").get("count", 0)
-        if not count or not PARTS[name].share:
+        if not count or not self.parts[name].share:
             return told
         rows = planned(self.choices, self.record["decided"], count, self.decided("evaluate")["limit"])
         least, low, high = next((row.seconds for row in rows if row.part == name), (0.0, 0.0, 0.0))
@@ -239,9 +240,9 @@ class Road:
             return None
         seconds, running = self.record["seconds"], self.record.get("running")
         spent = sum(seconds.values()) + (time.time() - running["since"] if running else 0.0)
-        first = list(PARTS).index(names[0])
-        rest = sum(part.share for part in list(PARTS.values())[first:])
-        return max(0.0, budget - spent) * sum(PARTS[name].share for name in names) / rest if rest else 0.0
+        first = list(self.parts).index(names[0])
+        rest = sum(part.share for part in list(self.parts.values())[first:])
+        return max(0.0, budget - spent) * sum(self.parts[name].share for name in names) / rest if rest else 0.0
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -339,6 +340,16 @@ class Road:
         given = {"data": self._at("heldout.jsonl"), "output": self._at("heldout-answers.jsonl"), "limit": None}
         self._run(regenerate.main, self.command("regenerate", **given))
 
+    def _mixed(self) -> None:
+        rows, stage = self.decided("regenerate")["limit"], self.decided("reinforce")
+        if "limit" not in self.decided("mixed"):
+            count = mixed_of(rows, stage) if "steps" in stage else rows
+            if self.config.budget is not None:
+                count = self._within(self.record["seconds"]["answers"] / rows, count, "mixed")
+            self.decide("mixed", limit=count, **MIXED)
+        given = {"data": self._at("prompts.jsonl"), "output": self._at("mixed-answers.jsonl")}
+        self._run(regenerate.main, self.command("regenerate", **given, **self.decided("mixed")))
+
     def _supervised(self) -> None:
         if not self.decided("heldout"):
             self.decide("heldout", usable=self._measurable())
@@ -348,7 +359,8 @@ class Road:
         self._stage("reinforce", reinforce.main)
 
     def _stage(self, name: str, train: Callable[[Any], None]) -> None:
-        given = {"data": self._at("answers.jsonl")}
+        mixed = name == "reinforce" and "mixed" in self.parts
+        given = {"data": self._at("mixed-answers.jsonl" if mixed else "answers.jsonl")}
         if name == "reinforce":
             given["drafter"] = self._at("stage1")
         if "steps" not in self.decided(name):
@@ -437,7 +449,8 @@ class Road:
             logged, kept = ((run / entry).stat().st_mtime for entry in ("metrics.jsonl", "checkpoints"))
         step = statistics.median(seconds[2:-1])
         around = lasted - sum(seconds)  # loading before the first step, saving after the last one
-        around += self._reading(config)  # the texts that were not loaded here
+        rows = self.decided("mixed" if name == "reinforce" and "mixed" in self.parts else "regenerate")["limit"]
+        around += self._reading(config, rows)  # the texts that were not loaded here
         measuring = max(0.0, seconds[-1] - step)  # the held-out answers, in the last step
         available = self.left(name)
         assert available is not None
@@ -445,10 +458,9 @@ class Road:
         count = int((available - around - EVALUATIONS * measuring) / pace)
         self.decide(name, steps=self._told("steps", count, self._fewest(name), pace, available))
 
-    def _reading(self, config: SupervisedConfig | ReinforceConfig) -> float:
+    def _reading(self, config: SupervisedConfig | ReinforceConfig, rows: int) -> float:
         """Seconds to load the answers beyond those that a timing was limited to, by how long these take."""
         assert config.limit is not None
-        rows = self.decided("regenerate")["limit"]
         tokenizer = self.tokenizer
         began = time.perf_counter()
         encode(load_rows(config.data, limit=config.limit, bad=BadRows(True)), tokenizer, config.max_length, True)

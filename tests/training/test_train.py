@@ -20,7 +20,7 @@ from ppow import PPOWDrafter
 from ppow.training import cli, outlook, plan, push, recipes, supervised, train
 from ppow.training.config import TrainConfig
 from ppow.training.own_prompts import plain
-from ppow.training.recipes import PARTS, Choices, held_out_of, rate_for, recipe_of
+from ppow.training.recipes import PARTS, Choices, held_out_of, mixed_of, parts_of, rate_for, recipe_of
 from ppow.training.train import Road
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,14 @@ WITHOUT_COUNTS = {
     name: {k: v for k, v in given.items() if k not in ("steps", "limit", "save_every")}
     for name, given in SECTIONS.items()
 }
-BYTES = ("prompts.jsonl", "heldout.jsonl", "answers.jsonl", "stage1/model.safetensors", "stage2/model.safetensors")
+BYTES = (
+    "prompts.jsonl",
+    "heldout.jsonl",
+    "answers.jsonl",
+    "mixed-answers.jsonl",
+    "stage1/model.safetensors",
+    "stage2/model.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +256,7 @@ def test_sigterm_saves_and_says_how_to_go_on(home, whole, tmp_path, monkeypatch,
     assert "running" not in record_of(tmp_path / "run") and record_of(tmp_path / "run")["seconds"]["supervised"] > 0
     calls.clear()
     assert cli.main(command(home, tmp_path / "run", "--resume")) == 143  # in the last step, which ends stage 1
-    assert "stopped by SIGTERM after part 4 of 7, which is done. `ppow train` goes on with" in capsys.readouterr().err
+    assert "stopped by SIGTERM after part 5 of 8, which is done. `ppow train` goes on with" in capsys.readouterr().err
     assert not (tmp_path / "run" / "stage2").exists()
     monkeypatch.undo()
     assert cli.main(command(home, tmp_path / "run", "--resume")) == 0
@@ -377,17 +384,44 @@ def test_a_budget_decides_counts_by_timing_a_few(home, tmp_path, monkeypatch, ca
 
 
 def test_time_that_was_not_spent_goes_to_what_comes_later(home, whole, monkeypatch):
-    """By hand: 100 s, of which 30 were spent on what had 32; the rest is shared as 45 : 15 : 8."""
+    """By hand: 100 s, of which 30 were spent on what had 29; the rest is shared as 5 : 44 : 14 : 8."""
     road = object.__new__(Road)
-    road.config = TrainConfig(target="t", output_dir="o", budget="100s")
+    road.config, road.parts = TrainConfig(target="t", output_dir="o", budget="100s"), PARTS
     road.record = {"seconds": {"prompts": 5.0, "answers": 25.0}}
-    assert road.left("supervised") == pytest.approx(70 * 45 / 68)
-    assert road.left("prompts", "answers", "heldout") == pytest.approx(70 * 32 / 100)
+    assert road.left("mixed") == pytest.approx(70 * 5 / 71) and road.left("supervised") == pytest.approx(70 * 44 / 66)
+    assert road.left("prompts", "answers", "heldout") == pytest.approx(70 * 29 / 100)
     road.record["seconds"]["supervised"] = 60.0  # ran over: those behind it share 10 s
-    assert road.left("reinforce") == pytest.approx(10 * 15 / 23) and road.left("evaluate") == pytest.approx(10)
+    assert road.left("reinforce") == pytest.approx(10 * 14 / 22) and road.left("evaluate") == pytest.approx(10)
     road.record["seconds"]["supervised"] = 90.0
     assert road.left("reinforce") == 0
     assert sum(part.share for part in PARTS.values()) == pytest.approx(1)
+
+
+def test_stage_2_learns_from_answers_that_are_half_sampled_unless_the_options_say_how_they_are_chosen(home, whole):
+    """As many as its steps take, or all; who gives a temperature has stage 2 learn from the answers of stage 1."""
+    greedy, mixed = (rows_of(whole / f"{name}.jsonl") for name in ("answers", "mixed-answers"))
+    assert [row["messages"][0] for row in mixed] == [row["messages"][0] for row in greedy]
+    same = sum(one["messages"] == other["messages"] for one, other in zip(greedy, mixed))
+    assert 0.2 * len(greedy) < same < 0.8 * len(greedy)
+    data = [json.loads((whole / f"stage{i}" / "provenance.json").read_text())["config"]["data"] for i in (1, 2)]
+    assert [Path(each).name for each in data] == [
+        "answers.jsonl",
+        "mixed-answers.jsonl",
+    ]
+    for given, mixes in (({}, True), ({"temperature": 0.0}, False), ({"temperature": 0.7}, False)):
+        config = TrainConfig(target="t", output_dir="o", regenerate=given)
+        assert ("mixed" in parts_of(config)) == mixes
+    stage = {"steps": 500, "batch_size": 8, "accumulation": 2}
+    assert mixed_of(60_000, stage) == 8_000 and mixed_of(5_000, stage) == 5_000
+
+
+def test_without_that_part_a_run_is_what_it_says(home, tmp_path):
+    given = json.loads((home / "settings.json").read_text())
+    given["regenerate"] = {**given["regenerate"], "temperature": 0.0}
+    (tmp_path / "settings.json").write_text(json.dumps(given))
+    assert cli.main(command(home, tmp_path / "run", settings=tmp_path / "settings.json")) == 0
+    assert not (tmp_path / "run" / "mixed-answers.jsonl").exists()
+    assert record_of(tmp_path / "run")["done"] == [name for name in PARTS if name != "mixed"]
 
 
 def test_the_rule_of_the_learning_rate_by_hand():
