@@ -107,6 +107,8 @@ def parse(argv):
     arguments = parser.parse_args(argv)
     if bool(arguments.shape) == bool(arguments.target and arguments.drafter):
         parser.error("give --shape, or --target and --drafter")
+    if arguments.target and arguments.drafter_config != "{}":
+        parser.error("--drafter-config is for the drafter of a --shape")
     return arguments
 
 
@@ -152,7 +154,11 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
         assistant = "a small Llama, transformers' assisted decoding"
         chosen.append(System(assistant, {}, {"assistant_model": (SMALL, device, dtype)}, repeats=2))
     only = arguments.only.split(",") if arguments.only else [""]
-    return [system for system in chosen if any(part in system.name for part in only)]
+    found = [system for system in chosen if any(part in system.name for part in only)]
+    if not found:
+        names = ", ".join(dict.fromkeys(system.name for system in chosen))
+        raise ValueError(f"--only {arguments.only!r} is in no system's name; there are: {names}")
+    return found
 
 
 def measure(system: System, target, drafter, prompts, arguments, device: str) -> dict:

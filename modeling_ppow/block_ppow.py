@@ -29,21 +29,36 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin (B, N, d)
 
 
 class TargetWords:
-    """How a target embeds tokens and reads them off features: what a block drafter borrows from it."""
+    """How a target embeds tokens and reads them off features: what a block drafter borrows from it.
 
-    def __init__(self, target: PreTrainedModel):
+    Args:
+        target: the target.
+        columns: (D,) ids of the draft vocabulary; None: the whole of the target's.
+    """
+
+    def __init__(self, target: PreTrainedModel, columns: torch.Tensor | None = None):
         self.embedding, self.head = target.get_input_embeddings(), target.get_output_embeddings()
+        self.columns, self.rows = columns, None
+        weight, plain = self.head.weight, type(self.head) is nn.Linear and type(self.head.weight) is nn.Parameter
+        if columns is not None and plain and not weight.is_meta:
+            columns = columns.to(weight.device)
+            bias = None if self.head.bias is None else self.head.bias.detach()[columns]
+            self.rows = weight.detach()[columns], bias  # side by side, so that a draft reads no others
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (..) -> embeddings (.., H)."""
         return self.embedding(ids)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (.., H) -> logits (.., V)."""
+        """Features (.., H) -> logits (.., D)."""
         weight = self.head.weight
         if weight.device.type != "meta":  # where accelerate brings the weights, it brings the features, too
             features = features.to(weight.device)
-        return self.head(features.to(weight.dtype) if weight.is_floating_point() else features)
+        features = features.to(weight.dtype) if weight.is_floating_point() else features
+        if self.rows is not None:
+            return nn.functional.linear(features, *self.rows)
+        logits = self.head(features)
+        return logits if self.columns is None else logits.index_select(-1, self.columns.to(logits.device))
 
 
 class PPOWBlockDrafter(PPOWDrafter):
@@ -54,17 +69,18 @@ class PPOWBlockDrafter(PPOWDrafter):
         if not config.is_block:
             raise ValueError(f"architecture={config.architecture!r} is no block drafter's: expected 'block'.")
         assert config.target_hidden_size is not None and config.target_taps is not None
-        self.pruned = False
+        assert config.draft_vocab_size is not None
         self.fc = nn.Linear(len(config.target_taps) * config.target_hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList([PPOWDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.markov_rank:
             self.markov_in = nn.Embedding(config.vocab_size, config.markov_rank)
-            self.markov_out = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+            self.markov_out = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
         if config.confidence_head:
             self.confidence_head = nn.Linear(config.hidden_size + 1, 2)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.open_draft_vocabulary()
         self.post_init()
         self.generation_config = GenerationConfig(window_size=config.longest_window)
 
@@ -107,7 +123,7 @@ class PPOWBlockDrafter(PPOWDrafter):
         return features if self.config.predict_from_anchor else features[..., 1:, :]
 
     def conditioned(self, logits: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Logits (.., V) given the tokens (..) before those that they predict."""
+        """Logits (.., D) given the tokens (..), target ids, before those that they predict."""
         if not self.config.markov_rank:
             return logits
         return logits + self.markov_out(self.markov_in(previous)).to(logits)
@@ -123,8 +139,8 @@ class PPOWBlockDrafter(PPOWDrafter):
         )
 
     def embedding_for(self, target: PreTrainedModel) -> Any:
-        """The target's embedding, with its head as ``logits``."""
-        return TargetWords(target)
+        """The target's embedding, with its head, or what the draft vocabulary takes of it, as ``logits``."""
+        return TargetWords(target, self.draft_columns() if self.pruned else None)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -157,7 +173,7 @@ class BlockState(DrafterState):
         return self.drafter.drafting_rows(self._step(block, block, rotary, slots, self.lengths, seen, len(place)))
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, K, H) -> logits (B, K, V), unconditioned."""
+        """(B, K, H) -> logits (B, K, D), unconditioned."""
         words: Any = self.embed
         return words.logits(features).to(features.device)
 

@@ -74,8 +74,8 @@ def block_taps(num_layers: int) -> list[int]:
 class PPOWConfig(PreTrainedConfig):
     """Configuration of :class:`PPOWDrafter`, and with ``architecture="block"`` of :class:`PPOWBlockDrafter`.
 
-    A block drafter always shares its target's embedding and head, speaks its whole vocabulary, and norms queries and
-    keys; the EAGLE-3.1 variants of the norms are not for it.
+    A block drafter always shares its target's embedding and head (with a draft vocabulary, its rows of that head), and
+    norms queries and keys; the EAGLE-3.1 variants of the norms are not for it.
 
     Args:
         architecture: eagle3 (K steps for a window) or block (one forward for a window).
@@ -242,9 +242,8 @@ class PPOWConfig(PreTrainedConfig):
             raise ValueError(f"mask_token_id={self.mask_token_id} is no row of an embedding of {self.vocab_size}.")
         others = ("norm_before_fc", "fc_norm", "norm_before_residual", "norm_output")
         wrong = [name for name in others if getattr(self, name)]
-        wrong += ["draft_vocab_size"] if self.draft_vocab_size != self.vocab_size else []
         if wrong:
-            raise ValueError(f"{', '.join(wrong)}: not for a block drafter, which has its target's whole head.")
+            raise ValueError(f"{', '.join(wrong)}: not for a block drafter, whose layers are DFlash's.")
 
     @classmethod
     def from_target(cls, target_config: PreTrainedConfig, **overrides: Any) -> "PPOWConfig":

@@ -41,6 +41,7 @@ SHORT_PROMPT = 4 * PREFILL  # up to here replays read a prompt sooner than it ta
 ADAPTED = "_active_adapter", "_disable_adapters", "merged_adapters", "scaling"  # what PEFT's layers go by
 CAPACITY_STEP = 1024  # slots; calls that need about as many share buffers and graphs
 MOST_PATHS = 8  # batch sizes whose buffers and graphs a drafter keeps
+SPARE = 0.1  # of a GPU's memory, which others need: buffers of more than one batch size, or of twice the room, leave it
 
 
 class GraphTarget(TargetState):
@@ -259,10 +260,10 @@ class FastPath:
     ):
         self.capacity, self.replay = capacity, Replay()
         replay, layers, taps = self.replay, decoder_layers(target), drafter.config.target_taps
-        cache, embed = SlotCache(len(layers), capacity), drafter.embedding_for(target)
+        cache = SlotCache(len(layers), capacity)
         self.target_state = GraphTarget(target, taps, cache, batch, replay, capacity, twins.target)
         cache = SlotCache(len(drafter.layers), capacity)
-        self.drafter_state = drafter.graph_kind(drafter, embed, cache, batch, replay, capacity, twins.drafter)
+        self.drafter_state = drafter.graph_kind(drafter, twins.embed, cache, batch, replay, capacity, twins.drafter)
         self.state: list[torch.Tensor] = []  # what a whole cycle changes, see :meth:`advance`
         self.left: torch.cuda.Event | None = None  # when the last call's work on the buffers is done
 
@@ -327,6 +328,7 @@ class PairOfTwins:
     def __init__(self, target: PreTrainedModel, drafter: PreTrainedModel, streams: bool = True):
         siblings = SIBLINGS[1:] if drafter.config.is_block else SIBLINGS  # its context has keys and values alone
         self.target, self.drafter = target_twin(target), Twin(drafter, lambda model: model.layers, siblings, streams)
+        self.embed = drafter.embedding_for(target)
         self.weights, self.columns = _weights(target, drafter), drafter.draft_columns()
         self.sums = sums_of(self.drafter.streamed)
 
@@ -349,28 +351,31 @@ class FastPaths:
         """The path for a call that needs this much, kept or made; or why there is none.
 
         What is made for a text that outgrew the buffers has twice their room if that is free, so that a growing chat
-        seldom records anew. Where memory is short, other batch sizes lose theirs.
+        seldom records anew. Where memory is short, other batch sizes lose theirs, unless that would not do either.
         """
         if self.twins is not None and not self.twins.are_of(target, drafter):
             self.forget()
-        path = self.by_batch.pop(batch, None)
-        if path is not None and capacity <= path.capacity:
-            self.by_batch[batch] = path
-            return path, None
-        rooms = [-(-slots // CAPACITY_STEP) * CAPACITY_STEP for slots in (2 * path.capacity if path else 0, capacity)]
-        path = None  # frees the old buffers first
-        rooms = [max(rooms), rooms[-1]]
-        while True:
-            reasons = [shortage(target, drafter, batch, room) for room in rooms]
-            if not all(reasons) or (self.twins is None and not self.by_batch):
-                break
+        known = self.by_batch.get(batch)
+        if known is not None and capacity <= known.capacity:
+            self.by_batch[batch] = self.by_batch.pop(batch)
+            return known, None
+        exact = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        kept = sum(path_bytes(target, drafter, size, path.capacity) for size, path in self.by_batch.items())
+        kept += streamed_bytes(drafter) if self.twins is not None and self.twins.drafter.streamed else 0
+        reason = shortage(target, drafter, batch, exact, -kept)
+        if reason is not None:
+            return None, reason
+        double = exact if known is None else max(exact, min(2 * known.capacity, _longest(target)))
+        known = None  # which is freed before others are asked for room
+        self.drop(batch)
+        while shortage(target, drafter, batch, exact, 0, bool(self.by_batch)) is not None:
             if self.by_batch:
-                del self.by_batch[next(iter(self.by_batch))]
-            else:
+                self.drop(next(iter(self.by_batch)))
+            elif self.twins is not None:
                 self.twins = None  # with the weights that they have in eight bits
-        if all(reasons):
-            return None, reasons[-1]
-        capacity = rooms[reasons.index(None)]
+            else:
+                return None, shortage(target, drafter, batch, exact)
+        capacity = double if shortage(target, drafter, batch, double, 0, True) is None else exact
         try:
             with GATE.exclusive():  # weights are laid side by side
                 if self.twins is None:
@@ -381,14 +386,21 @@ class FastPaths:
             return None, f"the pair's modules cannot be copied ({error})"
         self.by_batch[batch] = path
         if len(self.by_batch) > MOST_PATHS:
-            del self.by_batch[next(iter(self.by_batch))]
+            self.drop(next(iter(self.by_batch)))
         logger.warning_once("PPOW decodes from CUDA graphs, recorded at the first call (cuda_graphs=False: never).")
         return path, None
 
+    def drop(self, batch: int) -> None:
+        """Free what a batch size has, if anything, once its last call's work is done."""
+        path = self.by_batch.pop(batch, None)
+        if path is not None and path.left is not None:
+            path.left.synchronize()
+
     def forget(self) -> None:
         """Free everything."""
+        for batch in list(self.by_batch):
+            self.drop(batch)
         self.twins = None
-        self.by_batch.clear()
 
     def __reduce__(self) -> tuple:
         return FastPaths, ()  # a copied or pickled drafter makes its own
@@ -507,23 +519,35 @@ def attention_obstacle(target: PreTrainedModel) -> str | None:
     return None if is_known(target) else trial(target, "fast", PROMPT, unrecorded)
 
 
-def shortage(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, more: int = 0) -> str | None:
+def shortage(
+    target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int, more: int = 0, spare: bool = False
+) -> str | None:
     """Why ``batch`` rows of ``capacity`` slots do not fit into the GPU's memory; None if they do.
 
-    Counted are keys and values, the logits of a prompt's graphs, and ``more`` bytes.
+    Args:
+        more: bytes beside them.
+        spare: leave some for others, too.
     """
-    own, vocabulary = drafter.config, target.config.get_text_config(decoder=True).vocab_size
-    entry = slot_bytes(target)
-    entry += 2 * own.num_hidden_layers * own.num_key_value_heads * own.head_dim * drafter.dtype.itemsize
-    needed, free = batch * capacity * entry + more, free_bytes(target.device)
-    if batch * PREFILL <= SHORT_PROMPT:
-        needed += (3 if batch == 1 else batch) * PREFILL * vocabulary * target.dtype.itemsize
+    needed, free = path_bytes(target, drafter, batch, capacity) + more, free_bytes(target.device)
+    if spare:
+        needed += int(SPARE * total_bytes(target.device))
     if needed <= free:
         return None
     return (
         f"{batch} x {capacity} cache slots, and what belongs to them, need {needed / 2**30:.1f} GiB and "
         f"{free / 2**30:.1f} GiB are free (lower max_new_tokens or the batch)"
     )
+
+
+def path_bytes(target: PreTrainedModel, drafter: PreTrainedModel, batch: int, capacity: int) -> int:
+    """What a :class:`FastPath` takes: keys and values, and the logits of a prompt's graphs."""
+    own, vocabulary = drafter.config, target.config.get_text_config(decoder=True).vocab_size
+    entry = slot_bytes(target)
+    entry += 2 * own.num_hidden_layers * own.num_key_value_heads * own.head_dim * drafter.dtype.itemsize
+    needed = batch * capacity * entry
+    if batch * PREFILL <= SHORT_PROMPT:
+        needed += (3 if batch == 1 else batch) * PREFILL * vocabulary * target.dtype.itemsize
+    return needed
 
 
 def slot_bytes(target: PreTrainedModel) -> int:
@@ -543,6 +567,17 @@ def free_bytes(device: torch.device) -> int:
     """Memory of a GPU that nothing uses, what this process holds in reserve included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of a GPU."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
+def _longest(target: PreTrainedModel) -> int:
+    """Slots of the longest text that a target has positions for, with a window behind it."""
+    longest = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 62
+    return -(-(longest + PREFILL) // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def _weights(*models: PreTrainedModel) -> tuple[int | str, ...]:

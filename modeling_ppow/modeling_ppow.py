@@ -226,14 +226,18 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         if config.confidence_head:
             self.confidence_head = nn.Linear(config.hidden_size + 1, 2)
         self.rotary_emb = LlamaRotaryEmbedding(config)
-        self.pruned = config.draft_vocab_size < config.vocab_size
-        if self.pruned:
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
-            member = torch.arange(config.vocab_size) < config.draft_vocab_size
-            self.register_buffer("t2d", member)
+        self.open_draft_vocabulary()
         self.post_init()
         # a fresh one: transformers drops unknown fields of generation configs that it derived from a model's config
         self.generation_config = GenerationConfig(window_size=DEFAULT_WINDOW_SIZE)
+
+    def open_draft_vocabulary(self) -> None:
+        """Make the buffers that name the draft vocabulary, where it is not the whole: at first the lowest ids."""
+        size, whole = int(self.config.draft_vocab_size or 0), self.config.vocab_size
+        self.pruned = size < whole
+        if self.pruned:
+            self.register_buffer("d2t", torch.zeros(size, dtype=torch.long))
+            self.register_buffer("t2d", torch.arange(whole) < size)
 
     # -- the network -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .fused_ppow import fuse
 from .streamed_ppow import Streamed, can_stream, stream
 
-MOST_GRAPHS = 64  # of one pair; each has memory of its own, and calls may sample with any settings
+MOST_GRAPHS = 64  # of a pair's calls of one batch size; each has memory of its own, and calls may sample in any way
 SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # modules that read one input
 
 

@@ -118,6 +118,7 @@ def to_dflash(config: PPOWConfig, tensors: Tensors) -> Exported:
     """
     reasons = {
         "markov_rank: DFlash's slots know nothing of each other": config.markov_rank,
+        "draft_vocab_size: DFlash's readers take the target's whole head": config.draft_vocab_size != config.vocab_size,
         "attention_bias: the engines put biases on o_proj too, or none anywhere": config.attention_bias,
         f"hidden_act={config.hidden_act}: the engines' MLP is silu": config.hidden_act != "silu",
         "tap 0: DFlash's ids name outputs of blocks, and the embeddings are none": 0 in (config.target_taps or ()),

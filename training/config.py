@@ -99,7 +99,7 @@ class StageConfig(Config):
 BLOCKS = 64  # windows of a text in a step of a block drafter (ours)
 # What shapes drafters of one architecture alone.
 BLOCK_SHAPE = ["block_size", "predict_from_anchor", "mask_token_id", "markov_rank", "confidence_head"]
-_NOT_OF_BLOCKS = ["draft_vocab_size", "hidden_size", "norm_before_fc", "norm_output", "ttt_steps"]
+_NOT_OF_BLOCKS = ["hidden_size", "norm_before_fc", "norm_output", "ttt_steps"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

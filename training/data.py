@@ -25,7 +25,7 @@ from .rows import normal, options_of
 from .sources import BadRow, read_source, say
 
 SHOWN = 20  # bad rows that are named; the others are counted
-TOGETHER = 256  # rows whose texts are tokenized in one call
+TOGETHER, CHARACTERS = 256, 1 << 22  # rows and letters that are tokenized in one call, about
 
 
 class Example(NamedTuple):
@@ -204,27 +204,6 @@ def _learnable(row: dict, encoded: list[Example] | BadRow) -> list[Example]:
     return examples
 
 
-def _encoded(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Example] | BadRow]:
-    """The examples of each row, or why it has none; many texts are tokenized in one call, on all processors."""
-    for first in range(0, len(rows), TOGETHER):
-        found: list[list[Example | Marked] | BadRow] = []
-        for row in rows[first : first + TOGETHER]:
-            try:
-                found.append(_parts_of(row, tokenizer))
-            except BadRow as error:
-                found.append(error)
-        parts = [part for known in found if not isinstance(known, BadRow) for part in known]
-        texts = [part.text for part in parts if isinstance(part, Marked)]
-        how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-        encoded = tokenizer(texts, **how) if texts else {"input_ids": [], "offset_mapping": []}
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
-        for known in found:
-            if isinstance(known, BadRow):
-                yield known
-            else:
-                yield [part if isinstance(part, Example) else part.example(*next(pairs)) for part in known]
-
-
 class Marked(NamedTuple):
     """A text to tokenize: the ``spans`` of its characters that the target wrote, and a mask that the template gave."""
 
@@ -240,6 +219,37 @@ class Marked(NamedTuple):
             inside |= (begins >= start) & (begins < end) & (ends > begins)
         mask = inside.astype(int).tolist()
         return Example(ids, mask if self.mask is None else [ours & theirs for ours, theirs in zip(mask, self.mask)])
+
+
+def _encoded(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Example] | BadRow]:
+    """The examples of each row, or why it has none; many texts are tokenized in one call, on all processors."""
+    found: list[list[Example | Marked] | BadRow] = []
+    size = 0
+    for number, row in enumerate(rows, 1):
+        try:
+            parts = _parts_of(row, tokenizer)
+            size += sum(len(part.text) for part in parts if isinstance(part, Marked))
+            found.append(parts)
+        except BadRow as error:
+            found.append(error)
+        if number == len(rows) or len(found) == TOGETHER or size > CHARACTERS:
+            yield from _tokenized(found, tokenizer)
+            found, size = [], 0
+
+
+def _tokenized(
+    found: list[list[Example | Marked] | BadRow], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[Example] | BadRow]:
+    parts = [part for known in found if not isinstance(known, BadRow) for part in known]
+    texts = [part.text for part in parts if isinstance(part, Marked)]
+    how = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    encoded = tokenizer(texts, **how) if texts else {"input_ids": [], "offset_mapping": []}
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"])
+    for known in found:
+        if isinstance(known, BadRow):
+            yield known
+        else:
+            yield [part if isinstance(part, Example) else part.example(*next(pairs)) for part in known]
 
 
 def _parts_of(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[Example | Marked]:

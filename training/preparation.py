@@ -127,16 +127,14 @@ def prepare_drafter(
             drafter.confidence_head.requires_grad_(False)
         return freeze_embedding(drafter)
     shape = fresh_config(config, target.config)
-    if shape.is_block:
-        if config.mask_token_id is None:
-            shape.mask_token_id = rarest_token(examples, shape.vocab_size)
-        return PPOWBlockDrafter(shape)
-    drafter = PPOWDrafter(shape)
+    if shape.is_block and config.mask_token_id is None:
+        shape.mask_token_id = rarest_token(examples, shape.vocab_size)
+    drafter = (PPOWBlockDrafter if shape.is_block else PPOWDrafter)(shape)
     if drafter.pruned:
         drafter.set_draft_vocabulary(
             *draft_vocabulary(examples, drafter.config.draft_vocab_size, drafter.config.vocab_size)
         )
-    if drafter.config.hidden_size == drafter.config.target_hidden_size:
+    if not shape.is_block and shape.hidden_size == shape.target_hidden_size:
         with torch.no_grad():
             if drafter.get_input_embeddings() is not None:
                 drafter.embed_tokens.weight.copy_(_values(target.get_input_embeddings().weight))

@@ -139,8 +139,11 @@ def parts_of(config: TrainConfig) -> dict[str, Part]:
 
 
 def mixed_of(rows: int, options: dict) -> int:
-    """How many of all prompts are answered for stage 2: what its steps take, at most all."""
-    return min(rows, options["steps"] * options["batch_size"] * options["accumulation"])
+    """How many of all prompts are answered for stage 2: what its steps take, at most all.
+
+    Never less than two steps take, since answers that are too short to learn from are lost.
+    """
+    return min(rows, max(2, options["steps"]) * options["batch_size"] * options["accumulation"])
 
 
 class Choices:
@@ -187,11 +190,12 @@ class Choices:
         found: dict[str, dict[str, Any]] = {
             "prompts": {"max_new_tokens": _PROMPT, "dtype": self.dtype},
             "regenerate": {"max_new_tokens": recipe.answer, "dtype": self.dtype} | config.regenerate,
+            "mixed": dict(MIXED) if "mixed" in parts_of(config) else {},
             "supervised": self.stages["supervised"] | config.supervised,
             "reinforce": self.stages["reinforce"] | config.reinforce,
             "evaluate": {"dtype": self.dtype} | config.evaluate,
         }
-        found = {name: {key: value for key, value in own.items() if value is not None} for name, own in found.items()}
+        found = {name: {k: v for k, v in own.items() if v is not None} for name, own in found.items() if own}
         for name in ("prompts", "regenerate"):
             if self.cuda and "endpoint" not in found[name]:
                 most = found[name]["max_new_tokens"] + (self.given if name == "regenerate" else TEMPLATE)

@@ -11,8 +11,8 @@
 
 Each part is the single command's own ``main`` in this process. What it is to do is decided once, written to train.json
 before it is begun, and read from there afterwards; so a run that was killed, wherever that was, ends with the bytes of
-one that was not. With ``--budget`` counts of prompts and steps are decided by timing a few of them, in a folder that is
-gone afterwards.
+one that was not (but for sampled answers of targets that are answered in batches, which depend on each other). With
+``--budget`` counts of prompts and steps are decided by timing a few of them, in a folder that is gone afterwards.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from .metrics import read_metrics
 from .outlook import between, duration, planned, show
 from .preparation import load_examples
 from .prompts import from_row
-from .recipes import EVALUATIONS, KINDS, MIXED, Choices, complete, held_out_of, mixed_of, parts_of
+from .recipes import EVALUATIONS, KINDS, PARTS, Choices, complete, held_out_of, mixed_of
 from .repository import assemble
 from .rows import TEMPLATE_COLUMNS
 from .sources import say
@@ -90,11 +90,13 @@ class Road:
     """One run: its folder, and what its train.json says."""
 
     def __init__(self, config: TrainConfig, target: PreTrainedConfig):
-        self.config, self.folder, self.parts = config, Path(config.output_dir), parts_of(config)
+        self.config, self.folder = config, Path(config.output_dir)
         before = self._read()
         with named("target", config.target):
             self.choices = Choices(config, target, plan.this_device(), torch.cuda.is_available())
         self.record = before or self._new()
+        own = self.record["decided"]  # a run of an earlier version has no answers for stage 2 alone
+        self.parts = {name: part for name, part in PARTS.items() if name != "mixed" or name in own}
         self._know_target()
 
     # -- train.json ----------------------------------------------------------------------------------------------------
@@ -346,7 +348,7 @@ class Road:
             count = mixed_of(rows, stage) if "steps" in stage else rows
             if self.config.budget is not None:
                 count = self._within(self.record["seconds"]["answers"] / rows, count, "mixed")
-            self.decide("mixed", limit=count, **MIXED)
+            self.decide("mixed", limit=count)
         given = {"data": self._at("prompts.jsonl"), "output": self._at("mixed-answers.jsonl")}
         self._run(regenerate.main, self.command("regenerate", **given, **self.decided("mixed")))
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from decoding_helpers import FAMILIES, PAD, block_drafter, build_target, generate_with, prompt_batches, trained_block
+from decoding_helpers import (
+    FAMILIES,
+    PAD,
+    VOCAB,
+    block_drafter,
+    build_target,
+    generate_with,
+    prompt_batches,
+    trained_block,
+)
 from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter, graphs_ppow
 from ppow.cache_ppow import SlotCache
 from ppow.training.blocks import Blocks
@@ -17,6 +26,7 @@ MODES = {"chain": CHAIN, "short chain": {"window_size": 2}, "tree": TREE}
 KINDS = {
     "dspark": {"markov_rank": 4, "confidence_head": True},
     "dflash": {"predict_from_anchor": False},
+    "own vocabulary": {"draft_vocab_size": 36},
 }
 
 
@@ -47,7 +57,7 @@ def test_targets_of_other_families_keep_their_answers(family):
 
 @torch.no_grad()
 def dense_logits(target, drafter, ids: torch.Tensor, anchor: int) -> torch.Tensor:
-    """Slot logits (K, V) behind one anchor of one text (1, T), layer by layer with everything written out."""
+    """Slot logits (K, D) behind one anchor of one text (1, T), layer by layer with everything written out."""
     config, layers = drafter.config, drafter.layers
     taps = FrozenTarget(target, config.target_taps).read(ids).taps[0, :anchor]
     norm = lambda x, weight: torch.nn.functional.rms_norm(x, x.shape[-1:], weight, config.rms_norm_eps)  # noqa: E731
@@ -78,7 +88,7 @@ def dense_logits(target, drafter, ids: torch.Tensor, anchor: int) -> torch.Tenso
         inner = torch.nn.functional.silu(x @ layer.mlp.gate_proj.weight.T) * (x @ layer.mlp.up_proj.weight.T)
         hidden = hidden + inner @ layer.mlp.down_proj.weight.T
     features = norm(hidden, drafter.norm.weight)[0 if config.predict_from_anchor else 1 :]
-    return features @ target.get_output_embeddings().weight.T
+    return (features @ target.get_output_embeddings().weight.T)[:, drafter.draft_columns()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,7 +102,7 @@ def test_decoding_and_training_compute_the_block_as_it_is_written_out(kind):
     blocks = Blocks(drafter, words, ids, reading.taps)
     starts = torch.tensor([[0, 3, 8, 12]])
     blocks.begin(starts)
-    found = words.logits(blocks.slots[0])  # (R, K, V)
+    found = words.logits(blocks.slots[0])  # (R, K, D)
     state = drafter.state_kind(drafter, words, SlotCache(len(drafter.layers), 4), torch.zeros(1).long(), None)
     done = 0
     for number, start in enumerate(starts[0].tolist()):
@@ -102,6 +112,33 @@ def test_decoding_and_training_compute_the_block_as_it_is_written_out(kind):
         state.extend(reading.taps[:, rows[0]], rows, rows, torch.tensor([rows.shape[1]]))
         torch.testing.assert_close(state._logits(state._slots(ids[:, start + 1]))[0], expected)
         done = start + 1
+
+
+class Scaled(torch.nn.Linear):
+    """Not what its weight alone says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("head", ["with a bias", "of another class", "without values"])
+@torch.no_grad()
+def test_a_draft_vocabulary_takes_its_columns_of_any_head(head):
+    target = build_target()
+    features = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(target.dtype)
+    drafter = block_drafter(target, draft_vocab_size=36)
+    if head == "with a bias":
+        target.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB, dtype=target.dtype))
+    elif head == "of another class":
+        target.lm_head = Scaled(32, VOCAB).to(target.dtype)
+    expected = target.lm_head(features)[..., drafter.draft_columns()]
+    if head == "without values":
+        weight, target.lm_head.weight = target.lm_head.weight, torch.nn.Parameter(target.lm_head.weight.to("meta"))
+        words = drafter.embedding_for(target)
+        target.lm_head.weight = weight  # as accelerate brings it for a call
+    else:
+        words = drafter.embedding_for(target)
+    torch.testing.assert_close(words.logits(features), expected)
 
 
 @torch.no_grad()
@@ -135,11 +172,13 @@ def test_the_confidence_head_ends_chains():
         assert max(out.acceptance.drafted[0]) == longest and torch.equal(out.sequences, stock)
 
 
-def test_a_saved_drafter_comes_back_by_every_entrance(tmp_path):
-    target, drafter = trained_block(**KINDS["dspark"])
+@pytest.mark.parametrize("size", [VOCAB, 36])
+def test_a_saved_drafter_comes_back_by_every_entrance(size, tmp_path):
+    target, drafter = trained_block(**KINDS["dspark"], draft_vocab_size=size)
     drafter.save_pretrained(tmp_path)
     config = PPOWConfig.from_pretrained(tmp_path)
     assert config.is_block and config.markov_rank == 4 and config.longest_window == 6
+    assert config.draft_vocab_size == size == drafter.markov_out.out_features
     assert not [name for name in drafter.state_dict() if "embed" in name or "lm_head" in name]
     ours = PPOWDrafter.from_pretrained(tmp_path)
     assert type(ours) is PPOWBlockDrafter and ours.generation_config.window_size == 6
@@ -179,8 +218,6 @@ def test_what_a_block_drafter_cannot_do_is_refused():
     for wrong in ({"block_size": 1, "predict_from_anchor": False}, {"mask_token_id": 99}, {"norm_output": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             PPOWConfig.from_target(target.config, architecture="block", **wrong)
-    with pytest.raises(ValueError, match="draft_vocab_size"):
-        PPOWConfig.from_target(target.config, architecture="block", draft_vocab_size=9)
     with pytest.raises(ValueError, match="'eagle3' or 'block'"):
         PPOWConfig.from_target(target.config, architecture="blocks")
 

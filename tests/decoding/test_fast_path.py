@@ -125,28 +125,37 @@ def test_buffers_are_kept_for_each_batch_size_and_made_anew_for_more_room_and_mo
     assert path() is not third
 
 
-def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(anywhere, monkeypatch):
+def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch):
+    """Of 7,000 slots; 700 must stay free beside several batch sizes, or beside more room than a call needs."""
     target, drafter = (copy.deepcopy(model) for model in trained_pair())
+    slot = graphs_ppow.path_bytes(target, drafter, 100, 1) // 100  # of so many rows a prompt is not read by graphs
+    monkeypatch.setattr(graphs_ppow, "SHORT_PROMPT", 0)
+    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(graphs_ppow, "total_bytes", lambda device: 7000 * slot)
+    monkeypatch.setattr(graphs_ppow, "_longest", lambda target: 4096)
+
+    def rooms():
+        return {rows: path.capacity for rows, path in drafter._fast_paths.by_batch.items()}
 
     def run(rows, new=8):
         config = {"window_size": 4, "max_new_tokens": new, "max_time": 0.05, "cuda_graphs": True}
         generate_with(target, drafter, torch.arange(1, 9).expand(rows, -1), config=config)
-        return {rows: path.capacity for rows, path in drafter._fast_paths.by_batch.items()}
+        return rooms()
 
-    def short(target, drafter, batch, capacity, more=0):
-        slots = batch * capacity + sum(size * path.capacity for size, path in drafter._fast_paths.by_batch.items())
-        return "too little memory" if slots > 6 * 1024 else None
-
-    monkeypatch.setattr(graphs_ppow, "shortage", short)
+    taken = lambda device: (7000 - sum(rows * room for rows, room in rooms().items())) * slot  # noqa: E731
+    monkeypatch.setattr(graphs_ppow, "free_bytes", taken)
     for rows, kept in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [4]), (1, [4, 1]), (2, [1, 2]), (1, [2, 1])):
         assert list(run(rows).items()) == [(size, 1024) for size in kept]
     assert run(1, new=1100) == {2: 1024, 1: 2048}
     assert run(2, new=1100) == {1: 2048, 2: 2048}
     assert run(1, new=2500) == {1: 4096}  # twice what it was, in the other's room
-    assert run(1, new=4200) == {1: 5120}  # not twice, which would not fit
-    with pytest.raises(ValueError, match="too little memory"):
+    assert run(1, new=4200) == {1: 5120}  # twice would be more than the target has positions for
+    with pytest.raises(ValueError, match="7 x 1024 cache slots"):
         run(7)
-    assert not drafter._fast_paths.by_batch and drafter._fast_paths.twins is None
+    assert rooms() == {1: 5120}, "what would not fit alone either costs nobody his buffers"
+    drafter._fast_paths.forget()
+    assert run(2, new=1500) == {2: 2048} and run(2, new=2100) == {2: 3072}  # twice would leave too little
+    assert run(1) == {1: 1024}  # and so would both
 
 
 def test_graphs_of_one_adapter_do_not_serve_another(anywhere):

@@ -232,7 +232,7 @@ def test_long_prompts_and_answers_in_batches_of_all_sizes_leave_no_more_memory_a
                     1, VOCAB, (batch, length), device="cuda", generator=torch.Generator("cuda").manual_seed(batch)
                 )
                 out = generate_with(target, drafter, ids, config={**FAST, **MODES["chain"], "max_new_tokens": new})
-                assert out.sequences.shape == (batch, length + new)
+                assert out.sequences.shape == (batch, length + new) and out.drafting.cuda_graphs
                 del out
         torch.cuda.synchronize()
         states.append((len(recorded), torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))

@@ -124,10 +124,15 @@ def random_drafter(target, seed: int = 0, **overrides) -> PPOWDrafter:
         config = PPOWConfig.from_target(target.config, **{"initializer_range": 0.1, **overrides})
         drafter = PPOWDrafter(config).to(target.dtype).eval()
         drafter.generation_config.window_schedule = "constant"
-        if drafter.pruned:
-            chosen = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
-            drafter.set_draft_vocabulary(*offsets_of(chosen, config.vocab_size))
+        scatter_vocabulary(drafter)
     return drafter
+
+
+def scatter_vocabulary(drafter) -> None:
+    """Let a drafter of a draft vocabulary draft tokens from anywhere in the target's."""
+    if drafter.pruned:
+        size, whole = drafter.config.draft_vocab_size, drafter.config.vocab_size
+        drafter.set_draft_vocabulary(*offsets_of(torch.randperm(whole)[:size].sort().values, whole))
 
 
 def offsets_of(chosen: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,6 +230,7 @@ def block_drafter(target, seed: int = 0, **overrides) -> PPOWBlockDrafter:
         if drafter.config.markov_rank:
             torch.nn.init.normal_(drafter.markov_in.weight, std=0.7)
             torch.nn.init.normal_(drafter.markov_out.weight, std=0.7)
+        scatter_vocabulary(drafter)
     return drafter.to(target.dtype).eval()
 
 

@@ -117,9 +117,10 @@ def test_what_cannot_be_imported_or_exported_is_named(target):
         read({}, {**tensors, "d2t": torch.zeros(9)})
     with pytest.raises(ValueError, match="no DFlash drafter that PPOW can run: it lacks hidden_norm.weight"):
         read({}, {name: value for name, value in tensors.items() if name != "hidden_norm.weight"})
-    other = block_drafter(target, markov_rank=2)
-    with pytest.raises(ValueError, match="markov_rank"):
-        to_dflash(other.config, other.state_dict())
+    for own in ({"markov_rank": 2}, {"markov_rank": 0, "draft_vocab_size": 30}):
+        other = block_drafter(target, **own)
+        with pytest.raises(ValueError, match=list(own)[-1]):
+            to_dflash(other.config, other.state_dict())
     other = block_drafter(target, confidence_head=True)  # ends windows, and changes no draft
     exported = to_dflash(other.config, other.state_dict())
     assert not [name for name in exported.tensors if "confidence" in name]

@@ -148,14 +148,14 @@ def test_the_whole_road_chooses_what_suits_a_block_drafter(monkeypatch):
     assert eagle["supervised"]["norm_output"] and "window_size" not in eagle["reinforce"]
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_the_closed_form_is_the_expected_reward_of_real_blocks(rank):
+@pytest.mark.parametrize(("rank", "size"), [(0, VOCAB), (3, VOCAB), (3, VOCAB - 1)])
+def test_the_closed_form_is_the_expected_reward_of_real_blocks(rank, size):
     """Over all texts of the target it equals the expectation over all drafts and coins, Markov head or not.
 
     So does its gradient, in every weight: a draft's chance depends on the Markov head by the drafts before it.
     """
     target = build_target(vocab_size=VOCAB, initializer_range=0.25)
-    drafter = block_drafter(target, block_size=K, markov_rank=rank, initializer_range=0.4)
+    drafter = block_drafter(target, block_size=K, markov_rank=rank, initializer_range=0.4, draft_vocab_size=size)
     frozen = FrozenTarget(target, drafter.config.target_taps)
     rewards = torch.tensor([0.3, 1.0, 1.5, 4.0], dtype=torch.float64)
     prompt = [1, 3, 2]
@@ -171,7 +171,8 @@ def test_the_closed_form_is_the_expected_reward_of_real_blocks(rank):
     slots, q = unrolled.begin(torch.full((len(texts), 1), 1)), []
     for i in range(K):
         slots = unrolled.advance(tails[:, i - 1 : i]) if i else slots
-        q.append(unrolled.logits(slots, unrolled.previous)[:, 0].softmax(-1))
+        chances = unrolled.logits(slots, unrolled.previous)[:, 0].softmax(-1)
+        q.append(chances.new_zeros(len(texts), VOCAB).index_copy(1, drafter.draft_columns(), chances))
     q = torch.stack(q, 1)
     drawn = q.gather(2, tails[:, :, None])[..., 0]
     accept = (p.gather(2, tails[:, :, None])[..., 0] / drawn).clamp(max=1)
@@ -235,7 +236,7 @@ def test_the_mask_is_the_last_token_that_no_text_holds():
 
 def test_options_of_the_other_architecture_are_refused():
     names = dict.fromkeys(("target", "data", "output_dir"), "-")
-    for wrong in ({"markov_rank": 8}, {"architecture": "block", "draft_vocab_size": 9}):
+    for wrong in ({"markov_rank": 8}, {"architecture": "block", "norm_output": True}):
         with pytest.raises(ValueError, match="architecture"):
             SupervisedConfig.from_dict(names | wrong)
     with pytest.raises(ValueError, match="block_size, architecture|architecture, block_size"):
@@ -260,6 +261,7 @@ def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target,
         ppow([command, *flags, f"--output-dir={tmp_path / out}", *more])
 
     shape = ["--architecture=block", "--block-size=4", "--num-layers=1", "--markov-rank=4", "--confidence-head"]
+    shape += ["--draft-vocab-size=60"]
     run("supervised", "stage1", *shape, "--steps=4", "--anchors=6", "--save-every=2", "--optimizer=muon")
     run("supervised", "again", *shape, "--steps=4", "--anchors=6", "--save-every=9", "--optimizer=muon")
     assert "--window-size 4 --cost-ratio 0 --output-dir" in capsys.readouterr().out
@@ -268,7 +270,8 @@ def test_both_stages_and_the_figures_through_the_commands(tmp_path, save_target,
     config = PPOWConfig.from_pretrained(tmp_path / "stage1")
     assert config.is_block and config.longest_window == 4 and config.mask_token_id is not None
     drafter = PPOWDrafter.from_pretrained(tmp_path / "stage1")
-    assert float(drafter.markov_out.weight.abs().max()) > 0
+    assert float(drafter.markov_out.weight.abs().max()) > 0 and drafter.markov_out.out_features == 60
+    assert drafter.t2d.sum() == 60 and drafter.d2t.max() > 0
     begun = [f"--drafter={tmp_path / 'stage1'}", "--window-size=4"]
     run("reinforce", "stage2", *begun, "--steps=2", "--anchors=6")
     assert ppow(["reinforce", f"--target={tmp_path / 'target'}", f"--data={tmp_path / 'chats.jsonl'}", begun[0]]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gguf_target import write_gguf
 from ppow import PPOWDrafter
 from ppow.training import cli, outlook, plan, push, recipes, supervised, train
 from ppow.training.config import TrainConfig
+from ppow.training.files import write_json
 from ppow.training.own_prompts import plain
 from ppow.training.recipes import PARTS, Choices, held_out_of, mixed_of, parts_of, rate_for, recipe_of
 from ppow.training.train import Road
@@ -413,6 +415,20 @@ def test_stage_2_learns_from_answers_that_are_half_sampled_unless_the_options_sa
         assert ("mixed" in parts_of(config)) == mixes
     stage = {"steps": 500, "batch_size": 8, "accumulation": 2}
     assert mixed_of(60_000, stage) == 8_000 and mixed_of(5_000, stage) == 5_000
+    assert mixed_of(60_000, {**stage, "steps": 1}) == 32  # some may be too short to learn from
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_that_part(home, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    record = record_of(tmp_path / "run")
+    del record["decided"]["mixed"]
+    record["done"].remove("mixed")
+    (tmp_path / "run" / "mixed-answers.jsonl").unlink()
+    write_json(tmp_path / "run" / "train.json", record)
+    assert cli.main(command(home, tmp_path / "run", "--resume")) == 0
+    assert (
+        not (tmp_path / "run" / "mixed-answers.jsonl").exists() and "mixed" not in record_of(tmp_path / "run")["done"]
+    )
 
 
 def test_without_that_part_a_run_is_what_it_says(home, tmp_path):
