@@ -525,10 +525,10 @@ def shortage(
     """Why ``batch`` rows of ``capacity`` slots do not fit into the GPU's memory; None if they do.
 
     Args:
-        more: bytes beside them.
+        more: bytes beside them; below 0: that could be freed.
         spare: leave some for others, too.
     """
-    needed, free = path_bytes(target, drafter, batch, capacity) + more, free_bytes(target.device)
+    needed, free = path_bytes(target, drafter, batch, capacity) + max(0, more), free_bytes(target.device) - min(0, more)
     if spare:
         needed += int(SPARE * total_bytes(target.device))
     if needed <= free:
