@@ -132,7 +132,8 @@ def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch)
     monkeypatch.setattr(graphs_ppow, "SHORT_PROMPT", 0)
     monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
     monkeypatch.setattr(graphs_ppow, "total_bytes", lambda device: 7000 * slot)
-    monkeypatch.setattr(graphs_ppow, "_longest", lambda target: 4096)
+    longest = [8192]  # that the target has positions for
+    monkeypatch.setattr(graphs_ppow, "_longest", lambda target: longest[0])
 
     def rooms():
         return {rows: path.capacity for rows, path in drafter._fast_paths.by_batch.items()}
@@ -149,13 +150,15 @@ def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch)
     assert run(1, new=1100) == {2: 1024, 1: 2048}
     assert run(2, new=1100) == {1: 2048, 2: 2048}
     assert run(1, new=2500) == {1: 4096}  # twice what it was, in the other's room
-    assert run(1, new=4200) == {1: 5120}  # twice would be more than the target has positions for
+    assert run(1, new=4200) == {1: 5120}  # twice would not fit
     with pytest.raises(ValueError, match="7 x 1024 cache slots"):
         run(7)
     assert rooms() == {1: 5120}, "what would not fit alone either costs nobody his buffers"
     drafter._fast_paths.forget()
     assert run(2, new=1500) == {2: 2048} and run(2, new=2100) == {2: 3072}  # twice would leave too little
     assert run(1) == {1: 1024}  # and so would both
+    longest[0] = 3072
+    assert run(1, new=1100) == {1: 2048} and run(1, new=2100) == {1: 3072}  # the target has no use for twice
 
 
 def test_graphs_of_one_adapter_do_not_serve_another(anywhere):
