@@ -126,14 +126,14 @@ def test_buffers_are_kept_for_each_batch_size_and_made_anew_for_more_room_and_mo
 
 
 def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch):
-    """Of 7,000 slots; 700 must stay free beside several batch sizes, or beside more room than a call needs."""
+    """Of 7,500 slots; 750 must stay free beside several batch sizes, or beside more room than a call needs."""
     target, drafter = (copy.deepcopy(model) for model in trained_pair())
     slot = graphs_ppow.path_bytes(target, drafter, 100, 1) // 100  # of so many rows a prompt is not read by graphs
     monkeypatch.setattr(graphs_ppow, "SHORT_PROMPT", 0)
     monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(graphs_ppow, "total_bytes", lambda device: 7000 * slot)
-    longest = [8192]  # that the target has positions for
-    monkeypatch.setattr(graphs_ppow, "_longest", lambda target: longest[0])
+    monkeypatch.setattr(graphs_ppow, "total_bytes", lambda device: size["all"] * slot)
+    size = {"all": 7500, "longest": 8192}  # slots that there are, and that the target has positions for
+    monkeypatch.setattr(graphs_ppow, "_longest", lambda target: size["longest"])
 
     def rooms():
         return {rows: path.capacity for rows, path in drafter._fast_paths.by_batch.items()}
@@ -143,21 +143,26 @@ def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch)
         generate_with(target, drafter, torch.arange(1, 9).expand(rows, -1), config=config)
         return rooms()
 
-    taken = lambda device: (7000 - sum(rows * room for rows, room in rooms().items())) * slot  # noqa: E731
-    monkeypatch.setattr(graphs_ppow, "free_bytes", taken)
+    def free(device):
+        return (size["all"] - sum(rows * room for rows, room in rooms().items())) * slot
+
+    monkeypatch.setattr(graphs_ppow, "free_bytes", free)
     for rows, kept in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [4]), (1, [4, 1]), (2, [1, 2]), (1, [2, 1])):
-        assert list(run(rows).items()) == [(size, 1024) for size in kept]
+        assert list(run(rows).items()) == [(each, 1024) for each in kept]
     assert run(1, new=1100) == {2: 1024, 1: 2048}
     assert run(2, new=1100) == {1: 2048, 2: 2048}
     assert run(1, new=2500) == {1: 4096}  # twice what it was, in the other's room
     assert run(1, new=4200) == {1: 5120}  # twice would not fit
-    with pytest.raises(ValueError, match="7 x 1024 cache slots"):
-        run(7)
+    with pytest.raises(ValueError, match="8 x 1024 cache slots"):
+        run(8)
     assert rooms() == {1: 5120}, "what would not fit alone either costs nobody his buffers"
     drafter._fast_paths.forget()
-    assert run(2, new=1500) == {2: 2048} and run(2, new=2100) == {2: 3072}  # twice would leave too little
-    assert run(1) == {1: 1024}  # and so would both
-    longest[0] = 3072
+    assert run(7) == {7: 1024} and run(1) == {1: 1024}  # alone a call may take what is there
+    size["all"] = 6500
+    assert run(1, new=2500) == {1: 3072} and run(1, new=3200) == {1: 4096}  # twice would leave too little
+    assert run(1, new=3200) == {1: 4096}
+    drafter._fast_paths.forget()
+    size["longest"] = 3072
     assert run(1, new=1100) == {1: 2048} and run(1, new=2100) == {1: 3072}  # the target has no use for twice
 
 
