@@ -35,7 +35,7 @@ def show(config: TrainConfig, target: PreTrainedConfig) -> None:
     print(form.format("part", "memory", "at least", "likely" * choices.cuda, "given" * bool(budget), "what").rstrip())
     least, low, high = (sum(column) for column in zip(*(row.seconds for row in rows)))
     for row in rows:
-        share = PARTS[row.part].share / sum(part.share for part in parts_of(config).values())
+        share = PARTS[row.part].share / sum(part.share for part in parts_of(decided).values())
         given = duration(budget * share) if budget else ""
         likely = between(*row.seconds[1:]) if choices.cuda else ""
         what = row.what + "  DOES NOT FIT" * (row.memory > available)
@@ -92,7 +92,7 @@ def planned(choices: Choices, decided: dict, count: int, limit: int) -> Iterator
         yield written("prompts", options, count + held, TEMPLATE, what)
     answered = {"answers": count, "heldout": held, "mixed": mixed_of(count, decided["reinforce"])}
     for name, rows in answered.items():
-        if name not in parts_of(choices.config):
+        if name not in parts_of(decided):
             continue
         options = {"batch_size": ROWS["cpu"], **decided["regenerate"]}
         if "endpoint" in options:

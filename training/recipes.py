@@ -132,10 +132,12 @@ PARTS = {
 MIXED = {"temperature": 1.0, "greedy_share": 0.5}
 
 
-def parts_of(config: TrainConfig) -> dict[str, Part]:
-    """The parts of a run: where its options say how answers are chosen, stage 2 learns from those of stage 1."""
-    skipped = {"mixed"} if MIXED.keys() & config.regenerate.keys() else set()
-    return {name: part for name, part in PARTS.items() if name not in skipped}
+def parts_of(decided: dict) -> dict[str, Part]:
+    """The parts of a run, by what was decided for it: stage 2 has answers of its own where it says how to choose them.
+
+    A run of an earlier version has none.
+    """
+    return {name: part for name, part in PARTS.items() if name != "mixed" or name in decided}
 
 
 def mixed_of(rows: int, options: dict) -> int:
@@ -190,7 +192,7 @@ class Choices:
         found: dict[str, dict[str, Any]] = {
             "prompts": {"max_new_tokens": _PROMPT, "dtype": self.dtype},
             "regenerate": {"max_new_tokens": recipe.answer, "dtype": self.dtype} | config.regenerate,
-            "mixed": dict(MIXED) if "mixed" in parts_of(config) else {},
+            "mixed": {} if MIXED.keys() & config.regenerate.keys() else dict(MIXED),  # {}: stage 2 has those of stage 1
             "supervised": self.stages["supervised"] | config.supervised,
             "reinforce": self.stages["reinforce"] | config.reinforce,
             "evaluate": {"dtype": self.dtype} | config.evaluate,

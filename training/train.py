@@ -46,7 +46,7 @@ from .metrics import read_metrics
 from .outlook import between, duration, planned, show
 from .preparation import load_examples
 from .prompts import from_row
-from .recipes import EVALUATIONS, KINDS, PARTS, Choices, complete, held_out_of, mixed_of
+from .recipes import EVALUATIONS, KINDS, Choices, complete, held_out_of, mixed_of, parts_of
 from .repository import assemble
 from .rows import TEMPLATE_COLUMNS
 from .sources import say
@@ -95,8 +95,7 @@ class Road:
         with named("target", config.target):
             self.choices = Choices(config, target, plan.this_device(), torch.cuda.is_available())
         self.record = before or self._new()
-        own = self.record["decided"]  # a run of an earlier version has no answers for stage 2 alone
-        self.parts = {name: part for name, part in PARTS.items() if name != "mixed" or name in own}
+        self.parts = parts_of(self.record["decided"])
         self._know_target()
 
     # -- train.json ----------------------------------------------------------------------------------------------------
@@ -360,9 +359,12 @@ class Road:
     def _reinforce(self) -> None:
         self._stage("reinforce", reinforce.main)
 
+    def _has_own_answers(self, name: str) -> bool:
+        """Whether a stage learns from answers that are written for it alone."""
+        return name == "reinforce" and "mixed" in self.parts
+
     def _stage(self, name: str, train: Callable[[Any], None]) -> None:
-        mixed = name == "reinforce" and "mixed" in self.parts
-        given = {"data": self._at("mixed-answers.jsonl" if mixed else "answers.jsonl")}
+        given = {"data": self._at("mixed-answers.jsonl" if self._has_own_answers(name) else "answers.jsonl")}
         if name == "reinforce":
             given["drafter"] = self._at("stage1")
         if "steps" not in self.decided(name):
@@ -451,7 +453,7 @@ class Road:
             logged, kept = ((run / entry).stat().st_mtime for entry in ("metrics.jsonl", "checkpoints"))
         step = statistics.median(seconds[2:-1])
         around = lasted - sum(seconds)  # loading before the first step, saving after the last one
-        rows = self.decided("mixed" if name == "reinforce" and "mixed" in self.parts else "regenerate")["limit"]
+        rows = self.decided("mixed" if self._has_own_answers(name) else "regenerate")["limit"]
         around += self._reading(config, rows)  # the texts that were not loaded here
         measuring = max(0.0, seconds[-1] - step)  # the held-out answers, in the last step
         available = self.left(name)

@@ -412,7 +412,7 @@ def test_stage_2_learns_from_answers_that_are_half_sampled_unless_the_options_sa
     ]
     for given, mixes in (({}, True), ({"temperature": 0.0}, False), ({"temperature": 0.7}, False)):
         config = TrainConfig(target="t", output_dir="o", regenerate=given)
-        assert ("mixed" in parts_of(config)) == mixes
+        assert ("mixed" in parts_of(choices(config=config, **LLAMA_8B).all())) == mixes
     stage = {"steps": 500, "batch_size": 8, "accumulation": 2}
     assert mixed_of(60_000, stage) == 8_000 and mixed_of(5_000, stage) == 5_000
     assert mixed_of(60_000, {**stage, "steps": 1}) == 32  # some may be too short to learn from
