@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from ppow import PPOWDrafter, generation_ppow, streamed_ppow
+from ppow import PPOWDrafter, draws_ppow, generation_ppow, streamed_ppow, verifier_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.graphs_ppow import FastPath, PairOfTwins
@@ -51,6 +51,7 @@ class System:
     forced: float | None = None  # acceptance length to force; None: whatever happens
     repeats: int | None = None
     fewest_weights: int = streamed_ppow.FEWEST_WEIGHTS  # of the drafter's matrices that are read in eight bits
+    draws: bool = True  # with kernels for them, instead of torch's own
 
 
 def main(argv=None) -> dict:
@@ -97,7 +98,9 @@ def parse(argv):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--only",
-        help="comma separated parts of names of systems to run; others are compared with the first",
+        nargs="+",
+        default=[""],
+        help="parts of names of systems to run; others are compared with the first",
     )
     parser.add_argument("--kernels", type=int, default=0, help="also list the kernels of a cycle that take longest")
     parser.add_argument("--device")
@@ -132,7 +135,7 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
     """What is compared, stock ``generate()`` first."""
     length = arguments.acceptance_length if arguments.shape else None
     plain, fast = {"cuda_graphs": False}, {"cuda_graphs": True}
-    chain = {"window_size": arguments.window_size}
+    chain, sampled = {"window_size": arguments.window_size}, {"do_sample": True}  # and of the 50 likeliest, the default
     chosen = [
         System("stock generate", {}, {}, repeats=2),
         System("prompt lookup (transformers)", {}, {"prompt_lookup_num_tokens": 10}, repeats=2),
@@ -146,18 +149,21 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
             System(
                 "PPOW fast, chain, drafter in 16 bits", {**chain, **fast}, {}, forced=length, fewest_weights=1 << 62
             ),
-            System("PPOW fast, chain, sampled", {**chain, **fast, "do_sample": True}, {}, forced=length),
+            System("PPOW fast, chain, sampled", {**chain, **fast, **sampled}, {}, forced=length),
+            System(
+                "PPOW fast, chain, sampled, torch's draws", {**chain, **fast, **sampled}, {}, 1, length, draws=False
+            ),
+            System("PPOW fast, chain, sampled, top_p 0.9", {**chain, **fast, **sampled, "top_p": 0.9}, {}, 1, length),
             System("PPOW fast, tree", {**TREE, **fast}, {}, forced=length),
             System("static cache, compiled", {}, {"cache_implementation": "static"}, repeats=3),
         ]
     if arguments.shape and arguments.shape.startswith("llama"):
         assistant = "a small Llama, transformers' assisted decoding"
         chosen.append(System(assistant, {}, {"assistant_model": (SMALL, device, dtype)}, repeats=2))
-    only = arguments.only.split(",") if arguments.only else [""]
-    found = [system for system in chosen if any(part in system.name for part in only)]
+    found = [system for system in chosen if any(part in system.name for part in arguments.only)]
     if not found:
         names = ", ".join(dict.fromkeys(system.name for system in chosen))
-        raise ValueError(f"--only {arguments.only!r} is in no system's name; there are: {names}")
+        raise ValueError(f"--only {' '.join(arguments.only)} is in no system's name; there are: {names}")
     return found
 
 
@@ -174,6 +180,7 @@ def measure(system: System, target, drafter, prompts, arguments, device: str) ->
     seconds, lengths, parts = [], [], {}
     repeats = min(system.repeats or arguments.repeats, arguments.repeats)
     streamed_ppow.FEWEST_WEIGHTS = system.fewest_weights
+    verifier_ppow.can_draw = draws_ppow.can_draw if system.draws else lambda logits: False
     vars(drafter).pop("_fast_paths", None)  # which was made under other settings, and the first run is to record
     for run in range(1 + repeats):
         torch.manual_seed(arguments.seed + run)

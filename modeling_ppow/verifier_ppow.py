@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .acceptance_ppow import follow, reject, reject_one, sample
 from .drafting_ppow import DraftWindow
+from .draws_ppow import Warp, can_draw, draw, reject_drawn
 from .transcript_ppow import Collected, Transcript, Verdict
 
 _PREFIX_FREE = {
@@ -49,11 +50,15 @@ class DraftSampler:
     """Draws drafts from the drafter's logits, warped as the target's are; a :data:`Sampler`."""
 
     def __init__(self, warpers: list[LogitsProcessor]):
-        self.warpers = warpers
+        self.warpers, self.warp = warpers, Warp.of(warpers)
         self.key = _settings(warpers)
 
     def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, D) -> draft ids (B,), the distributions (B, D) they were drawn from."""
+        if self.warp is not None and can_draw(logits):
+            ids, probs = draw(logits, self.warp)  # nearly the warpers': what is drawn from is what is compared with p
+            assert probs is not None
+            return ids, probs
         logits = logits.float()
         for warper in self.warpers:
             logits = warper(None, logits)
@@ -88,27 +93,38 @@ class Verifier:
         # whether all that it does can be recorded, and what tells such recordings apart
         self.on_device = len(warpers) == len(processors) and text.scores is None and text.logits is None
         self.key = type(self), do_sample, _settings(warpers)
+        warp = Warp.of(warpers) if self.on_device else None
+        self.warp = warp if warp is not None and warp.is_exact else None
+        self.same_words = torch.equal(columns, torch.arange(len(columns), device=columns.device))
 
     def __call__(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         """Verify ``window`` against the target's logits (B, N, V)."""
-        raw = logits.to(device=window.tokens.device, dtype=torch.float32)
+        logits = logits.to(device=window.tokens.device)
         if not self.accept_drafts and window.max_depth:
-            verdict = self(DraftWindow.chain(window.tokens[:, :1]), raw[:, :1])
+            verdict = self(DraftWindow.chain(window.tokens[:, :1]), logits[:, :1])
             verdict.path, verdict.tokens = (  # as wide as with drafts, so that what follows has the same shapes too
                 torch.nn.functional.pad(table, (0, window.max_depth)) for table in (verdict.path, verdict.tokens)
             )
             return verdict
-        return self._all_at_once(window, raw) if self.prefix_free else self._along_the_path(window, raw)
+        return self._all_at_once(window, logits) if self.prefix_free else self._along_the_path(window, logits.float())
 
-    def _all_at_once(self, window: DraftWindow, raw: torch.Tensor) -> Verdict:
-        scores = raw
-        if self.processors:
+    def _all_at_once(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
+        drawn = self.do_sample and can_draw(logits)
+        warp = self.warp if drawn else None  # what the kernels do of the processors' work
+        scores = raw = logits if warp is not None else logits.float()
+        if self.processors and warp is None:
             scores = self.processors(None, raw.flatten(0, 1).to(self.text.device, copy=True))
             scores = scores.to(raw.device).view_as(raw)
-        if window.draft_probs is not None:
+        if drawn and window.draft_probs is not None:
+            columns = None if self.same_words and len(self.columns) == scores.shape[-1] else self.columns
+            accepted, path, following = reject_drawn(window, scores, warp or Warp(), columns)
+        elif window.draft_probs is not None:
             accepted, path, following = reject(window, scores.softmax(-1), self.columns)
         else:
-            choices = sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
+            if drawn:
+                choices = draw(scores.flatten(0, 1), warp or Warp(), with_probs=False)[0].view_as(window.tokens)
+            else:
+                choices = sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
             accepted, path, following = follow(window, choices)
         tokens = window.tokens.gather(1, path.roll(-1, 1))
         tokens = tokens.scatter(1, accepted[:, None], following[:, None])

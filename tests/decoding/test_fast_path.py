@@ -371,7 +371,7 @@ from fused_cases import *
 check_strides("cpu", torch.float32); check_models("cpu", torch.float32, 1e-5); check_twins("cpu", torch.float32, 1e-5)
 check_writing("cpu", torch.float32)
 check_refusals("cpu", torch.bfloat16)
-check_likeliest("cpu")
+check_likeliest("cpu"); check_draws("cpu", 1e-5)
 check_streaming("cpu", torch.float16)
 """
 

@@ -22,6 +22,7 @@ from decoding_helpers import (
     trained_pair,
 )
 from fused_cases import (
+    check_draws,
     check_likeliest,
     check_models,
     check_refusals,
@@ -225,7 +226,7 @@ def test_long_prompts_and_answers_in_batches_of_all_sizes_leave_no_more_memory_a
     recorded, states = [], []
     capture = Replay._capture
     monkeypatch.setattr(Replay, "_capture", lambda self, *functions: recorded.append(1) or capture(self, *functions))
-    for _ in range(2):
+    for _ in range(3):
         for batch in (8, 1, 4, 2):
             for length, new in ((16384, 4096), (100, 64)):
                 ids = torch.randint(
@@ -236,8 +237,9 @@ def test_long_prompts_and_answers_in_batches_of_all_sizes_leave_no_more_memory_a
                 del out
         torch.cuda.synchronize()
         states.append((len(recorded), torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    (graphs, held, reserved), after = states
-    assert after[:2] == (graphs, held) and after[2] <= 1.01 * reserved
+    first, second, third = states
+    assert first[:2] == second[:2] == third[:2]  # graphs, bytes in use
+    assert third[2] <= second[2]  # what torch's allocator keeps: beside all buffers a prompt's parts lie otherwise
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -269,6 +271,7 @@ def test_fused_modules_compute_what_they_stand_for(dtype, tolerance):
     check_writing("cuda", dtype)
     check_refusals("cuda", dtype)
     check_likeliest("cuda")
+    check_draws("cuda", 1e-4)
 
 
 def test_training_reads_a_target_by_fused_kernels():

@@ -1,4 +1,4 @@
-"""Fused norms, rotations, gates and writes beside the models as they are, in Triton's interpreter or on a GPU."""
+"""Kernels beside what they stand for, in Triton's interpreter or on a GPU."""
 
 import copy
 import functools
@@ -7,11 +7,22 @@ import weakref
 
 import torch
 from torch.nn.utils import prune
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ppow import PPOWConfig, PPOWDrafter, streamed_ppow
+from ppow.acceptance_ppow import reject, sample
 from ppow.cache_ppow import SlotLayer
+from ppow.drafting_ppow import DraftWindow
+from ppow.draws_ppow import Warp, draw, reject_drawn
 from ppow.fused_ppow import fuse, gated, likeliest, rms_norm, rotated, write
 from ppow.recording_ppow import Twin
 from ppow.streamed_ppow import in_eight_bits, multiply
@@ -244,3 +255,64 @@ class OddRMSNorm(LlamaRMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.view(5, -1))
+
+
+WARPERS = {
+    "plain": [],
+    "cold": [TemperatureLogitsWarper(0.6)],
+    "few": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(3)],
+    "nucleus": [TemperatureLogitsWarper(0.6), TopKLogitsWarper(40), TopPLogitsWarper(0.8)],
+    "floor": [TopPLogitsWarper(0.3), MinPLogitsWarper(0.2)],
+}
+
+
+def check_draws(device: str, tolerance: float) -> None:
+    """From the same random numbers what softmax, race and rejection draw; in one piece and in several."""
+    ends = set()
+    for size, dtype in ((5, torch.float32), (2048, torch.bfloat16), (5000, torch.float16), (5000, torch.float32)):
+        for name, warpers in WARPERS.items():
+            torch.manual_seed(7)
+            logits = 4 * torch.randn(6, size + 3, device=device).to(dtype)[:, :size]
+            logits[1, : size // 2] = float("-inf")
+            warp = Warp.of(warpers)
+            assert warp.is_exact == (name in ("plain", "cold", "few"))
+            if warp.is_exact:
+                logits[2, 1:5] = logits[2].max()  # four at the edge of three
+            elif dtype != torch.float32:
+                continue  # of equals at the other edges transformers keeps some
+            expected = LogitsProcessorList(warpers)(None, logits.float()).softmax(-1)
+            torch.manual_seed(8)
+            wanted = sample(expected)
+            for with_probs in (True, False):
+                torch.manual_seed(8)
+                found, probs = draw(logits, warp, with_probs)
+                assert found.dtype == torch.long and torch.equal(found, wanted)
+                if with_probs:
+                    torch.testing.assert_close(probs, expected, rtol=tolerance, atol=1e-7)
+                else:
+                    assert probs is None
+            every, some = torch.arange(size, device=device), torch.randperm(size, device=device)[: size // 2 + 1]
+            ends |= rejections(logits, warp, expected, every)
+            ends |= rejections(logits, warp, expected, some)  # a draft vocabulary, in any order
+    assert ends == {0, 1, 2}
+
+
+def rejections(logits: torch.Tensor, warp: Warp, expected: torch.Tensor, columns: torch.Tensor) -> set[int]:
+    """Two rows of two drafts from distributions near the target's: -> how many were accepted, over some seeds."""
+    target, probs = logits.view(2, 3, -1), expected.view(2, 3, -1)
+    near = probs[:, :2, columns] + 0.5 * torch.rand_like(probs[:, :2, columns]).softmax(-1)
+    near = near / near.sum(-1, keepdim=True)
+    ends = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        draft_ids = sample(near)
+        tokens = torch.cat((torch.zeros_like(draft_ids[:, :1]), columns[draft_ids]), 1)
+        window = DraftWindow.chain(tokens, draft_ids, near)
+        torch.manual_seed(100 + seed)
+        wanted = reject(window, probs, columns)
+        for given in (columns, *([None] if len(columns) == target.shape[2] else [])):
+            torch.manual_seed(100 + seed)
+            found = reject_drawn(window, target, warp, given)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+        ends |= set(wanted[0].tolist())
+    return ends

@@ -14,7 +14,7 @@ BENCHMARK = "decoding"
 def test_decoding_with_forced_acceptance(benchmark, tmp_path, capsys):
     output = tmp_path / "decoding.json"
     arguments = ["--shape", "tiny", "--prompt", "16", "--new", "48", "--acceptance-length", "5", "--repeats", "2"]
-    benchmark.main([*arguments, "--only", "stock,PPOW", "--device", "cpu", "--output", str(output)])
+    benchmark.main([*arguments, "--only", "stock", "PPOW", "--device", "cpu", "--output", str(output)])
     report = json.loads((tmp_path / "raw" / "decoding.json").read_text())
     stock, *ours = report["systems"]
     assert (stock["name"], [row["name"] for row in ours]) == (
@@ -35,7 +35,7 @@ def test_decoding_with_forced_acceptance(benchmark, tmp_path, capsys):
 
 def test_decoding_of_a_real_pair_forces_nothing(benchmark):
     pair = ["--target", str(TARGET), "--drafter", str(DRAFTER)]
-    report = benchmark.main([*pair, "--prompt", "16", "--new", "16", "--repeats", "1", "--only", "stock,chain"])
+    report = benchmark.main([*pair, "--prompt", "16", "--new", "16", "--repeats", "1", "--only", "stock", "chain"])
     assert not report["forced_acceptance"]
     assert report["systems"][1]["forced_acceptance_length"] is None
 
