@@ -100,7 +100,7 @@ def parse(argv):
         "--only",
         nargs="+",
         default=[""],
-        help="parts of names of systems to run; others are compared with the first",
+        help="names, or parts of names, of systems to run; others are compared with the first",
     )
     parser.add_argument("--kernels", type=int, default=0, help="also list the kernels of a cycle that take longest")
     parser.add_argument("--device")
@@ -160,7 +160,9 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
     if arguments.shape and arguments.shape.startswith("llama"):
         assistant = "a small Llama, transformers' assisted decoding"
         chosen.append(System(assistant, {}, {"assistant_model": (SMALL, device, dtype)}, repeats=2))
-    found = [system for system in chosen if any(part in system.name for part in arguments.only)]
+    whole = {system.name for system in chosen} & set(arguments.only)
+    parts = set(arguments.only) - whole
+    found = [s for s in chosen if s.name in whole or any(part in s.name for part in parts)]
     if not found:
         names = ", ".join(dict.fromkeys(system.name for system in chosen))
         raise ValueError(f"--only {' '.join(arguments.only)} is in no system's name; there are: {names}")
