@@ -214,6 +214,18 @@ def of_drafter(name: str) -> str:
     return f"{whole} | {cycle(name, 'draft'):.2f} ms | {others}"
 
 
+def both(name: str, wanted: str) -> list[dict]:
+    """The figures of a system for each of two drafters."""
+    return [row for row in summary(f"decoding-{name}")["systems"] if row["name"] == wanted]
+
+
+def against(name: str, wanted: str) -> str:
+    """Cells: tokens per second and acceptance length of both, and the second's speed over the first's."""
+    first, second = both(name, wanted)
+    cells = [f"{row['tokens_per_second']:,.0f} | {row['acceptance_length']:.2f}" for row in (first, second)]
+    return " | ".join([*cells, f"{second['tokens_per_second'] / first['tokens_per_second']:.2f}"])
+
+
 def estimator(verification: str, name: str) -> dict:
     return summary(f"gradients-{verification}")["estimators"][name]
 

@@ -127,8 +127,9 @@ PARTS = {
 }
 
 
-# Stage 2 on greedy answers alone loses at temperature 1; half of them sampled, it gained at both (measured,
-# benchmarks/results/objectives-smollm2-mixed.json). Stage 1 keeps greedy ones: sampled ones there cost more at 0
+# Stage 2 on greedy answers alone loses at temperature 1; half of them sampled, it gained there and lost nothing at 0
+# (measured, benchmarks/results/objectives-smollm2-mixed.json and -mixed-again.json). Stage 1 keeps greedy ones: sampled
+# ones there cost more at 0
 MIXED = {"temperature": 1.0, "greedy_share": 0.5}
 
 
