@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig
 from ppow import PPOWDrafter, draws_ppow, generation_ppow, streamed_ppow, verifier_ppow
 from ppow.acceptance_ppow import count_accepted
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
-from ppow.graphs_ppow import FastPath, PairOfTwins
+from ppow.fast_path_ppow import FastPath, PairOfTwins
 from ppow.training.loading import load_model, load_tokenizer
 from ppow.training.prompts import first_turn, load_prompts
 from ppow.training.smollm2 import PROMPTS

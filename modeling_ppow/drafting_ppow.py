@@ -43,8 +43,8 @@ class DraftOptions:
             and verifying were measured to cost, on the plain path decided draft by draft; "auto": "constant" on the
             fast path, on the plain one "cost", and where tokens are sampled "gammatune", since a seed then brings the
             same tokens whatever time things take. Trees know no schedule.
-        cuda_graphs: take the fast path of :mod:`graphs_ppow`. None: where the hardware and the target allow it; True:
-            or else raise; False: never.
+        cuda_graphs: take the fast path of :mod:`fast_path_ppow`. None: where the hardware and the target allow it;
+            True: or else raise; False: never.
         accept_drafts: False decodes without drafts, in the same loop: windows of the same shapes pass through the same
             kernels, but hold no drafts, and every token comes from a root. It is the reference that tells what drafts
             change (nothing) from what a window's rounding changes against stock ``generate``.

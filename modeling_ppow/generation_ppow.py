@@ -20,7 +20,7 @@ from .attention_ppow import without_cudnn_attention
 from .cache_ppow import CACHE_NAME
 from .checks_ppow import check_call
 from .drafting_ppow import DraftOptions
-from .graphs_ppow import fast_path
+from .fast_path_ppow import fast_path
 from .pair_ppow import Pair
 from .probe_ppow import check_target
 from .products_ppow import few_rows

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from .cache_ppow import DrafterMemory, SlotCache, hand_back
 from .drafting_ppow import DrafterState, DraftOptions, DraftWindow
-from .graphs_ppow import FastPath
+from .fast_path_ppow import FastPath
 from .prompt_ppow import Prompt
 from .recording_ppow import GATE
 from .schedules_ppow import Schedule, costs_of, make_schedule

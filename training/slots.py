@@ -14,15 +14,8 @@ from transformers import PreTrainedModel
 
 from ppow.cache_ppow import CACHE_NAME, SlotCache
 from ppow.drafting_ppow import DraftWindow
-from ppow.graphs_ppow import (
-    GraphTarget,
-    attention_obstacle,
-    free_bytes,
-    key_heads,
-    slot_bytes,
-    target_obstacle,
-    target_twin,
-)
+from ppow.graphs_ppow import GraphTarget, target_twin
+from ppow.obstacles_ppow import attention_obstacle, free_bytes, key_heads, slot_bytes, target_obstacle
 from ppow.probe_ppow import check_target
 from ppow.recording_ppow import GATE, Replay
 from ppow.target_ppow import check_kind, decoder_layers

@@ -35,7 +35,7 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow import PPOWConfig, PPOWDrafter, graphs_ppow
+from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, graphs_ppow
 from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftOptions
@@ -51,8 +51,8 @@ EOS = [9, 20, 31, 4, 5]
 @pytest.fixture
 def anywhere(monkeypatch):
     """Take the fast path on the CPU too."""
-    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(graphs_ppow, "shortage", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
 
 
 def both(ids=PROMPT, mask=None, config=None, pair=None, **kwargs):

@@ -23,7 +23,16 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow import PPOWConfig, PPOWDrafter, fused_ppow, generation_ppow, graphs_ppow, recording_ppow
+from ppow import (
+    PPOWConfig,
+    PPOWDrafter,
+    fast_path_ppow,
+    fused_ppow,
+    generation_ppow,
+    graphs_ppow,
+    obstacles_ppow,
+    recording_ppow,
+)
 from ppow.target_ppow import TargetState
 from tiny_targets import build
 
@@ -31,8 +40,8 @@ from tiny_targets import build
 @pytest.fixture
 def anywhere(monkeypatch):
     """Take the fast path on the CPU too."""
-    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(graphs_ppow, "shortage", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -128,12 +137,12 @@ def test_buffers_are_kept_for_each_batch_size_and_made_anew_for_more_room_and_mo
 def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch):
     """Of 7,500 slots; 750 must stay free beside several batch sizes, or beside more room than a call needs."""
     target, drafter = (copy.deepcopy(model) for model in trained_pair())
-    slot = graphs_ppow.path_bytes(target, drafter, 100, 1) // 100  # of so many rows a prompt is not read by graphs
-    monkeypatch.setattr(graphs_ppow, "SHORT_PROMPT", 0)
-    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(graphs_ppow, "total_bytes", lambda device: size["all"] * slot)
+    slot = obstacles_ppow.path_bytes(target, drafter, 100, 1) // 100  # of so many rows a prompt is not read by graphs
+    monkeypatch.setattr(obstacles_ppow, "SHORT_PROMPT", 0)
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(obstacles_ppow, "total_bytes", lambda device: size["all"] * slot)
     size = {"all": 7500, "longest": 8192}  # slots that there are, and that the target has positions for
-    monkeypatch.setattr(graphs_ppow, "_longest", lambda target: size["longest"])
+    monkeypatch.setattr(fast_path_ppow, "longest_text", lambda target: size["longest"])
 
     def rooms():
         return {rows: path.capacity for rows, path in drafter._fast_paths.by_batch.items()}
@@ -146,7 +155,7 @@ def test_where_memory_is_short_other_batch_sizes_lose_their_buffers(monkeypatch)
     def free(device):
         return (size["all"] - sum(rows * room for rows, room in rooms().items())) * slot
 
-    monkeypatch.setattr(graphs_ppow, "free_bytes", free)
+    monkeypatch.setattr(obstacles_ppow, "free_bytes", free)
     for rows, kept in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [4]), (1, [4, 1]), (2, [1, 2]), (1, [2, 1])):
         assert list(run(rows).items()) == [(each, 1024) for each in kept]
     assert run(1, new=1100) == {2: 1024, 1: 2048}
@@ -332,7 +341,7 @@ def test_hooks_are_called(anywhere):
 
 @pytest.mark.parametrize("kind", ["aria_text", "dbrx", "jetmoe"])
 def test_experts_are_found_whatever_the_configuration_calls_them(kind):
-    assert "routes to experts" in graphs_ppow.target_obstacle(build(kind))
+    assert "routes to experts" in obstacles_ppow.target_obstacle(build(kind))
 
 
 def test_entries_on_another_device_than_the_current_one_are_not_written_by_triton(monkeypatch):
@@ -350,9 +359,9 @@ def test_memory_is_checked_before_buffers_are_made(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    assert "2 x 1024 cache slots, and what belongs to them, need" in graphs_ppow.shortage(target, drafter, 2, 1024)
+    assert "2 x 1024 cache slots, and what belongs to them, need" in obstacles_ppow.shortage(target, drafter, 2, 1024)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
-    assert graphs_ppow.shortage(target, drafter, 2, 1024) is None
+    assert obstacles_ppow.shortage(target, drafter, 2, 1024) is None
 
 
 # batch, heads, kv heads, nodes, head size, slots, kept slots of each row

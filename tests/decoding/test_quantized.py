@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from decoding_helpers import CHAIN, MODES, build_target, generate_with, prompt_batches, random_drafter, train
-from ppow import PPOWDrafter, graphs_ppow, probe_ppow, products_ppow, recording_ppow
+from ppow import PPOWDrafter, fast_path_ppow, probe_ppow, products_ppow, recording_ppow
 from ppow.lossless_ppow import first_difference, in_dtype
 
 NEW_TOKENS = 12
@@ -63,8 +63,8 @@ def _no_grad():
 @pytest.fixture
 def anywhere(monkeypatch):
     """Take the fast path on the CPU too."""
-    monkeypatch.setattr(graphs_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(graphs_ppow, "shortage", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -155,10 +155,10 @@ def test_quantized_weights_are_not_taken_for_plain_ones(load, monkeypatch):
 
 def test_another_quantized_weight_needs_other_graphs(load):
     target = load(WEIGHTS["int8"])
-    layer, before = target.model.layers[0].mlp.up_proj, graphs_ppow._weights(target)
-    assert graphs_ppow._weights(target) == before
+    layer, before = target.model.layers[0].mlp.up_proj, fast_path_ppow._weights(target)
+    assert fast_path_ppow._weights(target) == before
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    assert graphs_ppow._weights(target) != before
+    assert fast_path_ppow._weights(target) != before
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,7 +13,7 @@ import torch
 
 import small_pair
 from decoding_helpers import MODES, build_target, generate_with, prompt_batches, random_drafter, train, trained_pair
-from ppow import generation_ppow, graphs_ppow
+from ppow import generation_ppow, obstacles_ppow
 from ppow.target_ppow import is_split
 from two_processes import run_in_two_processes
 
@@ -100,6 +100,6 @@ def test_processes_decide_nothing_by_their_own_clocks(as_if_split, monkeypatch):
 
 def test_graphs_are_not_recorded_of_a_split_target(as_if_split, monkeypatch):
     target, drafter = as_if_split
-    monkeypatch.setattr(graphs_ppow, "HAS_TRITON", True)
+    monkeypatch.setattr(obstacles_ppow, "HAS_TRITON", True)
     monkeypatch.setattr(type(target), "device", torch.device("cuda"))
-    assert "tensor parallelism has split" in graphs_ppow.place_obstacle(target, drafter)
+    assert "tensor parallelism has split" in obstacles_ppow.place_obstacle(target, drafter)

@@ -12,7 +12,7 @@ import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from decoding_helpers import FAMILIES, MODES, build_target, generate_with, random_drafter
-from ppow import PPOWConfig, PPOWDrafter, graphs_ppow, pair_ppow, probe_ppow
+from ppow import PPOWConfig, PPOWDrafter, graphs_ppow, obstacles_ppow, pair_ppow, probe_ppow
 from ppow.probe_ppow import KNOWN, check_rope, check_target, is_known
 from ppow.target_ppow import TargetState
 from ppow.training import plan, preparation
@@ -131,13 +131,13 @@ def test_prompt_learning_is_refused_and_lora_is_served():
 
 
 def test_the_fast_paths_attention_is_tried_too():
-    assert graphs_ppow.attention_obstacle(build_target("llama")) is None
-    assert graphs_ppow.attention_obstacle(build("stablelm")) is None
+    assert obstacles_ppow.attention_obstacle(build_target("llama")) is None
+    assert obstacles_ppow.attention_obstacle(build("stablelm")) is None
     sinks = build("gpt_oss", attention="eager")  # its attention has a sink, which the fast path's has not
     assert "not those of the same tokens" in probe_ppow.trial(sinks, "fast", 24, graphs_ppow.unrecorded)
     assert probe_ppow.trial(sinks, "plain", 24, TargetState) is None
     ways = build("moshi")  # it reads a prompt as a whole, and what follows in a sliding window
-    assert "the logits of a prompt are not those" in graphs_ppow.attention_obstacle(ways)
+    assert "the logits of a prompt are not those" in obstacles_ppow.attention_obstacle(ways)
     assert probe_ppow.trial(ways, "plain", 24, TargetState) is None
 
 
