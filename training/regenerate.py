@@ -66,7 +66,7 @@ def write(config: RegenerateConfig) -> float:
     """The command itself, once the output is this run's alone."""
     bad = BadRows(config.skip_bad_rows)
     chats = chats_to_answer(config, bad)
-    output, by = Path(config.output), _writers_of(config, chats)
+    output, by = Path(config.output), writers_of(config, chats)
     done = finished_rows(output, chats, by, config.resume)
     writer = EndpointWriter(config) if config.endpoint else LocalWriter(config)
     left = [row for number, row in chats.items() if number not in done]
@@ -147,7 +147,7 @@ def answered(rows: list[Row], writer: Writer, seed: int) -> Iterator[tuple[Row, 
             waiting.appendleft(chat.question(seed))
 
 
-def _writers_of(config: RegenerateConfig, rows: Iterable[int]) -> dict[int, dict]:
+def writers_of(config: RegenerateConfig, rows: Iterable[int]) -> dict[int, dict]:
     """Who writes each row, as its line says it."""
     model = config.model if config.endpoint else config.target
     assert model is not None

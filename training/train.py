@@ -4,7 +4,7 @@
     RUN/prompts.jsonl           ppow prompts, or the rows of --data in a random order
     RUN/heldout.jsonl           prompts that nothing is trained on: the last ones that were written, or chosen rows
     RUN/answers.jsonl           ppow regenerate; of the held-out prompts heldout-answers.jsonl
-    RUN/mixed-answers.jsonl     ppow regenerate, half of them sampled: what stage 2 learns from
+    RUN/mixed-answers.jsonl     for stage 2: some of these answers, and as many sampled ones (ppow regenerate)
     RUN/stage1, RUN/stage2      ppow supervised, ppow reinforce
     RUN/figures                 ppow evaluate, on the held-out prompts
     RUN/drafter                 the repository, as ppow push makes it
@@ -36,7 +36,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from . import evaluate, own_prompts, plan, push, regenerate, reinforce, supervised
-from .config import PushConfig, ReinforceConfig, SupervisedConfig, TrainConfig
+from .config import PushConfig, RegenerateConfig, ReinforceConfig, SupervisedConfig, TrainConfig
 from .data import BadRows, Row, encode, load_rows
 from .files import LOCK, claim_folder, remove, scratch, whole, write_json
 from .fingerprints import fingerprint
@@ -346,10 +346,25 @@ class Road:
         if "limit" not in self.decided("mixed"):
             count = mixed_of(rows, stage) if "steps" in stage else rows
             if self.config.budget is not None:
-                count = self._within(self.record["seconds"]["answers"] / rows, count, "mixed")
+                pace = self.record["seconds"]["answers"] / rows * (1 - self.decided("mixed")["greedy_share"])
+                count = self._within(pace, count, "mixed")
             self.decide("mixed", limit=count)
         given = {"data": self._at("prompts.jsonl"), "output": self._at("mixed-answers.jsonl")}
-        self._run(regenerate.main, self.command("regenerate", **given, **self.decided("mixed")))
+        config = self.command("regenerate", **given, **self.decided("mixed"))
+        self._take_greedy_answers(config)
+        self._run(regenerate.main, config)
+
+    def _take_greedy_answers(self, config: RegenerateConfig) -> None:
+        """Begin an output with those of part 2 that would be written again."""
+        if Path(config.output).exists():
+            return
+        by = regenerate.writers_of(config, range(config.limit or 0))
+        with open(self.folder / "answers.jsonl", encoding="utf-8", newline="\n") as file:
+            answers = [(json.loads(line), line) for line in file]
+        _write_lines(
+            Path(config.output),
+            [line for row, line in answers if row["by"] == by.get(row["row"]) and row["by"]["temperature"] == 0],
+        )
 
     def _supervised(self) -> None:
         if not self.decided("heldout"):

@@ -418,6 +418,25 @@ def test_stage_2_learns_from_answers_that_are_half_sampled_unless_the_options_sa
     assert mixed_of(60_000, {**stage, "steps": 1}) == 32  # some may be too short to learn from
 
 
+def test_greedy_answers_are_not_written_twice(home, whole, tmp_path):
+    """They are copied: here changed ones, which the target would not write."""
+    shutil.copytree(whole, tmp_path / "run")
+    answers, mixed = tmp_path / "run" / "answers.jsonl", tmp_path / "run" / "mixed-answers.jsonl"
+    before = rows_of(mixed)
+    mixed.unlink()
+    rows = rows_of(answers)
+    for row in rows:
+        row["messages"][-1]["content"] += " (copied)"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = record_of(tmp_path / "run")
+    record["done"].remove("mixed")
+    write_json(tmp_path / "run" / "train.json", record)
+    assert cli.main(command(home, tmp_path / "run", "--resume")) == 0
+    for now, then in zip(rows_of(mixed), before, strict=True):
+        assert (now == then) == (now["by"]["temperature"] == 1)
+        assert now["messages"][-1]["content"].endswith("(copied)") == (now["by"]["temperature"] == 0)
+
+
 def test_a_run_of_an_earlier_version_goes_on_without_that_part(home, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     record = record_of(tmp_path / "run")
