@@ -72,7 +72,8 @@ def main(argv=None) -> dict:
     prompts = real_prompts(arguments, device) if arguments.target else random_prompts(target, arguments, device)
     for system in systems(arguments, device, dtype):
         for drafter in drafters if "PPOW" in system.name else drafters[:1]:
-            row = measure(system, target, drafter, prompts, arguments, device)
+            with kernels_of(system):
+                row = measure(system, target, drafter, prompts, arguments, device)
             report["systems"].append(row | ({"drafter": drafter.name_or_path} if drafters[1:] else {}))
             show(report["systems"][-1], report["systems"][0])
             save(report, arguments.output)  # whatever ends the run early, what was measured is kept
@@ -169,6 +170,18 @@ def systems(arguments, device: str, dtype: torch.dtype) -> list[System]:
     return found
 
 
+@contextlib.contextmanager
+def kernels_of(system: System):
+    """Let the system use the kernels that it names."""
+    streamed_ppow.FEWEST_WEIGHTS = system.fewest_weights
+    verifier_ppow.can_draw = draws_ppow.can_draw if system.draws else lambda logits: False
+    try:
+        yield
+    finally:
+        streamed_ppow.FEWEST_WEIGHTS = System.fewest_weights
+        verifier_ppow.can_draw = draws_ppow.can_draw
+
+
 def measure(system: System, target, drafter, prompts, arguments, device: str) -> dict:
     """Tokens per second of one system, and for ours what the parts of a cycle cost."""
     calls = dict(system.arguments)
@@ -181,8 +194,6 @@ def measure(system: System, target, drafter, prompts, arguments, device: str) ->
     prompts = [ids[: system.batch] for ids in prompts]
     seconds, lengths, parts = [], [], {}
     repeats = min(system.repeats or arguments.repeats, arguments.repeats)
-    streamed_ppow.FEWEST_WEIGHTS = system.fewest_weights
-    verifier_ppow.can_draw = draws_ppow.can_draw if system.draws else lambda logits: False
     vars(drafter).pop("_fast_paths", None)  # which was made under other settings, and the first run is to record
     for run in range(1 + repeats):
         torch.manual_seed(arguments.seed + run)

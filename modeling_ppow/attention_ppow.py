@@ -7,7 +7,6 @@ many programs whose partial softmaxes are merged afterwards (Flash-Decoding, Dao
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it; the plain path needs none of this
-    triton = None
+from .triton_ppow import HAS_TRITON, INTERPRETED, tl, triton
 
 _CUDNN: dict[str, Any] = {"lock": threading.Lock(), "users": 0, "before": True}
 
@@ -45,8 +40,6 @@ def without_cudnn_attention() -> Iterator[None]:
                 switch.enable_cudnn_sdp(_CUDNN["before"])
 
 
-HAS_TRITON = triton is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # lets the kernel's tests run without a GPU
 WINDOW_ATTENTION = "ppow_window"  # its name among transformers' attention functions
 
 

@@ -13,13 +13,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor
 
-from .attention_ppow import HAS_TRITON
 from .drafting_ppow import DraftWindow, top
 from .fused_ppow import reachable
-
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
+from .triton_ppow import HAS_TRITON, tl, triton
 
 PIECE = 2048  # tokens of a vocabulary that one block looks at
 CANDIDATES = 64  # among which a draft distribution's edge is looked for, where top_k names no number
@@ -171,9 +167,10 @@ if HAS_TRITON:
     ):  # fmt: skip
         """Logits / temperature at some places of a row (or of rows); -inf outside, and below what is kept."""
         value = tl.load(logits + row * stride + at, mask=inside, other=float("-inf")).to(tl.float32)
-        if CUT:
-            value = tl.where(value < tl.load(lowest + row), float("-inf"), value)
-        return value / temperature
+        scaled = value / temperature
+        if CUT:  # as transformers, which divides first: what is equal then stays
+            scaled = tl.where(scaled < tl.load(lowest + row) / temperature, float("-inf"), scaled)
+        return scaled
 
     @triton.jit
     def _together(parts, row, count, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -189,7 +186,7 @@ if HAS_TRITON:
         logits, lowest, race, parts, places, stride, size, count, temperature,
         CUT: tl.constexpr, RACED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One piece of a row: max l, sum exp(l - max l), and argmax l - log(race), of l = logits / temperature."""
+        """One piece of a row: max l, sum exp(l - max l), argmax l - max l - log(race), of l = logits / temperature."""
         row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
         at = piece * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
@@ -199,8 +196,9 @@ if HAS_TRITON:
         part = row * count + piece
         tl.store(parts + part * 3, high)
         tl.store(parts + part * 3 + 1, total)
-        if RACED:
-            score = scaled - tl.log(tl.load(race + row * size + at, mask=inside, other=1.0))
+        if RACED:  # from the maximum on, since beside a large l the race would be rounded away
+            near = tl.where(scaled == float("-inf"), float("-inf"), scaled - high)
+            score = near - tl.log(tl.load(race + row * size + at, mask=inside, other=1.0))
             best = tl.max(score, 0)
             tl.store(parts + part * 3 + 2, best)
             tl.store(places + part, tl.min(tl.where(score == best, at, size - 1), 0).to(tl.int64))
@@ -213,7 +211,9 @@ if HAS_TRITON:
         """One piece of a row's distribution; the first also says who won."""
         row, piece, each = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, PARTS)
         if piece == 0:
-            score = tl.load(parts + (row * count + each) * 3 + 2, mask=each < count, other=float("-inf"))
+            part = parts + (row * count + each) * 3
+            high = tl.load(part, mask=each < count, other=float("-inf"))
+            score = tl.load(part + 2, mask=each < count, other=float("-inf")) + (high - tl.max(high, 0))
             first = tl.min(tl.where(score == tl.max(score, 0), each, count - 1), 0)
             tl.store(found + row, tl.load(places + row * count + first))
         if WRITE:

@@ -17,11 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention_ppow import HAS_TRITON, INTERPRETED
-
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
+from .triton_ppow import HAS_TRITON, INTERPRETED, tl, triton
 
 ROTATION = "apply_rotary_pos_emb"  # transformers' name for the rotation of queries and keys
 GATED = "gate_proj", "up_proj", "down_proj"  # and for the products of a gated MLP

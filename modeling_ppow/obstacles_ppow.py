@@ -3,11 +3,11 @@
 import torch
 from transformers import PreTrainedModel
 
-from .attention_ppow import HAS_TRITON
 from .graphs_ppow import PREFILL, SHORT_PROMPT, unrecorded
 from .probe_ppow import PROMPT, is_known, trial
 from .prompt_ppow import Prompt
 from .target_ppow import has_hooks, is_split
+from .triton_ppow import HAS_TRITON
 
 SPARE = 0.1  # of a GPU's memory, which others need: buffers of more than one batch size, or of twice the room, leave it
 

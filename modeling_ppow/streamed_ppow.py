@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_ppow import HAS_TRITON, INTERPRETED
-
-if HAS_TRITON:
-    import triton
-    import triton.language as tl
+from .triton_ppow import HAS_TRITON, INTERPRETED, tl, triton
 
 MOST_ROWS = 16  # of more, arithmetic begins to count, and the library's products are as fast
 FEWEST_WEIGHTS = 1 << 22  # of smaller matrices reading takes no longer than starting a kernel

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from ppow import PPOWConfig
-from ppow.attention_ppow import HAS_TRITON
+from ppow.triton_ppow import HAS_TRITON
 
 from . import plan
 from .arguments import Config

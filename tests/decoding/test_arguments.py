@@ -35,7 +35,7 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, graphs_ppow
+from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, recording_ppow
 from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftOptions
@@ -800,7 +800,7 @@ def test_calls_at_once_are_each_right_and_leave_nothing_changed(graphs, anywhere
     assert (torch.backends.cuda.cudnn_sdp_enabled(), torch._dynamo.config.recompile_limit) == settings
     assert not any(module._forward_pre_hooks for module in target.modules())
     assert target.config._attn_implementation == "sdpa"
-    assert all(type(module) is not graphs_ppow.Twin for module in target.modules())
+    assert all(type(module) is not recording_ppow.PartOfProduct for module in target.modules())
 
 
 def test_a_call_within_a_call_takes_the_plain_path_or_is_refused(anywhere):

@@ -380,13 +380,18 @@ from fused_cases import *
 check_strides("cpu", torch.float32); check_models("cpu", torch.float32, 1e-5); check_twins("cpu", torch.float32, 1e-5)
 check_writing("cpu", torch.float32)
 check_refusals("cpu", torch.bfloat16)
-check_likeliest("cpu"); check_draws("cpu", 1e-5)
+check_likeliest("cpu")
 check_streaming("cpu", torch.float16)
+"""
+
+DRAWS = """
+from fused_cases import *
+check_draws("cpu", 1e-5); check_verifying("cpu"); check_cold_draws("cpu"); check_edge_of_equals("cpu")
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("code", [ATTENTION, FUSED], ids=["attention", "fused"])
+@pytest.mark.parametrize("code", [ATTENTION, FUSED, DRAWS], ids=["attention", "fused", "draws"])
 def test_the_kernels_in_tritons_interpreter(code, tmp_path):
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     import subprocess

@@ -22,13 +22,16 @@ from decoding_helpers import (
     trained_pair,
 )
 from fused_cases import (
+    check_cold_draws,
     check_draws,
+    check_edge_of_equals,
     check_likeliest,
     check_models,
     check_refusals,
     check_streaming,
     check_strides,
     check_twins,
+    check_verifying,
     check_writing,
 )
 from ppow import pair_ppow, streamed_ppow
@@ -176,8 +179,9 @@ def test_local_windows_by_slot_are_refused_on_a_gpu(dtype):
         check_target(build("gpt_neo").to("cuda", dtype))
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 6}, {"top_p": 0.8}], ids=["all", "top_k", "top_p"])
 @pytest.mark.parametrize("mode", MODES)
-def test_the_fast_path_samples_from_the_targets_distribution(mode):
+def test_the_fast_path_samples_from_the_targets_distribution(mode, filters):
     target, drafter = (copy.deepcopy(model).to("cuda", torch.float32) for model in trained_pair())
     rows, length = 512, 2
     ids = torch.arange(1, 9, device="cuda")[None].expand(rows, -1)
@@ -186,7 +190,7 @@ def test_the_fast_path_samples_from_the_targets_distribution(mode):
         for which, assistant in enumerate((None, drafter)):
             torch.manual_seed(round_ + 1000 * which)
             config = {"max_new_tokens": length + 1, "do_sample": True, "temperature": 0.8, "cuda_graphs": True}
-            out = generate_with(target, assistant, ids, config={**config, **MODES[mode]}).sequences[:, 8:]
+            out = generate_with(target, assistant, ids, config={**config, **MODES[mode], **filters}).sequences[:, 8:]
             pair = out[:, 1] * target.config.vocab_size + out[:, 2]  # behind the prompt's own token
             counts[which].index_add_(0, pair, torch.ones(rows, device="cuda"))
     seen = counts.sum(0) >= 20
@@ -271,7 +275,13 @@ def test_fused_modules_compute_what_they_stand_for(dtype, tolerance):
     check_writing("cuda", dtype)
     check_refusals("cuda", dtype)
     check_likeliest("cuda")
+
+
+def test_draws_by_kernels_are_those_of_torch():
     check_draws("cuda", 1e-4)
+    check_verifying("cuda")
+    check_cold_draws("cuda")
+    check_edge_of_equals("cuda")
 
 
 def test_training_reads_a_target_by_fused_kernels():

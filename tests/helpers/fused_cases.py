@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import types
 import weakref
 
 import torch
@@ -12,21 +13,24 @@ from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from ppow import PPOWConfig, PPOWDrafter, streamed_ppow
+from ppow import PPOWConfig, PPOWDrafter, draws_ppow, streamed_ppow, verifier_ppow
 from ppow.acceptance_ppow import reject, sample
 from ppow.cache_ppow import SlotLayer
 from ppow.drafting_ppow import DraftWindow
 from ppow.draws_ppow import Warp, draw, reject_drawn
 from ppow.fused_ppow import fuse, gated, likeliest, rms_norm, rotated, write
+from ppow.masks_ppow import ancestors_of
 from ppow.recording_ppow import Twin
 from ppow.streamed_ppow import in_eight_bits, multiply
 from ppow.target_ppow import decoder_layers
+from ppow.verifier_ppow import Verifier
 
 SMALL = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -306,6 +310,81 @@ def check_near(probs: torch.Tensor, whole: torch.Tensor, stock: torch.Tensor) ->
 def _with_seed(seed: int, function, *given):
     torch.manual_seed(seed)
     return function(*given)
+
+
+LISTS = {
+    "plain": [],
+    "few": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(4)],
+    "all": [TopKLogitsWarper(10**6)],
+    "at least": [TopKLogitsWarper(1, min_tokens_to_keep=5)],
+    "not away": [TopKLogitsWarper(3, filter_value=-5.0)],
+    "nucleus": [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.97)],
+    "twice": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(4), TemperatureLogitsWarper(1.3)],
+    "floor": [MinPLogitsWarper(0.2)],
+    "none of these": [TemperatureLogitsWarper(0.7), SuppressTokensLogitsProcessor([1, 2], "cpu")],
+}
+
+
+def check_verifying(device: str) -> None:
+    """A verifier with the kernels decides as one without them, whatever processors there are."""
+    for number, (name, processors) in enumerate(LISTS.items()):
+        dtype = (torch.bfloat16, torch.float32, torch.float16)[number % 3]
+        for mode in ("whole", "draft vocabulary", "tree", "blind"):
+            torch.manual_seed(3)
+            logits = (3 * torch.randn(2, 5, 2051, device=device)).to(dtype)[:, 1:, :2049]
+            columns = torch.randperm(2049, device=device)[:900] if mode == "draft vocabulary" else None
+            columns = torch.arange(2049, device=device) if columns is None else columns
+            text = types.SimpleNamespace(scores=None, logits=None, device=torch.device(device))
+            given = LogitsProcessorList(processors), True, columns, text, mode != "blind"
+            verdicts = []
+            for allowed in (draws_ppow.can_draw, lambda logits: False):
+                verifier = Verifier(*given)
+                verifier_ppow.can_draw = draws_ppow.can_draw
+                torch.manual_seed(5)
+                if mode == "tree":
+                    tokens = torch.randint(2049, (2, 4), device=device)
+                    parents = torch.tensor([[0, 0, 0, 1]] * 2, device=device)
+                    depth = torch.tensor([[0, 1, 1, 2]] * 2, device=device)
+                    window = DraftWindow(tokens, parents, depth, ancestors_of(parents, 2), 2)
+                else:
+                    near = logits[:, :3][..., columns] + 0.3 * torch.randn(2, 3, len(columns), device=device).to(dtype)
+                    ids, probs = zip(*map(verifier.draft_sample, near.unbind(1)))
+                    ids = torch.stack(ids, 1)
+                    tokens = torch.cat((torch.zeros_like(ids[:, :1]), columns[ids]), 1)
+                    window = DraftWindow.chain(tokens, ids, torch.stack(probs, 1))
+                verifier_ppow.can_draw = allowed
+                verdicts.append([_with_seed(seed, verifier, window, logits) for seed in range(3)])
+            verifier_ppow.can_draw = draws_ppow.can_draw
+            for ours, theirs in zip(*verdicts):
+                for part in ("accepted", "path", "tokens"):
+                    assert torch.equal(getattr(ours, part), getattr(theirs, part)), (name, mode, part)
+
+
+def check_cold_draws(device: str) -> None:
+    """Two tokens that tie at a large logit are drawn alike however cold it is: the race is not rounded away."""
+    logits = torch.full((400, 2100), 3.0, device=device, dtype=torch.bfloat16)
+    logits[:, 7] = logits[:, 2090] = 30.0  # in different pieces
+    logits[:, 9] = logits[:, 7]
+    for temperature in (1.0, 1e-4, 1e-6):
+        torch.manual_seed(9)
+        found, probs = draw(logits, Warp(temperature=temperature))
+        torch.testing.assert_close(probs[0, 7], torch.tensor(1 / 3, device=device))
+        counts = torch.tensor([int((found == token).sum()) for token in (7, 9, 2090)])
+        assert int(counts.sum()) == 400 and int(counts.min()) > 90, (temperature, counts)  # 133 each, sigma 9.4
+
+
+def check_edge_of_equals(device: str) -> None:
+    """Float32 neighbours that dividing makes equal both stay, as where transformers divides first."""
+    values = torch.tensor([5.0, 3.0, 3.0, 1.0], device=device)
+    warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(2)]
+    merged = 0
+    for step in range(1, 60):
+        values[1:3] = 3.0 + step * 2.0**-22
+        values[2] = torch.nextafter(values[1], torch.tensor(0.0, device=device))
+        expected = LogitsProcessorList(warpers)(None, values[None]).softmax(-1)
+        merged += int((expected > 0).sum()) == 3
+        torch.testing.assert_close(draw(values[None], Warp.of(warpers))[1], expected)
+    assert merged
 
 
 def rejections(logits: torch.Tensor, warp: Warp, expected: torch.Tensor, columns: torch.Tensor) -> set[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"modeling_ppow": "ppow", "training": "ppow/training", "model_cards": "ppow/model_cards"}
@@ -322,3 +323,10 @@ def test_the_citation_is_one_that_others_can_read_and_names_the_papers_facts():
     assert paper["title"] in card and f"author = {{{' and '.join(people)}}}" in card
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert paper["title"] in readme and ", ".join(people) in readme
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "modeling_ppow").glob("*.py")), ids=lambda path: path.stem)
+def test_a_drafters_code_asks_for_nothing_but_torch_and_transformers(path):
+    """transformers refuses code from the Hub for every other import that is not in a ``try``, such as Triton's."""
+    asked = {name.split(".")[0] for name in get_imports(path)}
+    assert asked <= {*sys.stdlib_module_names, "torch", "transformers"}
