@@ -95,7 +95,8 @@ class Verifier:
         self.key = type(self), do_sample, _settings(warpers)
         warp = Warp.of(warpers) if self.on_device else None
         self.warp = warp if warp is not None and warp.is_exact else None
-        self.same_words = torch.equal(columns, torch.arange(len(columns), device=columns.device))
+        # looked up once, and not for nothing: the host waits for it
+        self.same_words = do_sample and torch.equal(columns, torch.arange(len(columns), device=columns.device))
 
     def __call__(self, window: DraftWindow, logits: torch.Tensor) -> Verdict:
         """Verify ``window`` against the target's logits (B, N, V)."""
@@ -120,11 +121,11 @@ class Verifier:
             accepted, path, following = reject_drawn(window, scores, warp or Warp(), columns)
         elif window.draft_probs is not None:
             accepted, path, following = reject(window, scores.softmax(-1), self.columns)
+        elif drawn:
+            choices, _ = draw(scores.flatten(0, 1), warp or Warp(), with_probs=False)
+            accepted, path, following = follow(window, choices.view_as(window.tokens))
         else:
-            if drawn:
-                choices = draw(scores.flatten(0, 1), warp or Warp(), with_probs=False)[0].view_as(window.tokens)
-            else:
-                choices = sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
+            choices = sample(scores.softmax(-1)) if self.do_sample else scores.argmax(-1)
             accepted, path, following = follow(window, choices)
         tokens = window.tokens.gather(1, path.roll(-1, 1))
         tokens = tokens.scatter(1, accepted[:, None], following[:, None])

@@ -358,7 +358,7 @@ class Road:
         """Begin an output with those of part 2 that would be written again."""
         if Path(config.output).exists():
             return
-        by = regenerate.writers_of(config, range(config.limit or 0))
+        by = regenerate.writers_of(config, range(self.decided("mixed")["limit"]))
         with open(self.folder / "answers.jsonl", encoding="utf-8", newline="\n") as file:
             answers = [(json.loads(line), line) for line in file]
         _write_lines(

@@ -312,7 +312,7 @@ def _with_seed(seed: int, function, *given):
     return function(*given)
 
 
-LISTS = {
+PROCESSORS = {
     "plain": [],
     "few": [TemperatureLogitsWarper(0.7), TopKLogitsWarper(4)],
     "all": [TopKLogitsWarper(10**6)],
@@ -327,13 +327,13 @@ LISTS = {
 
 def check_verifying(device: str) -> None:
     """A verifier with the kernels decides as one without them, whatever processors there are."""
-    for number, (name, processors) in enumerate(LISTS.items()):
+    for number, (name, processors) in enumerate(PROCESSORS.items()):
         dtype = (torch.bfloat16, torch.float32, torch.float16)[number % 3]
         for mode in ("whole", "draft vocabulary", "tree", "blind"):
             torch.manual_seed(3)
             logits = (3 * torch.randn(2, 5, 2051, device=device)).to(dtype)[:, 1:, :2049]
-            columns = torch.randperm(2049, device=device)[:900] if mode == "draft vocabulary" else None
-            columns = torch.arange(2049, device=device) if columns is None else columns
+            pruned = mode == "draft vocabulary"
+            columns = torch.randperm(2049, device=device)[:900] if pruned else torch.arange(2049, device=device)
             text = types.SimpleNamespace(scores=None, logits=None, device=torch.device(device))
             given = LogitsProcessorList(processors), True, columns, text, mode != "blind"
             verdicts = []
