@@ -214,6 +214,18 @@ def of_drafter(name: str) -> str:
     return f"{whole} | {cycle(name, 'draft'):.2f} ms | {others}"
 
 
+def sampled_ways(name: str) -> str:
+    """Cells: tokens per second greedily, with torch's draws, with kernels for them, and so with top_p."""
+    ways = "", ", sampled, torch's draws", ", sampled", ", sampled, top_p 0.9"
+    return " | ".join(f"{speed(name, f'PPOW fast, chain{way}'):.0f}" for way in ways)
+
+
+def shorter(name: str) -> float:
+    """Acceptance length when sampled over that of greedy chains, both simulated."""
+    found = [system(name, f"PPOW fast, chain{way}")["acceptance_length"] for way in (", sampled", "")]
+    return found[0] / found[1]
+
+
 def both(name: str, wanted: str) -> list[dict]:
     """The figures of a system for each of two drafters."""
     return [row for row in summary(f"decoding-{name}")["systems"] if row["name"] == wanted]
@@ -271,6 +283,13 @@ def accepts(name: str, which: str, arm: str = "stage1") -> str:
     """Cells: acceptance length on GSM8K, HumanEval and MT-Bench, of a drafter that was measured alone or of an arm."""
     found = summary(name)["domains"]
     return " | ".join(f"{found[f'{domain} {which}'][arm]:.2f}" for domain in ("gsm8k", "humaneval", "mt_bench"))
+
+
+def of_the_bundled(which: str, between: str = " | ") -> str:
+    """Cells: the acceptance length of the drafter that was trained without data over the bundled one's, in percent."""
+    ours, theirs = (summary(f"smollm2-own-prompts{name}")["domains"] for name in ("", "-bundled"))
+    domains = [f"{domain} {which}" for domain in ("gsm8k", "humaneval", "mt_bench")]
+    return between.join(f"{100 * ours[name]['stage1'] / theirs[name]['stage1']:.0f}%" for name in domains)
 
 
 def four_rows(name: str) -> float:

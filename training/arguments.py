@@ -209,7 +209,9 @@ class Config:
             known = f"{cls._expected('preset')}; default {next(iter(cls.presets))}"
             named += ["  --preset", *_wrapped(f"a named set of values for the options that you do not give ({known})")]
             for name, values in cls.presets.items():
-                given = " ".join(f"--{_dashes(key)} {_show(value)}" for key, value in values.items())
+                given = " ".join(
+                    f"--{_dashes(k)}" if v is True else f"--{_dashes(k)} {_show(v)}" for k, v in values.items()
+                )
                 named += _wrapped(f"{name}: {given}")
         for group in sorted(groups, key=lambda name: name != "basics"):
             found = groups[group]

@@ -22,6 +22,10 @@ _NAMED = "benchmarks by name (mt_bench, humaneval, gsm8k, mbpp) or files of rows
 _PROMPTS_DIR = "folder with the files of the named benchmarks; none: they come from the Hub"
 _PLAN = "print memory and time for this device, then stop; nothing is loaded"
 _ARCHITECTURE = "a new drafter computes a window token by token (eagle3) or in one forward (block, as DFlash)"
+_OPENINGS = (
+    'JSONL file of how prompts begin, rows of "system" (a message that sets the subject) and "user" (first words), '
+    "which take turns; none: those of training/openings.py"
+)
 _WINDOW = "draft chains of this many tokens; none: as the drafter was made"
 _THREADS = "CPU threads; none: torch decides"
 _DTYPE = "number format of the target's and drafter's weights; bfloat16 on a GPU"
@@ -218,6 +222,7 @@ PRESETS = {
 }
 _TEXTS = {**PRESETS["ppow"], "supervised_coef": 0.0}  # of the controls that learn from texts
 PRESETS |= {name: {**_TEXTS, "objective": name} for name in ("cst", "lk")}
+PRESETS["head"] = {**_TEXTS, "confidence_head": True, "freeze_drafter": True, "learning_rate": 3e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,6 +262,7 @@ class ReinforceConfig(StageConfig):
     confidence_head: bool = option(
         "also train a small head that tells how likely each draft is accepted, to end windows early (ours)", False
     )
+    freeze_drafter: bool = option("with confidence_head: train it alone, the drafts stay as they are (ours)", False)
     window_size: int = option("drafted tokens of a window, K (paper)", 10, at_least=1)
     cost_ratio: float = option(
         "cost of a draft step relative to one step of the target, gamma (paper)", 0.12, at_least=0
@@ -308,6 +314,8 @@ class ReinforceConfig(StageConfig):
             raise ValueError(
                 "confidence_head learns along texts, and estimator='rollout' has none: use --estimator exact."
             )
+        if self.freeze_drafter and not self.confidence_head:
+            raise ValueError("freeze_drafter leaves nothing to train without confidence_head: --preset head sets both.")
         if rolls and self.group_size * self.window_size > self.max_forest_nodes:
             raise ValueError(
                 f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
@@ -390,8 +398,9 @@ class PromptsConfig(Config):
     target: str = option(f"{_TARGET}; needs a chat template")
     output: str = option("the .jsonl file to write")
     count: int = option("prompts to write", 1000, at_least=1)
+    openings: str | None = option(_OPENINGS, None)
     max_new_tokens: int = option("longest prompt, in tokens; longer ones are left out", 256, at_least=1)
-    temperature: float = option("sampling temperature", 1.0, above=0)
+    temperature: float = option("sampling temperature", 0.8, above=0)
     batch_size: int = option("prompts that are written at once", 32, at_least=1)
     dtype: Literal["float32", "bfloat16"] = option("number format of the target; bfloat16 on a GPU", "float32")
     seed: int = option("random seed", 0, at_least=0)
@@ -419,6 +428,7 @@ class TrainConfig(Config):
         "time for everything, such as 2h, 30m, 90s or 1h30m; none: the counts of docs/train.md, however long they take",
         None,
     )
+    openings: str | None = option(f"without data: {_OPENINGS}", None)
     architecture: Literal["eagle3", "block"] = option(_ARCHITECTURE, "eagle3")
     plan: Literal["here", "a100", "h100", "h200"] | None = option(_PLAN, None)
     prompts: int | None = option(

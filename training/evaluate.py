@@ -58,7 +58,7 @@ def main(config: EvaluateConfig) -> float:
     """Measure into ``config.output_dir``, which is this run's alone meanwhile.
 
     Returns:
-        The seconds that measuring took, without loading the models.
+        The seconds that measuring took, without loading the models and warming up.
 
     Raises:
         ValueError: names that lead to no model or prompts, a folder that holds something else, a drafting option
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> float:
                 title = f"{name} T={temperature:g}"
                 sets[title] = measure(target, tokenizer, drafters, chosen, config, temperature, title, log)
 
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - log.warming
     results, baseline = {}, {}
     for title, measured in sets.items():
         figures = [summarize(samples, config.bootstrap, config.seed) for samples in measured]
@@ -179,8 +179,10 @@ def measure(
     # by drafter and verification: sampling has a schedule of its own
     ways = {(w, name.endswith(" T=0")): s.drafting for (name, _), row in log.found.items() for w, s in enumerate(row)}
     if any(log.get(title, index) is None for index, _, _ in places):
+        began = time.perf_counter()
         for place in range(min(config.warmup, len(work))):
             answer(place, config.seed)
+        log.warming += time.perf_counter() - began
     for index, place, seed in tqdm(places, desc=title, leave=False):
         if log.get(title, index) is None:
             log.add(title, index, answer(place, seed))

@@ -3,9 +3,9 @@
     ppow prompts --target TARGET --count 20000 --output prompts.jsonl
     ppow regenerate --target TARGET --data prompts.jsonl --output answers.jsonl
 
-A chat model that is given the opening of a user's turn, and nothing else, completes it with what users ask it (Magpie,
-arXiv 2406.08464). Kept is what ends by itself, is not empty, does not loop, holds no part of the template, and was not
-written before (letter case, spaces and the marks of a sentence aside). The filters are ours.
+A chat model that is given the opening of a user's turn completes it with what users ask it
+(:mod:`ppow.training.openings`). Kept is what ends by itself, is not empty, does not loop, holds no part of the
+template, and was not written before (letter case, spaces and the marks of a sentence aside). The filters are ours.
 
 The output is a JSONL file of ``{"draw", "messages", "by"}``, ready for ``ppow regenerate``; ``draw`` numbers what
 was sampled, and each follows from its number and the seed, up to rounding. Lines are appended in that order as they
@@ -14,13 +14,13 @@ rows never wait for the longest, where the target allows it, else in batches of 
 """
 
 import collections
+import hashlib
 import json
 import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,41 +29,10 @@ from .config import PromptsConfig
 from .figures import ends_in_a_loop
 from .files import append, claim_file, whole
 from .loading import load_model, load_tokenizer, named, positions
+from .openings import Opening, openings
 
 HEAD = b'{"draw": '  # how a line of the output starts
-_MARK = "PPOW-PROMPT"  # stands for a user's words while the template is read
 _PATIENCE = 640  # samples without a new prompt after which the target has said what it has to say
-
-
-class Opening(NamedTuple):
-    """A chat template around a user's first words.
-
-    Attributes:
-        text: what stands before them.
-        behind: what follows them.
-    """
-
-    text: str
-    behind: str
-
-    def end(self) -> str:
-        """The first word after them, which ends a turn."""
-        return self.behind.split()[0]
-
-
-def opening(tokenizer: PreTrainedTokenizerBase) -> Opening:
-    """Read it off the tokenizer's chat template. Raises ValueError for a template that shows no user's words."""
-    message = {"role": "user", "content": _MARK}
-    try:
-        text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # no template, or one that fails
-        raise ValueError(f"This tokenizer's chat template cannot open a user's turn: {error}") from error
-    before, found, behind = text.partition(_MARK)
-    if not found or not behind.strip():
-        raise ValueError(
-            "This tokenizer's chat template does not show where a user's words begin and end; bring prompts instead."
-        )
-    return Opening(before, behind)
 
 
 def main(config: PromptsConfig) -> float:
@@ -87,19 +56,22 @@ def write(config: PromptsConfig) -> float:
 
     output = Path(config.output)
     name = Path(config.target).resolve().name if Path(config.target).exists() else config.target
-    by = {"model": name, **config.to_dict(without={"target", "output", "count", "resume"})}
-    seen, draw = written_before(output, by, config.resume)
     with named("target", config.target):
         tokenizer = load_tokenizer(config.target)
-    opened = opening(tokenizer)
+    opened = openings(tokenizer, config.openings)
+    by = {"model": name, **config.to_dict(without={"target", "output", "count", "resume", "openings"})}
+    by["openings"] = hashlib.sha256(json.dumps(opened).encode()).hexdigest()[:16]
+    seen, draw = written_before(output, by, config.resume)
     with named("target", config.target):
         target = load_model(config.target, dtype=getattr(torch, config.dtype))
     target.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    given = tokenizer(opened.text, add_special_tokens=False, return_tensors="pt").input_ids.to(target.device)
-    ends, words = ends_of(target, tokenizer, opened)
-    room = (positions(target.config) or sys.maxsize) - given.shape[1]
-    if room < 1:
-        raise ValueError(f"A user's turn opens with {given.shape[1]} tokens, all that the target has positions for.")
+    limit = positions(target.config) or sys.maxsize
+    begun = [(one, tokenizer(one.text + one.words, add_special_tokens=False).input_ids) for one in opened]
+    begun = [(one, ids) for one, ids in begun if len(ids) <= limit // 2]  # room is for what is to be written
+    if not begun:
+        raise ValueError(f"Every opening of a user's turn takes more than half of the target's {limit} positions.")
+    ends, words = ends_of(target, tokenizer, opened[0])
+    room = limit - max(len(ids) for _, ids in begun)
     target.generation_config = GenerationConfig(  # nothing of the target's own shapes what it says
         do_sample=True,
         temperature=config.temperature,
@@ -113,11 +85,11 @@ def write(config: PromptsConfig) -> float:
     in_vain, began = 0, time.perf_counter()
     marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     with tqdm(total=config.count, initial=min(len(seen), config.count), desc="prompts") as bar:
-        samples = sampled(target, tokenizer, given[0].tolist(), ends, config, draw)
+        samples = sampled(target, tokenizer, [ids for _, ids in begun], ends, config, draw)
         while len(seen) < config.count and in_vain < _PATIENCE:
             lines = []
             for draw, ids in next(samples):
-                text, fault = judged(ids, ends, marks, tokenizer, opened, seen)
+                text, fault = judged(ids, ends, marks, tokenizer, begun[draw % len(begun)][0], seen)
                 in_vain = 0 if fault is None else in_vain + 1
                 if fault is not None:
                     left_out[fault] += 1
@@ -145,24 +117,30 @@ def write(config: PromptsConfig) -> float:
 def sampled(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    given: list[int],
+    given: list[list[int]],
     ends: set[int],
     config: PromptsConfig,
     first: int,
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """What the target says after ``given``, without end: -> some (draw, tokens) at a time, in order from ``first``."""
+    """What the target says after each of ``given`` in turn, without end.
+
+    Returns:
+        Some (draw, tokens) at a time, in order from ``first``; draw i goes on from ``given[i % len(given)]``.
+    """
     import torch
 
     from .slots import Request, Slots, obstacle, rows_that_fit
 
     room = target.generation_config.max_new_tokens
-    capacity = len(given) + room
+    longest = max(map(len, given))
+    capacity = longest + room
     if obstacle(target) is None:
         slots = Slots(target, rows_that_fit(target, config.batch_size, capacity), capacity, config.temperature, ends)
         following, done = first, dict[int, list[int]]()
         while True:
             free = slots.free
-            slots.fill([Request(draw, given, room, _seed(config, draw)) for draw in range(following, following + free)])
+            draws = range(following, following + free)
+            slots.fill([Request(i, given[i % len(given)], room, _seed(config, i)) for i in draws])
             following += free
             done |= slots.collect()
             ready = []
@@ -172,11 +150,14 @@ def sampled(
             if ready:
                 yield ready
     first -= first % config.batch_size  # that call of ``generate`` again
-    batch = torch.tensor([given] * config.batch_size, device=target.device)
     while True:
         torch.manual_seed(_seed(config, first))
-        made = target.generate(batch, attention_mask=torch.ones_like(batch), tokenizer=tokenizer)
-        yield list(enumerate(made[:, len(given) :].tolist(), first))
+        begun = [given[draw % len(given)] for draw in range(first, first + config.batch_size)]
+        before = [longest - len(ids) for ids in begun]  # padding, on the left
+        batch = torch.tensor([[0] * pad + ids for pad, ids in zip(before, begun)], device=target.device)
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in before], device=target.device)
+        made = target.generate(batch, attention_mask=mask, tokenizer=tokenizer)
+        yield list(enumerate(made[:, longest:].tolist(), first))
         first += len(batch)
 
 
@@ -207,7 +188,7 @@ def judged(
     """What a user's turn says, and why it is of no use; None if it is. ``marks``: tokens that no turn holds."""
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     text, ended, _ = tokenizer.decode(ids[:end], skip_special_tokens=True).partition(opened.end())
-    text = text.strip()
+    text = (opened.words + text).strip()
     if end is None and not ended:
         return text, "unfinished"
     if not text or (text.isascii() and len(text.split()) < 2):  # other scripts write words without spaces

@@ -191,7 +191,7 @@ class Choices:
         """Options by command, those of ``config`` among them; steps and counts only where no budget decides them."""
         config, recipe = self.config, self.recipe
         found: dict[str, dict[str, Any]] = {
-            "prompts": {"max_new_tokens": _PROMPT, "dtype": self.dtype},
+            "prompts": {"max_new_tokens": _PROMPT, "dtype": self.dtype, "openings": config.openings},
             "regenerate": {"max_new_tokens": recipe.answer, "dtype": self.dtype} | config.regenerate,
             "mixed": {} if MIXED.keys() & config.regenerate.keys() else dict(MIXED),  # {}: stage 2 has those of stage 1
             "supervised": self.stages["supervised"] | config.supervised,

@@ -58,6 +58,8 @@ def train(config: ReinforceConfig, accelerator: Accelerator, tokenizer: PreTrain
             f"--window-size {longest} or less."
         )
     rolls = objective_of(config).batch == "rollouts"
+    if config.freeze_drafter:
+        drafter.requires_grad_(False)
     if config.confidence_head:
         drafter.add_confidence_head()
     if drafter.config.confidence_head:
@@ -96,6 +98,8 @@ def loss(
     if rollout is None:
         chosen = drawn_windows(batch, anchors)
         windows, metrics = read_windows(target, drafter, batch, config.window_size, chosen, config.compile_loss)
+        if config.freeze_drafter:
+            return (off := head_loss(windows)), metrics | {"confidence_loss": off.detach()}
         value, found = objective.function(windows, config, rewards)
         if config.supervised_coef:
             value = value + config.supervised_coef * lk_loss(windows)[0]

@@ -138,7 +138,8 @@ def _compare_states(
         return (*found, confidence_loss(predicted, found.hit, found.overlap))
 
     again = functools.partial(checkpoint, reduced, use_reentrant=False, preserve_rng_state=False)
-    comparison = reduced if fused and mask.numel() * labels.shape[-1] <= KEPT else again
+    frozen = not drafter.lm_head.weight.requires_grad  # nothing of size D is kept then
+    comparison = reduced if frozen or (fused and mask.numel() * labels.shape[-1] <= KEPT) else again
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):
         if i:

@@ -43,6 +43,7 @@ from .fingerprints import fingerprint
 from .hub import check_repository_name
 from .loading import load_tokenizer, named, place_of
 from .metrics import read_metrics
+from .openings import openings
 from .outlook import between, duration, planned, show
 from .preparation import load_examples
 from .prompts import from_row
@@ -59,7 +60,7 @@ _FREE = {"output_dir", "resume", "plan", "push_to_hub", "skip_bad_rows"}  # opti
 # Under these a part is not cut, whatever the budget says
 FEWEST = {"supervised": 50, "reinforce": 20, "evaluate": 4}
 _TIMED = 8  # steps of a stage that are timed; the first two warm up
-_TIMED_PROMPTS = 2  # of an evaluation
+_TIMED_PROMPTS = 1  # of an evaluation, besides one that warms up
 
 
 def main(config: TrainConfig) -> None:
@@ -139,7 +140,7 @@ class Road:
         """Decide what can be decided, once what can be known now to be wrong is not."""
         if self.config.data is None:
             with named("target", self.config.target):
-                own_prompts.opening(load_tokenizer(self.config.target))
+                openings(load_tokenizer(self.config.target), self.config.openings)
         choices, decided = self.choices, self.choices.all()
         for stage in ("supervised", "reinforce"):
             explicit = "batch_size" in getattr(self.config, stage)
@@ -425,6 +426,7 @@ class Road:
         """So many prompts as can be written and answered in the time of both."""
         with self._timing() as place:
             size = self.command("prompts", output="-").batch_size
+            size *= 3 if self.choices.cuda else 1  # a GPU warms up meanwhile
             seconds = own_prompts.main(self.command("prompts", output=str(place / "prompts.jsonl"), count=size))
             pace = seconds / size
             pace += self._pace_of_answers(place / "prompts.jsonl")
@@ -495,10 +497,10 @@ class Road:
             began = time.perf_counter()
             seconds = evaluate.main(dataclasses.replace(config, warmup=1))
             around = time.perf_counter() - began - seconds
-        pace = seconds / (min(_TIMED_PROMPTS, len(read_metrics(self.folder / "heldout.jsonl"))) + 1)
+        pace = seconds / _TIMED_PROMPTS
         available = self.left("evaluate")
         assert available is not None
-        count = int((available - around) / pace) - config.warmup
+        count = int((available - around) / pace) - config.warmup + 1  # the first is in `around`
         self.decide("evaluate", limit=self._told("prompts", count, FEWEST["evaluate"], pace, available))
 
     def _told(self, what: str, count: int, fewest: int, pace: float, available: float) -> int:

@@ -272,7 +272,7 @@ def test_a_preset_gives_the_options_that_are_not_given(tmp_path):
     whole = ReinforceConfig.from_args(STAGE2).to_dict()  # a preset on the command line is above the file's values
     (tmp_path / "whole.json").write_text(json.dumps(whole))
     assert ReinforceConfig.from_args(["--config", str(tmp_path / "whole.json"), "--preset", "published"]) == published
-    with pytest.raises(ValueError, match=r"preset must be one of ppow, published, cst, lk, got \['ppow'\]"):
+    with pytest.raises(ValueError, match=r"preset must be one of ppow, published, cst, lk, head, got \['ppow'\]"):
         ReinforceConfig.from_dict({**whole, "preset": ["ppow"]})
     with pytest.raises(ValueError, match="the nearest is --preset"):
         ReinforceConfig.from_args([*STAGE2, "--presets", "published"])
@@ -290,7 +290,8 @@ def test_help_shows_presets_in_full_and_groups():
     page = ReinforceConfig.help()
     unwrapped = " ".join(page.split())
     for name, values in configs.PRESETS.items():
-        shown = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
+        flags = {f"--{key.replace('_', '-')}": value for key, value in values.items()}
+        shown = " ".join(flag if value is True else f"{flag} {value}" for flag, value in flags.items())
         assert f"{name}: {shown}" in unwrapped
     assert re.findall(r"^(\w[^:]*):$", page, re.MULTILINE) == [
         "basics",
@@ -299,7 +300,7 @@ def test_help_shows_presets_in_full_and_groups():
         "resources",
         "only with --estimator rollout",
     ]
-    with pytest.raises(ValueError, match="preset must be one of ppow, published, cst, lk, got 'best'"):
+    with pytest.raises(ValueError, match="preset must be one of ppow, published, cst, lk, head, got 'best'"):
         ReinforceConfig.from_args([*STAGE2, "--preset", "best"])
     with pytest.raises(ValueError, match="supervised has no option --preset"):
         SupervisedConfig.from_args([*STAGE1, "--preset", "ppow"])

@@ -5,11 +5,14 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from ppow.training import cli, own_prompts
+from ppow.training.config import PromptsConfig
 from ppow.training.data import load_rows
-from ppow.training.own_prompts import judged, opening, plain
+from ppow.training.openings import OPENINGS, opening, openings
+from ppow.training.own_prompts import judged, plain
 from small_pair import TARGET
 
 
@@ -26,7 +29,7 @@ def whole(tmp_path_factory):
 
 def test_a_chat_model_writes_what_its_users_ask(whole, tmp_path, capsys):
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert len(rows) == 24 and rows[0]["by"]["temperature"] == 1.0 and rows[0]["by"]["seed"] == 0
+    assert len(rows) == 24 and rows[0]["by"]["temperature"] == 0.8 and rows[0]["by"]["seed"] == 0
     texts = [message["content"] for row in rows for message in row["messages"]]
     assert len({plain(text) for text in texts}) == 24 and all(len(text.split()) > 1 for text in texts)
     assert not any("<|" in text for text in texts)
@@ -72,7 +75,7 @@ def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
     output = tmp_path / "prompts.jsonl"
     output.write_bytes(whole)
     assert cli.main(command(output, "--count=30", "--resume", "--temperature=0.5")) == 2
-    assert "'temperature': 1.0" in capsys.readouterr().err
+    assert "'temperature': 0.8" in capsys.readouterr().err
     assert cli.main(command(output, "--count=30", "--resume", "--seed=1")) == 2
     assert output.read_bytes() == whole
     output.write_text('{"a": 1, "notes": "mine"}')  # nobody's torn line
@@ -108,7 +111,7 @@ def test_what_is_kept_by_hand(tiny_tokenizer, text, ends, fault):
 
 def test_a_template_is_read_and_one_without_a_user_is_refused(tiny_tokenizer, tmp_path, capsys):
     found = opening(tiny_tokenizer)
-    assert found == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n") and found.end() == "<|im_end|>"
+    assert found == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "") and found.end() == "<|im_end|>"
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     # Llama 2's way, whose end is no token of its own: words tell it
     tokenizer.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
@@ -136,14 +139,14 @@ def test_nothing_of_the_targets_own_options_shapes_what_it_says(whole, tmp_path)
 
 
 def test_prompts_end_with_the_positions_of_the_target(tmp_path, capsys):
-    for positions, status in ((20, 0), (2, 2)):
+    for positions, status in ((20, 0), (2, 2)):  # of the first kind there is room for the template alone
         target = tmp_path / f"target-{positions}"
         shutil.copytree(TARGET, target)
         config = json.loads((target / "config.json").read_text()) | {"max_position_embeddings": positions}
         (target / "config.json").write_text(json.dumps(config))
         output = tmp_path / f"prompts-{positions}.jsonl"
         assert cli.main([*command(output, "--count=2"), f"--target={target}"]) == status
-    assert "all that the target has positions for" in capsys.readouterr().err
+    assert "takes more than half of the target's 2 positions" in capsys.readouterr().err
 
 
 def test_a_target_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path, monkeypatch, capsys):
@@ -153,8 +156,9 @@ def test_a_target_that_repeats_itself_ends_the_run_with_what_there_is(tmp_path, 
         return ([(draw, ids) for draw in range(first, first + 8)] for first in itertools.count(0, 8))
 
     monkeypatch.setattr(own_prompts, "sampled", sampled)
-    output = tmp_path / "prompts.jsonl"
-    assert cli.main(command(output, "--count=3")) == 2
+    output, begin = tmp_path / "prompts.jsonl", tmp_path / "openings.jsonl"
+    begin.write_text('{"user": ""}\n')
+    assert cli.main(command(output, "--count=3", f"--openings={begin}")) == 2
     told = capsys.readouterr().err
     assert "647 samples brought nothing new" in told and "holds 1 prompts of 3" in told and "'written before'" in told
     assert len(output.read_text().splitlines()) == 1
@@ -177,3 +181,64 @@ def test_a_turn_that_words_end_is_cut_there(tmp_path, capsys):
     assert cli.main(given) == 0
     texts = [json.loads(line)["messages"][0]["content"] for line in output.read_text().splitlines()]
     assert len(texts) == 3 and not any("the" in text for text in texts)
+
+
+def test_openings_take_turns_and_their_words_stay(tmp_path, capsys):
+    begin, output = tmp_path / "openings.jsonl", tmp_path / "prompts.jsonl"
+    begin.write_text('{"system": "You teach.", "user": "How many"}\n\n{"user": "Write a"}\n')
+    assert cli.main(command(output, "--count=12", f"--openings={begin}")) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 12 and {row["draw"] % 2 for row in rows} == {0, 1}
+    for row in rows:
+        (message,) = row["messages"]  # the system message is not kept: users do not send it
+        assert message["role"] == "user" and message["content"].startswith(("How many", "Write a")[row["draw"] % 2])
+    begin.write_text('{"user": "Write a"}\n')  # other openings: another file
+    assert cli.main(command(output, "--count=20", f"--openings={begin}", "--resume")) == 2
+    assert "name another output" in capsys.readouterr().err and len(output.read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("\n", "holds no opening; write one a line"),
+        ("Write a poem\n", "openings.jsonl:1 is no opening of a chat"),
+        ('{"user": "a"}\n{"prompt": "b"}\n', "openings.jsonl:2 is no opening of a chat: expected"),
+        ('{"user": 3}\n', 'openings.jsonl:1 is no opening of a chat: "system" and "user" must be text'),
+        ('["a"]\n', "openings.jsonl:1 is no opening of a chat: expected"),
+    ],
+)
+def test_openings_that_are_none_are_named(tiny_tokenizer, tmp_path, text, told):
+    file = tmp_path / "openings.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        openings(tiny_tokenizer, str(file))
+
+
+def test_a_template_that_refuses_system_messages_gets_the_words_alone(tiny_tokenizer, tmp_path):
+    assert [one.words for one in openings(tiny_tokenizer)] == [words for _, words in OPENINGS]
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    )
+    found = openings(tokenizer)
+    assert {one.text for one in found} == {"[INST] "} and len(found) == len(OPENINGS)
+    file = tmp_path / "openings.jsonl"
+    file.write_text('{"system": "You teach."}\n')  # but who asks for one is told
+    with pytest.raises(ValueError, match="openings.jsonl:1 is no opening of a chat: .*no system role"):
+        openings(tokenizer, str(file))
+
+
+def test_openings_of_unlike_lengths_are_read_alike_in_batches_of_generate():
+    """A target that is answered in batches reads shorter openings behind padding."""
+    target = LlamaForCausalLM.from_pretrained(TARGET).eval()
+    target.generation_config = GenerationConfig(do_sample=True, top_k=1, max_new_tokens=6, pad_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    given = [tokenizer(text).input_ids for text in ("Book a table", "one two three four five, and six or seven", "so")]
+    config = PromptsConfig(target=str(TARGET), output="-", batch_size=4)
+    target.generation_config.repetition_penalty = 1.0001  # what slots do not do
+    made = next(own_prompts.sampled(target, tokenizer, given, set(), config, 4))
+    assert [draw for draw, _ in made] == [4, 5, 6, 7]
+    for draw, ids in made:
+        alone = torch.tensor([given[draw % 3]])
+        assert target.generate(alone)[0, alone.shape[1] :].tolist() == ids

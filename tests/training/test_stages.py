@@ -283,6 +283,19 @@ def test_a_confidence_head_is_trained_kept_and_resumed(home, tmp_path):
     assert not torch.equal(rolled.fc.weight, drafter.fc.weight)
 
 
+def test_a_head_alone_leaves_the_drafts_as_they_are(home, tmp_path):
+    reinforce.main(options(home, "reinforce", tmp_path / "run", steps=4, preset="head"))
+    drafter, before = (PPOWDrafter.from_pretrained(place) for place in (tmp_path / "run", home / "stage1"))
+    ours, theirs = drafter.state_dict(), before.state_dict()
+    assert set(ours) - set(theirs) == {"confidence_head.weight", "confidence_head.bias"}
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert float(drafter.confidence_head.bias.abs().sum()) > 0
+    losses = [line["confidence_loss"] for line in metrics_of(tmp_path / "run") if "confidence_loss" in line]
+    assert len(losses) == 4
+    with pytest.raises(ValueError, match="freeze_drafter leaves nothing to train without confidence_head: --preset"):
+        options(home, "reinforce", tmp_path / "none", steps=4, preset="ppow", freeze_drafter=True)
+
+
 def test_warm_start_and_held_out_figures(home, tmp_path):
     config = options(
         home,

@@ -169,7 +169,7 @@ def test_a_supervised_loss_stands_beside_rollouts():
     torch.testing.assert_close(values[0.5], expected)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"head"}))  # which leaves the drafter as it is
 def test_every_preset_trains(preset):
     config = make_config(preset=preset)
     target, drafter = make_pair()
@@ -188,7 +188,7 @@ def test_every_preset_trains(preset):
     [
         ({"verification": "text"}, "--preset published sets all"),
         ({"preset": "cst", "supervised_coef": 1.0}, "objective=cst is one already"),
-        ({"preset": "fast"}, "preset must be one of ppow, published, cst, lk, got 'fast'"),
+        ({"preset": "fast"}, "preset must be one of ppow, published, cst, lk, head, got 'fast'"),
     ],
 )
 def test_combinations_that_mean_nothing_are_refused(options, message):
