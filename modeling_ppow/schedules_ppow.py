@@ -153,8 +153,10 @@ class Costs:
     A part's cost is the median of its newest ``KEPT`` measurements. It moves only when that median has left it by more
     than ``STEADY``, so that noise alone changes no window. The first measurement of a verification of n nodes is left
     out: libraries choose their ways of multiplying then. Until ``ENOUGH`` others are there, the size counts as unknown.
-    Known sizes stand as they are: to verify 4 nodes may well cost less than 3. Where the cost of a size moves, the
-    machine has become slower or faster, and those of the others move with it.
+    Where the cost of a size moves, the machine has become slower or faster, and those of the others move with it. A
+    size counts as no cheaper than smaller ones: where it was measured so, all of them get their mean, weighted by
+    measurements (isotonic regression by pooling adjacent violators, Ayer et al., 1955). Sizes are measured at different
+    moments, and what others do on a machine meanwhile would otherwise end windows early for good.
     """
 
     KEPT, STEADY, ENOUGH = 21, 0.1, 3
@@ -186,7 +188,9 @@ class Costs:
             self.seconds[part] = median
             if isinstance(part, int) and now is not None and len(measured) > self.ENOUGH:
                 self._drift(part, median / now)
-            self._table = sorted((n, cost) for n, cost in self.seconds.items() if isinstance(n, int) and self.enough(n))
+            known = sorted((n, cost) for n, cost in self.seconds.items() if isinstance(n, int) and self.enough(n))
+            weights = [len(self._measured[n]) for n, _ in known]
+            self._table = list(zip([n for n, _ in known], rising([cost for _, cost in known], weights)))
 
     def _drift(self, part: int, factor: float) -> None:
         """All sizes but ``part`` take ``factor`` as long as they did."""
@@ -224,6 +228,17 @@ class Costs:
     def cycle(self, steps: int, drafts: int) -> float:
         """Seconds of a cycle with so many draft steps, of which ``drafts`` are verified."""
         return self.seconds.get("rest", 0.0) + self.drafting(steps) + self.verification(drafts + 1)
+
+
+def rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The nearest values (weighted squares) none of which is below the one before it."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, entries
+    for value, weight in zip(values, weights):
+        pools.append((value, weight, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (low, first, count), (high, second, more) = pools[-2:]
+            pools[-2:] = [((low * first + high * second) / (first + second), first + second, count + more)]
+    return [mean for mean, _, count in pools for _ in range(count)]
 
 
 class Confidence:

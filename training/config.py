@@ -262,7 +262,9 @@ class ReinforceConfig(StageConfig):
     confidence_head: bool = option(
         "also train a small head that tells how likely each draft is accepted, to end windows early (ours)", False
     )
-    freeze_drafter: bool = option("with confidence_head: train it alone, the drafts stay as they are (ours)", False)
+    freeze_drafter: bool = option(
+        "with confidence_head: train it alone; drafts stay as they are, but for what --dtype rounds (ours)", False
+    )
     window_size: int = option("drafted tokens of a window, K (paper)", 10, at_least=1)
     cost_ratio: float = option(
         "cost of a draft step relative to one step of the target, gamma (paper)", 0.12, at_least=0
@@ -314,8 +316,16 @@ class ReinforceConfig(StageConfig):
             raise ValueError(
                 "confidence_head learns along texts, and estimator='rollout' has none: use --estimator exact."
             )
-        if self.freeze_drafter and not self.confidence_head:
-            raise ValueError("freeze_drafter leaves nothing to train without confidence_head: --preset head sets both.")
+        if self.freeze_drafter:
+            if not self.confidence_head:
+                raise ValueError(
+                    "freeze_drafter leaves nothing to train without confidence_head: --preset head sets both."
+                )
+            if self.optimizer == "muon" or self.supervised_coef or self.kl_coef:
+                raise ValueError(
+                    f"With freeze_drafter the head alone is trained, by AdamW and its own loss, but optimizer="
+                    f"{self.optimizer}, supervised_coef={self.supervised_coef}, kl_coef={self.kl_coef}: leave them out."
+                )
         if rolls and self.group_size * self.window_size > self.max_forest_nodes:
             raise ValueError(
                 f"max_forest_nodes={self.max_forest_nodes} does not hold one group of {self.group_size} rollouts x "
@@ -454,6 +464,11 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data is not None and self.openings is not None:
+            raise ValueError(
+                f"openings={self.openings!r} begins prompts that the target writes, and data={self.data!r} brings "
+                "prompts: give one of the two."
+            )
         self.seconds()
         for name in _SECTIONS:
             self._check_section(name)

@@ -58,7 +58,7 @@ def main(config: EvaluateConfig) -> float:
     """Measure into ``config.output_dir``, which is this run's alone meanwhile.
 
     Returns:
-        The seconds that measuring took, without loading the models and warming up.
+        The seconds that measuring took, without loading the models, and without warming up (a server's is in it).
 
     Raises:
         ValueError: names that lead to no model or prompts, a folder that holds something else, a drafting option

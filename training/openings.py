@@ -16,8 +16,8 @@ _MARK = "PPOW-PROMPT"  # stands for a user's words while the template is read
 _MATHS = "You are a math tutor. The user gives you a math word problem, and you solve it step by step."
 _CODE = "You are a programming assistant. The user asks you to write a Python function."
 _FACTS = "You answer questions about science, history and geography."
-# System message -> first words of the user. Each pair gets the same share of what is drawn: a sixth is left to the
-# template alone, a quarter each are problems of mathematics and programs, which a target seldom asks of itself.
+# System message -> first words of the user. Each pair gets an equal share of the draws: 6 of 36 have the template alone
+# ("" six times), 9 each are problems of mathematics and programs, which a target seldom asks for by itself.
 _KINDS: dict[str, list[str]] = {
     "": [""] * 6,
     _MATHS: ["A store sells", "A train", "Each", "How many", "If", "In a", "Mary has", "There are", "Tom"],
@@ -29,7 +29,11 @@ _KINDS: dict[str, list[str]] = {
     "You solve riddles and logic puzzles.": ["Suppose", "Three"],
     "You edit texts that the user gives you.": ["Rewrite the following", "Summarize"],
 }
-OPENINGS = [(system, words) for system, kinds in _KINDS.items() for words in kinds]
+# Evenly mixed: a few that follow each other are of several kinds, so that a run with few prompts has them, too.
+_PLACED = sorted(
+    (place / len(kind), system, kind[place]) for system, kind in _KINDS.items() for place in range(len(kind))
+)
+OPENINGS = [(system, words) for _, system, words in _PLACED]
 
 
 class Opening(NamedTuple):
@@ -65,33 +69,59 @@ def opening(tokenizer: PreTrainedTokenizerBase, system: str = "", words: str = "
     return Opening(before, behind, words)
 
 
-def openings(tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> list[Opening]:
-    """All that draws take turns with: of a JSONL file with rows of "system", "user" or both, or :data:`OPENINGS`.
+def pairs_of(file: str | None) -> list[tuple[str, str]]:
+    """System message and first words of each opening: of a JSONL file of rows, or :data:`OPENINGS`.
 
     Raises:
-        ValueError: a file or template that is of no use; of the built-in ones, system messages that a template refuses
-            are left out.
-        OSError: a file that cannot be read.
+        ValueError: a file that holds something else, or nothing.
+        OSError: one that cannot be read.
     """
-    plain = opening(tokenizer)  # what is wrong with the template as such is said first
     if file is None:
-        try:
-            return [opening(tokenizer, *pair) for pair in OPENINGS]
-        except ValueError:
-            return [plain._replace(words=words) for _, words in OPENINGS]
+        return OPENINGS
     found = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not row.keys() <= {"system", "user"}:
-                raise ValueError('expected {"system": ..., "user": ...}, one of them or both')
+            if not isinstance(row, dict) or not row or not row.keys() <= {"system", "user"}:
+                raise ValueError('expected {"system": ..., "user": ...}, one of the two or both')
             if not all(isinstance(value, str) for value in row.values()):
                 raise ValueError('"system" and "user" must be text')
-            found.append(opening(tokenizer, row.get("system", ""), row.get("user", "")))
+            "".join(row.values()).encode()
         except ValueError as error:
             raise ValueError(f"{file}:{number} is no opening of a chat: {error}") from error
+        found.append((row.get("system", ""), row.get("user", "")))
     if not found:
         raise ValueError(f'{file} holds no opening; write one a line, such as {{"user": "Write a poem"}}.')
+    return found
+
+
+def openings(tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> list[Opening]:
+    """All that draws take turns with: those of :func:`pairs_of` in the tokenizer's chat template.
+
+    Raises:
+        ValueError: a file or template that is of no use. Where a template takes no system messages, the built-in
+            openings do without them.
+        OSError: a file that cannot be read.
+    """
+    bare = opening(tokenizer)  # what is wrong with the template as such is said first
+    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    found = []
+    for system, words in pairs_of(file):
+        try:
+            if marks & set(tokenizer(words, add_special_tokens=False).input_ids):
+                raise ValueError(f"{words!r} holds tokens of the template")
+            one = opening(tokenizer, system, words)
+            if system.strip() not in one.text:
+                raise ValueError("this tokenizer's chat template leaves system messages out")
+        except ValueError as error:
+            if file is not None:
+                raise ValueError(f"{file}, the opening {words or system!r}: {error}") from error
+            one = bare._replace(words=words)
+        found.append(one)
     return found

@@ -29,7 +29,8 @@ from .config import PromptsConfig
 from .figures import ends_in_a_loop
 from .files import append, claim_file, whole
 from .loading import load_model, load_tokenizer, named, positions
-from .openings import Opening, openings
+from .openings import Opening, openings, pairs_of
+from .sources import say
 
 HEAD = b'{"draw": '  # how a line of the output starts
 _PATIENCE = 640  # samples without a new prompt after which the target has said what it has to say
@@ -58,19 +59,21 @@ def write(config: PromptsConfig) -> float:
     name = Path(config.target).resolve().name if Path(config.target).exists() else config.target
     with named("target", config.target):
         tokenizer = load_tokenizer(config.target)
-    opened = openings(tokenizer, config.openings)
+    every = openings(tokenizer, config.openings)
     by = {"model": name, **config.to_dict(without={"target", "output", "count", "resume", "openings"})}
-    by["openings"] = hashlib.sha256(json.dumps(opened).encode()).hexdigest()[:16]
+    by["openings"] = hashlib.sha256(json.dumps(pairs_of(config.openings)).encode()).hexdigest()[:16]
     seen, draw = written_before(output, by, config.resume)
     with named("target", config.target):
         target = load_model(config.target, dtype=getattr(torch, config.dtype))
     target.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     limit = positions(target.config) or sys.maxsize
-    begun = [(one, tokenizer(one.text + one.words, add_special_tokens=False).input_ids) for one in opened]
+    begun = [(one, tokenizer(one.text + one.words, add_special_tokens=False).input_ids) for one in every]
     begun = [(one, ids) for one, ids in begun if len(ids) <= limit // 2]  # room is for what is to be written
+    if len(begun) < len(every):
+        say(f"{len(every) - len(begun)} of {len(every)} openings take more than half of the target's {limit} positions")
     if not begun:
         raise ValueError(f"Every opening of a user's turn takes more than half of the target's {limit} positions.")
-    ends, words = ends_of(target, tokenizer, opened[0])
+    ends, words = ends_of(target, tokenizer, every[0])
     room = limit - max(len(ids) for _, ids in begun)
     target.generation_config = GenerationConfig(  # nothing of the target's own shapes what it says
         do_sample=True,
@@ -89,7 +92,8 @@ def write(config: PromptsConfig) -> float:
         while len(seen) < config.count and in_vain < _PATIENCE:
             lines = []
             for draw, ids in next(samples):
-                text, fault = judged(ids, ends, marks, tokenizer, begun[draw % len(begun)][0], seen)
+                opened = begun[draw % len(begun)][0]
+                text, fault = judged(ids, ends, marks, tokenizer, opened, seen, config.max_new_tokens)
                 in_vain = 0 if fault is None else in_vain + 1
                 if fault is not None:
                     left_out[fault] += 1
@@ -152,10 +156,10 @@ def sampled(
     first -= first % config.batch_size  # that call of ``generate`` again
     while True:
         torch.manual_seed(_seed(config, first))
-        begun = [given[draw % len(given)] for draw in range(first, first + config.batch_size)]
-        before = [longest - len(ids) for ids in begun]  # padding, on the left
-        batch = torch.tensor([[0] * pad + ids for pad, ids in zip(before, begun)], device=target.device)
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in before], device=target.device)
+        rows = [given[draw % len(given)] for draw in range(first, first + config.batch_size)]
+        padding = [longest - len(ids) for ids in rows]  # on the left
+        batch = torch.tensor([[0] * pad + ids for pad, ids in zip(padding, rows)], device=target.device)
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=target.device)
         made = target.generate(batch, attention_mask=mask, tokenizer=tokenizer)
         yield list(enumerate(made[:, longest:].tolist(), first))
         first += len(batch)
@@ -184,16 +188,30 @@ def judged(
     tokenizer: PreTrainedTokenizerBase,
     opened: Opening,
     seen: set[str],
+    most: int = sys.maxsize,
 ) -> tuple[str, str | None]:
-    """What a user's turn says, and why it is of no use; None if it is. ``marks``: tokens that no turn holds."""
+    """What a user's turn says, and why it is of no use; None if it is.
+
+    Args:
+        ids: what the target wrote behind the opening.
+        ends: tokens that end a turn.
+        marks: tokens that no turn holds.
+        seen: prompts written before, in :func:`plain`.
+        most: tokens that a prompt may have.
+    """
     end = next((i for i, token in enumerate(ids) if token in ends), None)
-    text, ended, _ = tokenizer.decode(ids[:end], skip_special_tokens=True).partition(opened.end())
-    text = (opened.words + text).strip()
+    before = tokenizer(opened.text + opened.words, add_special_tokens=False).input_ids
+    whole, begun = (tokenizer.decode(part, skip_special_tokens=True) for part in (before + ids[:end], before))
+    added = whole[len(begun) :]  # some decoders drop the space that a text begins with
+    added, ended, _ = added.partition(opened.end())
+    text = (opened.words + added).strip()
     if end is None and not ended:
         return text, "unfinished"
-    if not text or (text.isascii() and len(text.split()) < 2):  # other scripts write words without spaces
+    if not added.strip() or (text.isascii() and len(text.split()) < 2):  # other scripts write words without spaces
         return text, "empty"
     said = tokenizer(text, add_special_tokens=False).input_ids
+    if len(said) > most:
+        return text, "too long"
     if ends_in_a_loop(said):
         return text, "looping"
     if not ended and marks & set(ids[:end]):

@@ -61,7 +61,7 @@ class SampleLog:
 
     def __init__(self, folder: Path, made_with: dict, resume: bool):
         self.path = folder / FILE
-        self.warming = 0.0  # seconds of answers that are not kept
+        self.warming = 0.0  # seconds that answers took which are no samples, since they warmed up
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _MINE)
         if foreign:

@@ -138,7 +138,8 @@ def _compare_states(
         return (*found, confidence_loss(predicted, found.hit, found.overlap))
 
     again = functools.partial(checkpoint, reduced, use_reentrant=False, preserve_rng_state=False)
-    frozen = not drafter.lm_head.weight.requires_grad  # nothing of size D is kept then
+    learning = {name.partition(".")[0] for name, p in drafter.named_parameters() if p.requires_grad}
+    frozen = learning <= {"confidence_head"}  # its way back needs no logits, so none are kept anyway
     comparison = reduced if frozen or (fused and mask.numel() * labels.shape[-1] <= KEPT) else again
     steps, hidden = [], unrolled.begin(starts)
     for i, here in enumerate(states):

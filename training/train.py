@@ -60,7 +60,7 @@ _FREE = {"output_dir", "resume", "plan", "push_to_hub", "skip_bad_rows"}  # opti
 # Under these a part is not cut, whatever the budget says
 FEWEST = {"supervised": 50, "reinforce": 20, "evaluate": 4}
 _TIMED = 8  # steps of a stage that are timed; the first two warm up
-_TIMED_PROMPTS = 1  # of an evaluation, besides one that warms up
+_TIMED_PROMPTS = 2  # of an evaluation, besides an answer that warms up
 
 
 def main(config: TrainConfig) -> None:
@@ -140,7 +140,8 @@ class Road:
         """Decide what can be decided, once what can be known now to be wrong is not."""
         if self.config.data is None:
             with named("target", self.config.target):
-                openings(load_tokenizer(self.config.target), self.config.openings)
+                tokenizer = load_tokenizer(self.config.target)
+            openings(tokenizer, self.config.openings)
         choices, decided = self.choices, self.choices.all()
         for stage in ("supervised", "reinforce"):
             explicit = "batch_size" in getattr(self.config, stage)
@@ -497,10 +498,10 @@ class Road:
             began = time.perf_counter()
             seconds = evaluate.main(dataclasses.replace(config, warmup=1))
             around = time.perf_counter() - began - seconds
-        pace = seconds / _TIMED_PROMPTS
+        pace = seconds / min(_TIMED_PROMPTS, len(read_metrics(self.folder / "heldout.jsonl")))
         available = self.left("evaluate")
         assert available is not None
-        count = int((available - around) / pace) - config.warmup + 1  # the first is in `around`
+        count = int((available - around) / pace) - config.warmup + 1  # one that warms up is in `around`
         self.decide("evaluate", limit=self._told("prompts", count, FEWEST["evaluate"], pace, available))
 
     def _told(self, what: str, count: int, fewest: int, pace: float, available: float) -> int:

@@ -25,6 +25,7 @@ from ppow.schedules_ppow import (
     best_length,
     costs_of,
     pays,
+    rising,
 )
 
 NAMED = [name for name in SCHEDULES if name != "auto"]
@@ -112,19 +113,32 @@ def test_costs_are_medians_without_the_first_and_move_only_when_they_really_chan
 def test_costs_of_sizes_that_were_not_measured():
     costs = Costs()
     assert costs.verification(3) == 0.0
-    for nodes, seconds in ((2, 10.0), (4, 16.0), (6, 14.0), (12, 26.0)):
+    for nodes, seconds in ((2, 10.0), (4, 16.0), (6, 18.0), (12, 26.0)):
         for _ in range(4):
             costs.add(nodes, seconds)
     for _ in range(3):
         costs.add(5, 99.0)  # too few to count
     assert costs.verification(1) == 10.0  # below what is known: the least that is
     assert costs.verification(3) == 13.0
-    assert costs.verification(5) == 15.0 and costs.verification(6) == 14.0  # more nodes may cost less
-    assert costs.verification(9) == 20.0
+    assert costs.verification(5) == 17.0 and costs.verification(6) == 18.0
+    assert costs.verification(9) == 22.0
     assert costs.verification(17) == 34.0  # beyond: 16 over 10 nodes
     costs.add("first", 1.0), costs.add("step", 2.0), costs.add("rest", 3.0)
     assert costs.drafting(0) == 0.0 and costs.drafting(1) == 1.0 and costs.drafting(3) == 5.0
     assert costs.cycle(3, 2) == 3.0 + 5.0 + 13.0
+
+
+def test_more_nodes_count_as_no_cheaper_than_fewer():
+    """Two sizes that were measured the other way round, at different moments, have their mean; by hand."""
+    assert rising([], []) == [] and rising([3.0, 1.0, 2.0], [1, 1, 1]) == [2.0, 2.0, 2.0]
+    assert rising([1.0, 4.0, 2.0, 5.0], [1, 1, 3, 1]) == [1.0, 2.5, 2.5, 5.0]
+    assert rising([2.0, 1.0, 0.0, 9.0, 8.0], [1, 1, 2, 1, 1]) == [0.75, 0.75, 0.75, 8.5, 8.5]
+    costs = Costs()
+    for nodes, seconds in ((1, 60.0), (2, 50.0), (4, 80.0), (5, 60.0), (8, 90.0)):
+        for _ in range(5):  # of which the first is left out
+            costs.add(nodes, seconds)
+    assert [costs.verification(nodes) for nodes in (1, 2, 3, 4, 5, 8)] == [55.0, 55.0, 62.5, 70.0, 70.0, 90.0]
+    assert costs.seconds[4] == 80.0  # what was measured stays
 
 
 def test_a_machine_that_becomes_faster_does_so_for_every_size():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from decoding_helpers import block_drafter, build_target
 from ppow import PPOWConfig, PPOWDrafter
 from ppow.cache_ppow import SlotCache
-from ppow.training import blocks, recipes, supervised, text_windows
+from ppow.training import blocks, recipes, reinforce, supervised, text_windows
 from ppow.training.cli import main as ppow
 from ppow.training.config import SupervisedConfig, TrainConfig
 from ppow.training.data import Batch, Example, rarest_token
@@ -20,7 +20,7 @@ from ppow.training.plan import DEVICES
 from ppow.training.recipes import Choices
 from ppow.training.target import FrozenTarget
 from ppow.training.text_windows import read_windows
-from training_helpers import by_steps, make_windows
+from training_helpers import by_steps, make_config, make_windows
 
 VOCAB, K = 4, 3
 
@@ -92,6 +92,22 @@ def test_parts_of_the_blocks_give_what_all_give_at_once(monkeypatch):
         found.append((loss, metrics["step_losses"], *torch.autograd.grad(loss, list(drafter.parameters()))))
     for whole, parts in zip(*found):
         torch.testing.assert_close(whole, parts)
+
+
+def test_the_head_of_a_block_can_be_trained_alone():
+    target = build_target()
+    drafter = block_drafter(target, markov_rank=3, confidence_head=True).requires_grad_(False)
+    drafter.confidence_head.requires_grad_(True)
+    frozen = FrozenTarget(target, drafter.config.target_taps)
+    ids = torch.randint(1, 48, (2, 24), generator=torch.Generator().manual_seed(1))
+    batch = Batch(ids, torch.ones_like(ids).bool(), torch.full((2,), 24), seed=5)
+    config = make_config(preset="head", window_size=3)
+    loss, metrics = reinforce.loss(config, frozen, drafter, batch)
+    loss.backward()
+    assert float(loss) == float(metrics["confidence_loss"]) > 0
+    assert {name.partition(".")[0] for name, p in drafter.named_parameters() if p.grad is not None} == {
+        "confidence_head"
+    }
 
 
 def test_a_step_learns_from_as_many_windows_as_were_asked_for_and_draws_anew(monkeypatch):

@@ -169,10 +169,12 @@ def test_a_turn_that_words_end_is_cut_there(tmp_path, capsys):
     target = tmp_path / "target"
     shutil.copytree(TARGET, target)
     (target / "chat_template.jinja").write_text("{% for m in messages %}User: {{ m['content'] }} the{% endfor %}")
-    output = tmp_path / "prompts.jsonl"
+    output, begin = tmp_path / "prompts.jsonl", tmp_path / "openings.jsonl"
+    begin.write_text('{"user": ""}\n')
     given = [
         "prompts",
         f"--target={target}",
+        f"--openings={begin}",
         f"--output={output}",
         "--count=3",
         "--batch-size=8",
@@ -203,6 +205,9 @@ def test_openings_take_turns_and_their_words_stay(tmp_path, capsys):
         ("\n", "holds no opening; write one a line"),
         ("Write a poem\n", "openings.jsonl:1 is no opening of a chat"),
         ('{"user": "a"}\n{"prompt": "b"}\n', "openings.jsonl:2 is no opening of a chat: expected"),
+        ("{}\n", "openings.jsonl:1 is no opening of a chat: expected"),
+        ('{"user": "\\ud800"}\n', "openings.jsonl:1 is no opening of a chat: .*surrogates"),
+        ('{"user": "a<|im_end|>"}\n', "openings.jsonl, the opening 'a<|im_end|>': .*holds tokens of the template"),
         ('{"user": 3}\n', 'openings.jsonl:1 is no opening of a chat: "system" and "user" must be text'),
         ('["a"]\n', "openings.jsonl:1 is no opening of a chat: expected"),
     ],
@@ -225,8 +230,61 @@ def test_a_template_that_refuses_system_messages_gets_the_words_alone(tiny_token
     assert {one.text for one in found} == {"[INST] "} and len(found) == len(OPENINGS)
     file = tmp_path / "openings.jsonl"
     file.write_text('{"system": "You teach."}\n')  # but who asks for one is told
-    with pytest.raises(ValueError, match="openings.jsonl:1 is no opening of a chat: .*no system role"):
+    with pytest.raises(ValueError, match="openings.jsonl, the opening 'You teach.': .*no system role"):
         openings(tokenizer, str(file))
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    )
+    assert {one.text for one in openings(tokenizer)} == {"[INST] "}
+    with pytest.raises(ValueError, match="the opening 'You teach.': .*leaves system messages out"):
+        openings(tokenizer, str(file))
+
+
+def test_a_file_of_openings_is_read_as_other_rows_are(tiny_tokenizer, tmp_path):
+    file = tmp_path / "openings.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"user": "One\xe2\x80\xa8two"}\r\n\r\n{"user": ""}')
+    assert [one.words for one in openings(tiny_tokenizer, str(file))] == ["One\u2028two", ""]
+    file.write_bytes('{"user": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="openings.jsonl is no text in UTF-8"):
+        openings(tiny_tokenizer, str(file))
+
+
+def test_built_in_openings_that_follow_each_other_are_of_several_kinds():
+    systems = [system for system, _ in OPENINGS]
+    assert len(OPENINGS) == 36 and systems.count("") == 6 and sorted(map(systems.count, set(systems)))[-2:] == [9, 9]
+    assert all(len(set(systems[i : i + 6])) > 2 for i in range(31))
+
+
+def test_what_an_opening_adds_is_no_part_of_the_judgement(tiny_tokenizer):
+    """A decoder may drop the space that a text begins with, as Llama 2's does; a turn may hold the opening alone."""
+    end, begun = tiny_tokenizer.eos_token_id, opening(tiny_tokenizer, "", "Book a")
+    more = tiny_tokenizer(" table, please.", add_special_tokens=False).input_ids
+    given = {end}, set(), tiny_tokenizer, begun, set()
+    assert judged([*more, end], *given) == ("Book a table, please.", None)
+    assert judged([end], *given) == ("Book a", "empty")
+    assert judged([*more, end], *given, len(more)) == ("Book a table, please.", "too long")
+    decode = tiny_tokenizer.decode
+
+    class Stripping:
+        """The tokenizer, but for that space."""
+
+        def __call__(self, text, **options):
+            return tiny_tokenizer(text, **options)
+
+        def decode(self, ids, **options):
+            return decode(ids, **options).removeprefix(" ")
+
+    assert judged([*more, end], {end}, set(), Stripping(), begun, set()) == ("Book a table, please.", None)
+
+
+def test_a_template_that_tells_the_date_goes_on_the_next_day(tmp_path, monkeypatch):
+    target, output = tmp_path / "target", tmp_path / "prompts.jsonl"
+    shutil.copytree(TARGET, target)
+    template = AutoTokenizer.from_pretrained(TARGET).chat_template
+    for day, count in ((1, 6), (2, 9)):
+        (target / "chat_template.jinja").write_text(f"Day {day}. {template}")
+        assert cli.main([*command(output, f"--count={count}"), f"--target={target}", "--resume"]) == 0
+    assert len(output.read_text().splitlines()) == 9
 
 
 def test_openings_of_unlike_lengths_are_read_alike_in_batches_of_generate():

@@ -294,6 +294,8 @@ def test_a_head_alone_leaves_the_drafts_as_they_are(home, tmp_path):
     assert len(losses) == 4
     with pytest.raises(ValueError, match="freeze_drafter leaves nothing to train without confidence_head: --preset"):
         options(home, "reinforce", tmp_path / "none", steps=4, preset="ppow", freeze_drafter=True)
+    with pytest.raises(ValueError, match="the head alone is trained, by AdamW .* optimizer=muon"):
+        options(home, "reinforce", tmp_path / "none", steps=4, preset="head", optimizer="muon")
 
 
 def test_warm_start_and_held_out_figures(home, tmp_path):

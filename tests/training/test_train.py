@@ -550,3 +550,12 @@ def test_what_a_token_takes_is_what_was_measured():
         stock = next(s for s in report["systems"] if s["name"] == "stock generate" and s["batch"] == 1)
         found.append(1 / stock["tokens_per_second"] / 32)
     assert plan.EAGER == round(sum(found) / len(found), 5)
+
+
+def test_openings_and_chats_are_not_given_together(home, tmp_path):
+    with pytest.raises(
+        ValueError, match="openings='o.jsonl' begins prompts that the target writes, and data='d.jsonl'"
+    ):
+        TrainConfig(target="T", output_dir=str(tmp_path), data="d.jsonl", openings="o.jsonl")
+    given = ["train", f"--target={home / 'target'}", f"--output-dir={tmp_path / 'run'}"]
+    assert cli.main([*given, f"--openings={tmp_path / 'none.jsonl'}"]) == 2 and not (tmp_path / "run").exists()
