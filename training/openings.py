@@ -69,6 +69,12 @@ def opening(tokenizer: PreTrainedTokenizerBase, system: str = "", words: str = "
     return Opening(before, behind, words)
 
 
+def marks_of(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that no user's turn holds: special ones, and others that were added, but for runs of spaces."""
+    added = tokenizer.get_added_vocab()
+    return {*tokenizer.all_special_ids, *(token for text, token in added.items() if text.strip())}
+
+
 def pairs_of(file: str | None) -> list[tuple[str, str]]:
     """System message and first words of each opening: of a JSONL file of rows, or :data:`OPENINGS`.
 
@@ -110,8 +116,7 @@ def openings(tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> lis
         OSError: a file that cannot be read.
     """
     bare = opening(tokenizer)  # what is wrong with the template as such is said first
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    found = []
+    marks, found = marks_of(tokenizer), []
     for system, words in pairs_of(file):
         try:
             if marks & set(tokenizer(words, add_special_tokens=False).input_ids):

@@ -29,7 +29,7 @@ from .config import PromptsConfig
 from .figures import ends_in_a_loop
 from .files import append, claim_file, whole
 from .loading import load_model, load_tokenizer, named, positions
-from .openings import Opening, openings, pairs_of
+from .openings import Opening, marks_of, openings, pairs_of
 from .sources import say
 
 HEAD = b'{"draw": '  # how a line of the output starts
@@ -86,7 +86,7 @@ def write(config: PromptsConfig) -> float:
     )
     left_out: collections.Counter[str] = collections.Counter()
     in_vain, began = 0, time.perf_counter()
-    marks = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    marks = marks_of(tokenizer)
     with tqdm(total=config.count, initial=min(len(seen), config.count), desc="prompts") as bar:
         samples = sampled(target, tokenizer, [ids for _, ids in begun], ends, config, draw)
         while len(seen) < config.count and in_vain < _PATIENCE:

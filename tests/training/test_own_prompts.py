@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from ppow.training import cli, own_prompts
 from ppow.training.config import PromptsConfig
 from ppow.training.data import load_rows
-from ppow.training.openings import OPENINGS, opening, openings
+from ppow.training.openings import OPENINGS, marks_of, opening, openings
 from ppow.training.own_prompts import judged, plain
 from small_pair import TARGET
 
@@ -104,7 +104,7 @@ def test_what_was_written_otherwise_is_not_continued(whole, tmp_path, capsys):
 def test_what_is_kept_by_hand(tiny_tokenizer, text, ends, fault):
     ids = tiny_tokenizer(text, add_special_tokens=False).input_ids + [tiny_tokenizer.eos_token_id] * ends
     seen = {plain("Add one and two")} if fault == "written before" else set()
-    marks = {*tiny_tokenizer.all_special_ids, *tiny_tokenizer.get_added_vocab().values()}
+    marks = marks_of(tiny_tokenizer)
     found = judged(ids, {tiny_tokenizer.eos_token_id}, marks, tiny_tokenizer, opening(tiny_tokenizer), seen)
     assert found[1] == fault and "<|" not in found[0]
 
@@ -275,6 +275,14 @@ def test_what_an_opening_adds_is_no_part_of_the_judgement(tiny_tokenizer):
             return decode(ids, **options).removeprefix(" ")
 
     assert judged([*more, end], {end}, set(), Stripping(), begun, set()) == ("Book a table, please.", None)
+
+
+def test_runs_of_spaces_that_were_added_are_no_marks():
+    """GPT-NeoX's tokenizer and its kin have tokens for the indentation of programs."""
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    before = marks_of(tokenizer)
+    tokenizer.add_tokens(["    ", "<tool>"])
+    assert marks_of(tokenizer) - before == {tokenizer.convert_tokens_to_ids("<tool>")}
 
 
 def test_a_template_that_tells_the_date_goes_on_the_next_day(tmp_path, monkeypatch):
