@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -376,3 +377,18 @@ def test_figures_tell_near_ties_and_faults_apart():
     assert "| 1 of 5, 2 near ties, **2 FAULTS** | 3 of 5 |" in figures.table({"x T=0": summary})
     lines = figures.faults("x T=0", samples)
     assert len(lines) == 2 and "sample 4" in lines[0] and "stock generate" in lines[0] and "without drafts" in lines[1]
+
+
+def test_what_measuring_took_is_told_without_loading_and_warming_up(pair, tmp_path, monkeypatch):
+    answers, compare = [], evaluate.compare
+
+    def slow(*given):
+        answers.append(1)
+        return compare(*given)
+
+    monkeypatch.setattr(evaluate, "compare", slow)  # every answer takes 1,000 s more
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000.0 * len(answers))
+    monkeypatch.setattr(evaluate, "time", clock)
+    seconds = evaluate.main(evaluation(pair, tmp_path, temperatures=[0.0], max_new_tokens=4, warmup=2))
+    measured = len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) - 1  # the first says what they are of
+    assert round(seconds / 1000) == measured == len(answers) - 2
