@@ -43,11 +43,13 @@ class Opening(NamedTuple):
         text: what stands before them.
         behind: what follows them.
         words: the first of them.
+        ids: the tokens of both, text and words.
     """
 
     text: str
     behind: str
-    words: str = ""
+    words: str
+    ids: list[int]
 
     def end(self) -> str:
         """The first word after them, which ends a turn."""
@@ -66,7 +68,7 @@ def opening(tokenizer: PreTrainedTokenizerBase, system: str = "", words: str = "
         raise ValueError(
             "This tokenizer's chat template does not show where a user's words begin and end; bring prompts instead."
         )
-    return Opening(before, behind, words)
+    return Opening(before, behind, words, tokenizer(before + words, add_special_tokens=False).input_ids)
 
 
 def marks_of(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -115,7 +117,7 @@ def openings(tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> lis
             openings do without them.
         OSError: a file that cannot be read.
     """
-    bare = opening(tokenizer)  # what is wrong with the template as such is said first
+    opening(tokenizer)  # what is wrong with the template as such is said first
     marks, found = marks_of(tokenizer), []
     for system, words in pairs_of(file):
         try:
@@ -127,6 +129,6 @@ def openings(tokenizer: PreTrainedTokenizerBase, file: str | None = None) -> lis
         except ValueError as error:
             if file is not None:
                 raise ValueError(f"{file}, the opening {words or system!r}: {error}") from error
-            one = bare._replace(words=words)
+            one = opening(tokenizer, words=words)
         found.append(one)
     return found

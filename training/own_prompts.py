@@ -67,14 +67,13 @@ def write(config: PromptsConfig) -> float:
         target = load_model(config.target, dtype=getattr(torch, config.dtype))
     target.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     limit = positions(target.config) or sys.maxsize
-    begun = [(one, tokenizer(one.text + one.words, add_special_tokens=False).input_ids) for one in every]
-    begun = [(one, ids) for one, ids in begun if len(ids) <= limit // 2]  # room is for what is to be written
+    begun = [one for one in every if len(one.ids) <= limit // 2]  # room is for what is to be written
     if len(begun) < len(every):
         say(f"{len(every) - len(begun)} of {len(every)} openings take more than half of the target's {limit} positions")
     if not begun:
         raise ValueError(f"Every opening of a user's turn takes more than half of the target's {limit} positions.")
     ends, words = ends_of(target, tokenizer, every[0])
-    room = limit - max(len(ids) for _, ids in begun)
+    room = limit - max(len(one.ids) for one in begun)
     target.generation_config = GenerationConfig(  # nothing of the target's own shapes what it says
         do_sample=True,
         temperature=config.temperature,
@@ -88,11 +87,11 @@ def write(config: PromptsConfig) -> float:
     in_vain, began = 0, time.perf_counter()
     marks = marks_of(tokenizer)
     with tqdm(total=config.count, initial=min(len(seen), config.count), desc="prompts") as bar:
-        samples = sampled(target, tokenizer, [ids for _, ids in begun], ends, config, draw)
+        samples = sampled(target, tokenizer, [one.ids for one in begun], ends, config, draw)
         while len(seen) < config.count and in_vain < _PATIENCE:
             lines = []
             for draw, ids in next(samples):
-                opened = begun[draw % len(begun)][0]
+                opened = begun[draw % len(begun)]
                 text, fault = judged(ids, ends, marks, tokenizer, opened, seen, config.max_new_tokens)
                 in_vain = 0 if fault is None else in_vain + 1
                 if fault is not None:
@@ -200,8 +199,8 @@ def judged(
         most: tokens that a prompt may have.
     """
     end = next((i for i, token in enumerate(ids) if token in ends), None)
-    before = tokenizer(opened.text + opened.words, add_special_tokens=False).input_ids
-    whole, begun = (tokenizer.decode(part, skip_special_tokens=True) for part in (before + ids[:end], before))
+    parts = opened.ids + ids[:end], opened.ids
+    whole, begun = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
     added = whole[len(begun) :]  # some decoders drop the space that a text begins with
     added, ended, _ = added.partition(opened.end())
     text = (opened.words + added).strip()

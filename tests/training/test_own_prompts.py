@@ -111,7 +111,9 @@ def test_what_is_kept_by_hand(tiny_tokenizer, text, ends, fault):
 
 def test_a_template_is_read_and_one_without_a_user_is_refused(tiny_tokenizer, tmp_path, capsys):
     found = opening(tiny_tokenizer)
-    assert found == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "") and found.end() == "<|im_end|>"
+    assert (
+        found[:3] == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "") and found.end() == "<|im_end|>"
+    )
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     # Llama 2's way, whose end is no token of its own: words tell it
     tokenizer.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
