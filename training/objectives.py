@@ -131,15 +131,15 @@ def check_rollouts(rollouts: Rollouts) -> None:
 def supervised_step_loss(draft_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
     """One step of EAGLE-3's training-time test (arXiv 2503.01840): cross-entropy with the target's soft labels.
 
-    The caller weighs step i (by step_weight ** i) and adds up, so that one step's logits need not outlive another's
-    loss. That each step is the mean over its own positions is ours.
+    The caller takes the mean over a step's positions (ours), weighs step i (by step_weight ** i) and adds up, so that
+    one step's logits need not outlive another's loss.
 
     Args:
         draft_logits: (n, D) at the positions to learn from.
         target_logits: (n, D) the target's logits over the draft vocabulary; its distribution is renormalised there.
 
     Returns:
-        loss () in nats per position; 0, with a gradient of 0, when there is none.
+        (n,) in nats. Nothing is added up over positions, so that one compiled kernel serves any number of them.
 
     Raises:
         ValueError: for differing shapes.
@@ -151,8 +151,7 @@ def supervised_step_loss(draft_logits: torch.Tensor, target_logits: torch.Tensor
         )
     draft = full_precision(draft_logits)
     labels = target_logits.to(draft.dtype).softmax(-1)
-    total = torch.nn.functional.cross_entropy(draft, labels, reduction="sum")
-    return total / max(1, draft.shape[0])
+    return torch.nn.functional.cross_entropy(draft, labels, reduction="none")
 
 
 # -- along the target's own text ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from . import preparation
 from .config import SupervisedConfig
 from .data import Batch, Example, make_batch
 from .loop import Trainer
-from .objectives import block_loss, supervised_step_loss
+from .objectives import batch_mean, block_loss, supervised_step_loss
 from .preparation import load_examples, load_target, pad_token, prepare_drafter
 from .target import FrozenTarget
 from .text_windows import drawn_windows, read_windows
@@ -125,8 +125,8 @@ def loss(
         return block_step(target, drafter, batch, step_weight, anchors=anchors, size=size, fused=fused)
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     reading = target.read(ids)
-    labels = reading.logits.index_select(-1, drafter.draft_columns())  # (B, T, D)
-    best = reading.logits.argmax(-1)  # (B, T), of the whole vocabulary: what verification will compare with
+    labels = reading.logits.index_select(-1, drafter.draft_columns()).flatten(0, 1)  # (B * T, D)
+    best = reading.logits.argmax(-1).flatten()  # (B * T,), of the whole vocabulary: what verification compares with
     asked = batch.loss_mask[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
     for i in range(1, ttt_steps):
         asked[:, :-i] |= batch.loss_mask[:, 2 + i :]
@@ -134,13 +134,12 @@ def loss(
         starts, exists = wanted_windows(asked)
     else:
         starts, exists = sample_windows(None, asked, anchors, batch.generator(), adaptive=False)
-    step_loss_of = compiled() if fused else supervised_step_loss
     place = starts[:, :, None] + 2 + torch.arange(ttt_steps, device=ids.device)  # (B, R, steps) of the drafted tokens
     inside, place = place < length, place.clamp(max=length - 1)
     tokens, answers = (values.gather(1, place.flatten(1)).view(place.shape) for values in (ids, batch.loss_mask))
     masks = answers & inside & exists[:, :, None]
     begun = answers[:, :, :1] & inside & exists[:, :, None]  # windows from an answer's token that reach so far
-    text = torch.arange(len(ids), device=ids.device)[:, None].expand(starts.shape)
+    said = torch.arange(len(ids), device=ids.device)[:, None, None] * length + place - 1  # where the target says it
     # the n states of each step that count; found before the drafter runs, since that waits for the device
     states = [masks[:, :, i].flatten().nonzero()[:, 0] for i in range(ttt_steps)]
 
@@ -151,12 +150,13 @@ def loss(
     for i, here in enumerate(states):
         if i:
             features = unrolled.advance(tokens[:, :, i - 1])
-        row, column = text.flatten()[here], place[:, :, i].flatten()[here] - 1  # of the target's word
+        word = said[:, :, i].flatten()[here]  # the target's
         logits = drafter.logits(features.flatten(0, 1).index_select(0, here))  # (n, D)
-        step_loss = step_loss_of(logits, labels[row, column])
+        losses_of = compiled() if fused and len(here) > 1 else supervised_step_loss  # one row would be compiled anew
+        step_loss = batch_mean(losses_of(logits, labels.index_select(0, word)))
         total = total + step_weight**i * step_loss
         weights += step_weight**i
-        right = drafter.to_target_ids(logits.detach().argmax(-1)) == best[row, column]
+        right = drafter.to_target_ids(logits.detach().argmax(-1)) == best[word]
         hit = torch.zeros_like(exists).flatten().index_copy(0, here, right).view_as(exists)
         unbroken = unbroken & hit
         lengths = lengths + unbroken.sum() / begun[:, :, i].sum().clamp(min=1)

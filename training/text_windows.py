@@ -79,8 +79,9 @@ def read_windows(
         greedy = torch.cat((torch.ones_like(agrees[..., :1]), agrees[..., :-1]), -1)
         best, text = to_draft[along(best)], to_draft[tokens]
         norm = () if whole else (along(log_norm(reading.logits)),)
-        row = torch.arange(len(ids), device=ids.device)[:, None, None].expand(place.shape)
-    facts = (row, place, best, text, *norm)
+        labels = labels.flatten(0, 1)
+        said = torch.arange(len(ids), device=ids.device)[:, None, None] * ids.shape[1] + place
+    facts = (said, best, text, *norm)
     states, surprise = _compare_states(drafter, unrolled, starts, exists, tokens, mask, labels, facts, fused)
     sampled = (agreeing < GREEDY_SHARE)[:, None].expand(exists.shape)[exists]
     windows = TextWindows(mask[exists], states, greedy[exists], sampled, surprise)
@@ -115,8 +116,8 @@ def _compare_states(
 
     Args:
         starts, exists: (B, R) windows; tokens: (B, R, K) of the text; mask: (B, R, K) states that count.
-        labels: (B, T, D) the target's logits over the draft vocabulary.
-        facts: text, place in it, and the further arguments of :func:`compare`, each (B, R, K).
+        labels: (B * T, D) the target's logits over the draft vocabulary.
+        facts: which of them, and the further arguments of :func:`compare`, each (B, R, K).
 
     Returns:
         (W, K) each, for the W windows that exist; the last is the confidence head's loss, if there is one, which
@@ -127,11 +128,11 @@ def _compare_states(
     kept = exists.flatten().nonzero()[:, 0]
 
     def reduced(
-        features: torch.Tensor, previous: torch.Tensor, row: torch.Tensor, place: torch.Tensor, *given: torch.Tensor
+        features: torch.Tensor, previous: torch.Tensor, said: torch.Tensor, *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         logits = unrolled.logits(features, previous)
         figures = compiled() if fused and len(features) > 1 else compare  # one row would be compiled on its own
-        found = figures(logits, labels[row, place], *given)
+        found = figures(logits, labels.index_select(0, said), *given)
         if not drafter.config.confidence_head:
             return found
         predicted = drafter.acceptance_logits(features.detach(), logits.detach())
