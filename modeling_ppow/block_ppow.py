@@ -17,48 +17,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, initialization
+from transformers import GenerationConfig, initialization
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from .configuration_ppow import PPOWConfig
 from .drafting_ppow import DrafterState, Steps
 from .graphs_ppow import GraphDrafter
 from .modeling_ppow import Attend, PPOWDecoderLayer, PPOWDrafter, PPOWRMSNorm
+from .words_ppow import TargetWords
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin (B, N, d)
-
-
-class TargetWords:
-    """How a target embeds tokens and reads them off features: what a block drafter borrows from it.
-
-    Args:
-        target: the target.
-        columns: (D,) ids of the draft vocabulary; None: the whole of the target's.
-    """
-
-    def __init__(self, target: PreTrainedModel, columns: torch.Tensor | None = None):
-        self.embedding, self.head = target.get_input_embeddings(), target.get_output_embeddings()
-        self.columns, self.rows = columns, None
-        weight, plain = self.head.weight, type(self.head) is nn.Linear and type(self.head.weight) is nn.Parameter
-        if columns is not None and plain and not weight.is_meta:
-            columns = columns.to(weight.device)
-            bias = None if self.head.bias is None else self.head.bias.detach()[columns]
-            self.rows = weight.detach()[columns], bias  # side by side, so that a draft reads no others
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (..) -> embeddings (.., H)."""
-        return self.embedding(ids)
-
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (.., H) -> logits (.., D)."""
-        weight = self.head.weight
-        if weight.device.type != "meta":  # where accelerate brings the weights, it brings the features, too
-            features = features.to(weight.device)
-        features = features.to(weight.dtype) if weight.is_floating_point() else features
-        if self.rows is not None:
-            return nn.functional.linear(features, *self.rows)
-        logits = self.head(features)
-        return logits if self.columns is None else logits.index_select(-1, self.columns.to(logits.device))
 
 
 class PPOWBlockDrafter(PPOWDrafter):
@@ -128,19 +96,11 @@ class PPOWBlockDrafter(PPOWDrafter):
             return logits
         return logits + self.markov_out(self.markov_in(previous)).to(logits)
 
-    def logits(self, hidden: torch.Tensor) -> NoReturn:
-        """Raise a TypeError: the head is the target's, see :class:`TargetWords`."""
-        raise TypeError("A block drafter has no head of its own: its target's is in `embedding_for(target).logits`.")
-
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise a ValueError: a block drafter is run by its target's ``generate``, and by training."""
         raise ValueError(
             "A block drafter drafts whole blocks for its target: call target.generate(..., assistant_model=drafter)."
         )
-
-    def embedding_for(self, target: PreTrainedModel) -> Any:
-        """The target's embedding, with its head, or what the draft vocabulary takes of it, as ``logits``."""
-        return TargetWords(target, self.draft_columns() if self.pruned else None)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -172,20 +132,15 @@ class BlockState(DrafterState):
         slots = self.lengths[:, None] + place
         return self.drafter.drafting_rows(self._step(block, block, rotary, slots, self.lengths, seen, len(place)))
 
-    def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, K, H) -> logits (B, K, D), unconditioned."""
-        words: Any = self.embed
-        return words.logits(features).to(features.device)
-
     def _chain_steps(self, root: torch.Tensor, size: int) -> Steps:
         features = self._slots(root)[:, :size]
-        logits = self._logits(features)
+        logits = self.drafter.logits(features, self.embed)  # unconditioned
         for i in range(size):
             self.standing = features[:, i]
             root = yield self.drafter.conditioned(logits[:, i], root)
 
     def _tree_steps(self, root: torch.Tensor, depth: int, width: int) -> Steps:
-        logits, tokens = self._logits(self._slots(root)[:, :depth]), root[:, None]
+        logits, tokens = self.drafter.logits(self._slots(root)[:, :depth], self.embed), root[:, None]
         for i in range(depth):
             slot = logits[:, i : i + 1].expand(-1, tokens.shape[1], -1)
             tokens, _ = yield self.drafter.conditioned(slot, tokens)

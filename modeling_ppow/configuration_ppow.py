@@ -104,6 +104,8 @@ class PPOWConfig(PreTrainedConfig):
         target_model_type: ``config.model_type`` of the target, for messages.
         target_name_or_path: Hub id of the target it was trained for, or None when it has none.
         share_target_embeddings: keep no embedding of its own and read the target's (needs H == Ht).
+        share_target_head: keep no head of its own and read the target's, with a draft vocabulary its rows of that
+            (needs H == Ht, and share_target_embeddings).
         norm_before_fc: RMS norm over the concatenated taps before ``fc``.
         fc_norm: RMS norm on each tap before ``fc``.
         norm_before_residual: the first layer's residual is the normed hidden state instead of the raw one.
@@ -142,6 +144,7 @@ class PPOWConfig(PreTrainedConfig):
     target_model_type: str | None = None
     target_name_or_path: str | None = None
     share_target_embeddings: bool = False
+    share_target_head: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_before_residual: bool = False
@@ -163,7 +166,7 @@ class PPOWConfig(PreTrainedConfig):
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if self.is_block:
-            self.share_target_embeddings = self.qk_norm = True
+            self.share_target_embeddings = self.share_target_head = self.qk_norm = True
             if self.mask_token_id is None:
                 self.mask_token_id = self.vocab_size - 1
         if self.target_taps is None:
@@ -227,6 +230,11 @@ class PPOWConfig(PreTrainedConfig):
             raise ValueError(
                 f"share_target_embeddings needs equal widths, got hidden_size={self.hidden_size} and "
                 f"target_hidden_size={self.target_hidden_size}; use share_target_embeddings=False."
+            )
+        if self.share_target_head and not self.share_target_embeddings:
+            raise ValueError(
+                "share_target_head=True goes with share_target_embeddings=True: a drafter that reads its target's head "
+                "reads its embeddings, too."
             )
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is not supported: lm_head speaks the draft vocabulary.")

@@ -452,7 +452,7 @@ class DrafterState:
         itself = torch.ones(batch, 1, 1, dtype=torch.bool, device=root.device)
         for i in range(size):
             self.standing = hidden[:, -1]
-            token = yield self.drafter.logits(self.standing)
+            token = yield self.drafter.logits(self.standing, self.embed)
             base = self.lengths + i  # below it lie the committed pairs and those of the earlier steps
             rotary = cos[:, i : i + 1], sin[:, i : i + 1]
             embeds = self.embed(token)[:, None].to(hidden)
@@ -491,7 +491,7 @@ class DrafterState:
         """
         batch, device = root.shape[0], root.device
         span = (depth - 1) * width
-        token, parent = yield self.drafter.logits(self.hidden)
+        token, parent = yield self.drafter.logits(self.hidden, self.embed)
         hidden = self.hidden[:, -1:].expand(-1, width, -1)  # every first-level node continues the same features
         seen = torch.zeros(batch, width, max(span, 1), dtype=torch.bool, device=device)  # expanded ancestors
         for level in range(1, depth):
@@ -504,7 +504,7 @@ class DrafterState:
             position = (self.positions + level)[:, None].expand(-1, width)
             rotary = self.drafter.rotary(hidden, position)
             hidden = self._step(self.embed(token).to(hidden), hidden, rotary, slots, self.lengths, seen, span)
-            token, parent = yield self.drafter.logits(hidden)
+            token, parent = yield self.drafter.logits(hidden, self.embed)
 
 
 def top(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,7 +92,7 @@ def decode(
         torch.cuda.device(place),
         without_cudnn_attention(),
         fast_path(target, drafter, options, prompt, most) as fast,
-        few_rows(*(() if fast or split else (target, drafter))),
+        few_rows(*(() if fast or split else (target, drafter, drafter.embedding_for(target)))),
     ):
         options = options.on_path(fast is not None, steady=bool(config.do_sample) or split)
         pair = Pair(target, drafter, options, prompt, text, verifier, fast)

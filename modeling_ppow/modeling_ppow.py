@@ -3,7 +3,9 @@
     h = fc(cat(tapped hidden states of the target))          # (.., n_taps * Ht) -> (.., H)
     layer 0: attention over cat(norm(embedding), norm(h)), residual h, MLP
     layers 1..: ordinary pre-norm decoder layers
-    logits = lm_head(norm(out)) over the draft vocabulary; ``out`` itself is what the next draft step gets as ``h``
+    logits = lm_head(norm(out)) over the draft vocabulary; ``out`` itself is what the next draft step gets as ``h``.
+             With ``share_target_head`` it is the target's head, its rows of the draft vocabulary, and not in the
+             checkpoint
 
 The pair at position t is (taps of x_t, embedding of x_{t+1}) and predicts x_{t+2}. After the first drafted token the
 target's taps are not known yet and the drafter continues on its own output.
@@ -42,6 +44,7 @@ from .lossless_ppow import Difference, explain
 from .masks_ppow import additive_mask
 from .paths_ppow import check_path
 from .target_ppow import read_taps
+from .words_ppow import TargetWords
 
 CUSTOM_GENERATE = """# Entry point of generate(custom_generate=<this repository>); it can only import files beside it.
 from .entrances_ppow import generate  # noqa: F401
@@ -222,7 +225,8 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             self.fc_norm = nn.ModuleList([PPOWRMSNorm(width, config.rms_norm_eps) for _ in range(taps)])
         self.layers = nn.ModuleList([PPOWDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = PPOWRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        if not config.share_target_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         if config.confidence_head:
             self.confidence_head = nn.Linear(config.hidden_size + 1, 2)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -266,9 +270,18 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             hidden = layer(inputs_embeds, hidden, rotary, attend)
         return self.norm(hidden) if self.config.norm_output else hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Features (.., H) -> logits (.., D) over the draft vocabulary."""
-        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+    def logits(self, hidden: torch.Tensor, words: Any = None) -> torch.Tensor:
+        """Features (.., H) -> logits (.., D) over the draft vocabulary.
+
+        Args:
+            hidden: (.., H).
+            words: of :meth:`embedding_for`; needed with ``share_target_head``.
+        """
+        if not (self.config.norm_output or self.config.is_block):  # else they are normed
+            hidden = self.norm(hidden)
+        if self.config.share_target_head:
+            return words.logits(hidden).to(hidden.device)
+        return self.lm_head(hidden)
 
     def acceptance_logits(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """How likely the draft at a state is accepted, by the confidence head; needs ``config.confidence_head``.
@@ -315,7 +328,7 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, H), instead of ``input_ids``; needed with ``share_target_embeddings``.
 
         Returns:
-            logits (B, T, D); entry t predicts x_{t+2}.
+            logits (B, T, D); entry t predicts x_{t+2}. None with ``share_target_head``: see :meth:`logits`.
 
         Raises:
             ValueError: for taps of the wrong width, or tokens without an embedding.
@@ -340,7 +353,8 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
             mask = additive_mask(seen, hidden.dtype)
         attend = CachedAttention(SlotCache(len(self.layers), length), mask)
         hidden = self.step(inputs_embeds, hidden, self.rotary(hidden, position_ids), attend)
-        return PPOWDrafterOutput(logits=self.logits(hidden), hidden_states=hidden)
+        logits = None if self.config.share_target_head else self.logits(hidden)
+        return PPOWDrafterOutput(logits=logits, hidden_states=hidden)
 
     # -- vocabulary and embeddings -----------------------------------------------------------------------------------
 
@@ -404,8 +418,10 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         self._vocabulary_is_right = self.d2t.data_ptr()
 
     def embedding_for(self, target: PreTrainedModel) -> nn.Module:
-        """The module that embeds tokens: the drafter's own, or the target's when they are shared."""
-        return target.get_input_embeddings() if self.config.share_target_embeddings else self.embed_tokens
+        """The module that embeds tokens: the drafter's own, or the target's when they are shared, with its head."""
+        if not self.config.share_target_head:
+            return target.get_input_embeddings() if self.config.share_target_embeddings else self.embed_tokens
+        return TargetWords(target, self.draft_columns() if self.pruned else None)
 
     def attend(self, cache: SlotCache, mask: torch.Tensor | None) -> Attend:
         """Attention over ``cache`` for :meth:`step`, under an additive mask or none."""

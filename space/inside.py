@@ -56,7 +56,8 @@ class Text:
         self.critical = None
         if ids.shape[1] > 1 and not drafter.config.is_block:  # whose windows tell it
             read = drafter(ids[:, 1:], taps[:, :-1], inputs_embeds=embed(ids[:, 1:]).to(drafter.dtype))
-            self.critical = criticality(logits[1:][:, self.columns], read.logits[0].float())  # entry t: token t + 2
+            drafted = read.logits if read.logits is not None else drafter.logits(read.hidden_states, embed)
+            self.critical = criticality(logits[1:][:, self.columns], drafted[0].float())  # entry t: token t + 2
         cache = pair.part("cache_ppow").SlotCache(len(drafter.layers), ids.shape[1] + 256)
         lengths = torch.zeros(1, dtype=torch.long, device=ids.device)
         self.state = drafter.state_kind(drafter, embed, cache, lengths, None)

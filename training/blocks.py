@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ppow import PPOWBlockDrafter, PPOWDrafter
 from ppow.attention_ppow import without_cudnn_attention
-from ppow.block_ppow import TargetWords
+from ppow.words_ppow import TargetWords
 
 from .unrolled import Unrolled
 
@@ -103,7 +103,7 @@ class Blocks:
 
     def logits(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Features (.., H) and the tokens (..) before what they predict -> logits (.., V)."""
-        return self.drafter.conditioned(self.words.logits(features), previous)
+        return self.drafter.conditioned(self.drafter.logits(features, self.words), previous)
 
 
 def unroll(

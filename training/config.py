@@ -157,6 +157,11 @@ class SupervisedConfig(StageConfig):
     share_embeddings: bool = option(
         "use the target's embeddings instead of a copy of them; needs the target's width", False
     )
+    share_head: bool = option(
+        "use the target's head instead of one that is trained; goes with share_embeddings, and a drafter of the same "
+        "size can have more tokens to draft and wider layers",
+        False,
+    )
 
     block_size: int = option(
         "rows of a block, that of the last known token among them", 10, at_least=1, group="shape of a new block drafter"
@@ -181,13 +186,15 @@ class SupervisedConfig(StageConfig):
             return
         shape = ["draft_vocab_size", "num_layers", "taps", "hidden_size", "intermediate_size", "num_attention_heads"]
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
-        shape += ["num_key_value_heads", "norm_before_fc", "norm_output", "qk_norm", "share_embeddings"]
+        shape += ["num_key_value_heads", "norm_before_fc", "norm_output", "qk_norm", "share_embeddings", "share_head"]
         shape += ["architecture", *BLOCK_SHAPE]
         given = [name for name in shape if getattr(self, name) != fresh[name]]
         if given:
             raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
 
     def _check_architecture(self) -> None:
+        if self.share_head and not self.share_embeddings and self.architecture == "eagle3":
+            raise ValueError("share_head goes with share_embeddings: a drafter that uses its target's head uses both.")
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
         others = [*BLOCK_SHAPE, "block_loss"] if self.architecture == "eagle3" else _NOT_OF_BLOCKS
         given = [name for name in others if getattr(self, name) != fresh[name]]

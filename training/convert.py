@@ -94,7 +94,7 @@ def import_checkpoint(
 
 def export_drafter(config: ExportConfig) -> None:
     """Write a drafter, PPOW's or another trainer's, in an engine's format, and print the command that serves it."""
-    target_config = embeddings = None
+    target_config = embeddings = head = None
     if config.format == "gguf" and not (config.target and is_gguf(config.target) and Path(config.target).is_file()):
         raise ValueError(
             "--format gguf writes a drafter with its target's tokenizer: give --target the GGUF file of the target "
@@ -110,7 +110,9 @@ def export_drafter(config: ExportConfig) -> None:
             target_model = AutoModelForCausalLM.from_config(target_config)
         check_pair(target_model, drafter)
         if config.format == "sglang" or config.format == "speculators" and drafter.config.share_target_embeddings:
-            embeddings = _embeddings(config.target, target_model)
+            embeddings = _weight(config.target, target_model, "get_input_embeddings")
+        if drafter.config.share_target_head and not drafter.config.is_block:
+            head = _weight(config.target, target_model, "get_output_embeddings")
     tokens = getattr(drafter.generation_config, "window_size", None) or DEFAULT_WINDOW_SIZE
     target = config.target or drafter.config.target_name_or_path
     if drafter.config.is_block != (config.format == "dflash"):
@@ -125,6 +127,7 @@ def export_drafter(config: ExportConfig) -> None:
             config.format,
             target_config=target_config,
             target_embeddings=embeddings,
+            target_head=head,
             speculative_tokens=tokens,
             target_name=target,
         )
@@ -214,11 +217,18 @@ def serving_command(form: str, target: str, drafter: str, tokens: int) -> str:
     return f"train on from {drafter} with SpecForge; to serve it, export with --format vllm or sglang"
 
 
-def _embeddings(target: str, model: PreTrainedModel) -> torch.Tensor:
-    """(V, Ht) embeddings of a target, read alone; ``model`` is the target on no device."""
+def _weight(target: str, model: PreTrainedModel, of: str) -> torch.Tensor:
+    """(V, Ht) embeddings or head of a target, read alone; ``model`` is the target on no device.
+
+    Args:
+        of: what gives them, "get_input_embeddings" or "get_output_embeddings".
+    """
+    layer = getattr(model, of)()
+    if getattr(layer, "bias", None) is not None:
+        raise ValueError(f"The head of {target} has a bias, which no engine's format has a place for.")
     if is_gguf(target):
-        return AutoModelForCausalLM.from_pretrained(**place_of(target), dtype="auto").get_input_embeddings().weight.data
-    weight = model.get_input_embeddings().weight
+        return getattr(AutoModelForCausalLM.from_pretrained(**place_of(target), dtype="auto"), of)().weight.data
+    weight = layer.weight
     name = next(name for name, parameter in model.named_parameters() if parameter is weight)
     file = find_file(target, "model.safetensors")
     if index := find_file(target, "model.safetensors.index.json"):

@@ -120,6 +120,7 @@ def from_ppow(
     form: str,
     target_config: PreTrainedConfig | None = None,
     target_embeddings: torch.Tensor | None = None,
+    target_head: torch.Tensor | None = None,
     speculative_tokens: int = 3,
     target_name: str | None = None,
 ) -> Exported:
@@ -132,6 +133,7 @@ def from_ppow(
         target_config: of its target; raises ``max_position_embeddings`` to the target's and names its architecture.
         target_embeddings: (V, Ht) of its target; needed for SGLang, to tell whether the drafter's own are the same,
             and for speculators, whose loader would leave memory as it finds it where a drafter stores none.
+        target_head: (V, Ht) of its target; needed where the drafter reads that, which no engine does.
         speculative_tokens: recorded for speculators.
         target_name: recorded for speculators.
 
@@ -150,6 +152,13 @@ def from_ppow(
             reasons.append("embed_tokens: speculators wants them stored, and they are the target's: give --target")
         else:
             tensors["embed_tokens.weight"] = target_embeddings.to(tensors["fc.weight"])
+    if config.share_target_head:
+        if target_head is None:
+            reasons.append("lm_head: engines want it stored, and it is the target's: give --target")
+        else:
+            columns = torch.arange(int(config.draft_vocab_size or 0)) + tensors.get("d2t", 0)
+            tensors["lm_head.weight"] = target_head[columns].to(tensors["fc.weight"])
+            rows.append(Row("mapped", "lm_head", "the target's rows, stored: engines borrow none"))
     if reasons:
         raise ValueError(
             f"This drafter cannot be exported to {form}, which would not load it or silently draft badly: "

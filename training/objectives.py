@@ -151,7 +151,7 @@ def supervised_step_loss(draft_logits: torch.Tensor, target_logits: torch.Tensor
         )
     draft = full_precision(draft_logits)
     labels = target_logits.to(draft.dtype).softmax(-1)
-    return torch.nn.functional.cross_entropy(draft, labels, reduction="none")
+    return -(labels * draft.log_softmax(-1)).sum(-1)
 
 
 # -- along the target's own text ---------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ class Shape:
         self.drafter = drafter_config
         self.fuse = drafter.fc.weight.numel()
         self.step = sum(p.numel() for p in drafter.layers.parameters() if p.dim() >= 2)
-        self.frozen_head = self.vocabulary * self.hidden if drafter_config.is_block else 0  # the target's
+        rows = drafter_config.draft_vocab_size or self.vocabulary
+        self.frozen_head = rows * self.hidden if drafter_config.share_target_head else 0  # the target's
         self.head = self.frozen_head or drafter.lm_head.weight.numel()
         self.head += drafter_config.markov_rank * self.vocabulary
         both = "k_proj.weight", "v_proj.weight"

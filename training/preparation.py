@@ -138,7 +138,8 @@ def prepare_drafter(
         with torch.no_grad():
             if drafter.get_input_embeddings() is not None:
                 drafter.embed_tokens.weight.copy_(_values(target.get_input_embeddings().weight))
-            drafter.lm_head.weight.copy_(_values(target.get_output_embeddings().weight)[drafter.draft_columns()])
+            if not shape.share_target_head:
+                drafter.lm_head.weight.copy_(_values(target.get_output_embeddings().weight)[drafter.draft_columns()])
     return freeze_embedding(drafter)
 
 
@@ -168,6 +169,7 @@ def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> P
         "num_key_value_heads": config.num_key_value_heads,
         **{name: True for name in ("norm_before_fc", "norm_output", "qk_norm") if getattr(config, name)},
         "share_target_embeddings": config.share_embeddings or None,
+        "share_target_head": config.share_head or None,
     }
     if block:
         chosen |= {name: getattr(config, name) for name in BLOCK_SHAPE}

@@ -143,7 +143,8 @@ def loss(
     # the n states of each step that count; found before the drafter runs, since that waits for the device
     states = [masks[:, :, i].flatten().nonzero()[:, 0] for i in range(ttt_steps)]
 
-    unrolled = Unrolled(drafter, drafter.embedding_for(target.model), ids, reading.taps)
+    words = drafter.embedding_for(target.model)
+    unrolled = Unrolled(drafter, words, ids, reading.taps)
     features, total, weights = unrolled.begin(starts), torch.zeros((), device=ids.device), 0.0
     losses, agreements, lengths = [], [], torch.ones((), device=ids.device)
     unbroken = torch.ones_like(exists)
@@ -151,7 +152,7 @@ def loss(
         if i:
             features = unrolled.advance(tokens[:, :, i - 1])
         word = said[:, :, i].flatten()[here]  # the target's
-        logits = drafter.logits(features.flatten(0, 1).index_select(0, here))  # (n, D)
+        logits = drafter.logits(features.flatten(0, 1).index_select(0, here), words)  # (n, D)
         losses_of = compiled() if fused and len(here) > 1 else supervised_step_loss  # one row would be compiled anew
         step_loss = batch_mean(losses_of(logits, labels.index_select(0, word)))
         total = total + step_weight**i * step_loss

@@ -97,4 +97,4 @@ class Unrolled:
 
     def logits(self, features: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """Features (.., H) and the tokens (..) before what they predict -> logits (.., D)."""
-        return self.drafter.logits(features)  # which know that token already
+        return self.drafter.logits(features, self.embed)  # features know that token already

@@ -173,7 +173,8 @@ def train(drafter: PPOWDrafter, target, steps: int = 50, unroll: int = 3, seed: 
         for _ in range(unroll):
             attend = CachedAttention(SlotCache(len(drafter.layers)))
             hidden = drafter.step(embeds.to(hidden), hidden, rotary, attend)
-            loss = loss + F.cross_entropy(drafter.logits(hidden).flatten(0, 1).float(), labels.flatten())
+            logits = drafter.logits(hidden, drafter.embedding_for(target)).flatten(0, 1)
+            loss = loss + F.cross_entropy(logits.float(), labels.flatten())
             hidden = torch.cat((hidden[:, :1], hidden[:, :-1]), 1)
         optimizer.zero_grad()
         loss.backward()

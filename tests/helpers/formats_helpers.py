@@ -28,7 +28,7 @@ TARGET = LlamaConfig(
     rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
     pad_token_id=0,
 )
-EMBEDDINGS = torch.randn(V, HT, generator=torch.Generator().manual_seed(5))
+EMBEDDINGS, HEAD = torch.randn(2, V, HT, generator=torch.Generator().manual_seed(5))
 FEATURES = {
     "plain: 1 layer, Llama style, default taps, D < V, as wide as the target": {},
     "D = V": {"draft_vocab_size": V},
@@ -45,6 +45,7 @@ FEATURES = {
     "norm_output": {"norm_output": True},
     "narrower than the target": {"hidden_size": H, "head_dim": 4},
     "the target's embeddings": {"share_target_embeddings": True},
+    "the target's embeddings and head": {"share_target_embeddings": True, "share_target_head": True},
     "heads of another size than hidden_size / heads": {"head_dim": 6},
     "biases on q, k, v": {"attention_bias": True},
     "RoPE of type llama3": {"rope_parameters": LLAMA3},
@@ -69,7 +70,8 @@ def build(*features: str, **overrides) -> PPOWDrafter:
 
 def export(drafter: PPOWDrafter, form: str):
     """What ``ppow export`` would write, as it would be read again: configuration, tensors."""
-    exported = from_ppow(drafter.config, drafter.state_dict(), form, TARGET, EMBEDDINGS, target_name="ORG/TARGET")
+    given = {"target_embeddings": EMBEDDINGS, "target_head": HEAD, "target_name": "ORG/TARGET"}
+    exported = from_ppow(drafter.config, drafter.state_dict(), form, TARGET, **given)
     if form == "gguf":
         with tempfile.TemporaryDirectory() as folder:
             write_gguf(exported.config, exported.tensors, gguf_tokens(Path(folder)), Path(folder) / "drafter.gguf")
@@ -107,6 +109,9 @@ def assert_same(drafter: PPOWDrafter, config: dict, tensors: dict, form: str) ->
     if form == "speculators" and drafter.config.share_target_embeddings:  # its loader takes stored ones alone
         expected["share_target_embeddings"] = False
         weights["embed_tokens.weight"] = EMBEDDINGS
+    if drafter.config.share_target_head:  # which no engine does
+        expected["share_target_head"] = False
+        weights["lm_head.weight"] = HEAD[drafter.draft_columns()]
     assert fields_of(imported.config) == expected
     assert imported.tensors.keys() == weights.keys()
     assert all(torch.equal(imported.tensors[name], weights[name]) for name in weights)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, ViTConfig
 
 import small_pair
@@ -583,6 +584,19 @@ SERVE = {
     "--speculative-draft-model-path {drafter} --speculative-num-steps 10 --speculative-eagle-topk 1 "
     "--speculative-num-draft-tokens 11",
 }
+
+
+def test_a_head_that_is_the_targets_is_stored_in_every_format(pair, tmp_path, capsys):
+    target, _ = pair
+    drafter = build("the target's embeddings and head")
+    drafter.save_pretrained(tmp_path / "drafter")
+    assert ppow("export", tmp_path / "drafter", "--format", "vllm", "--out", tmp_path / "no") == 2
+    assert "lm_head: engines want it stored, and it is the target's: give --target" in capsys.readouterr().err
+    assert ppow("export", tmp_path / "drafter", "--format", "vllm", "--target", target, "--out", tmp_path / "out") == 0
+    assert "mapped   lm_head" in capsys.readouterr().out
+    head = LlamaForCausalLM.from_pretrained(target).get_output_embeddings().weight
+    stored = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(stored, head[drafter.draft_columns()]) and not torch.equal(head, EMBEDDINGS)
 
 
 @pytest.mark.parametrize("form", FOLDERS)

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ppow import PPOWDrafter
+from ppow import PPOWConfig, PPOWDrafter
 from ppow.training import checkpoints, preparation, reinforce, supervised
 from ppow.training.cli import main as ppow
 from ppow.training.config import ReinforceConfig, SupervisedConfig
-from ppow.training.data import Example
+from ppow.training.data import Example, make_batch
 from ppow.training.target import FrozenTarget
 from two_processes import run_in_two_processes
 
@@ -479,6 +479,30 @@ def test_held_out_figures_rest_on_the_same_texts_whatever_the_batch(size, monkey
     texts = [Example([number, 1, 2], [0, 1, 1]) for number in range(200)]
     found = supervised.evaluate(None, torch.nn.Linear(1, 1), texts, 0, trainer)
     assert seen == list(range(64)) and found["eval_loss"] == 1 and found["eval_acceptance_length"] == 2
+
+
+def test_a_shared_head_is_not_trained_and_not_stored(home, tmp_path):
+    """Both stages train the rest, as they would beside a copy of the target's rows that is frozen."""
+    shared = {"share_embeddings": True, "share_head": True}
+    supervised.main(options(home, "supervised", tmp_path / "stage1", steps=2, **shared))
+    first = load_file(tmp_path / "stage1" / "model.safetensors")
+    assert "lm_head.weight" not in first
+    for preset in ("published", "ppow"):  # rollouts, and texts
+        out, changes = tmp_path / f"stage2-{preset}", {"drafter": str(tmp_path / "stage1"), "preset": preset}
+        reinforce.main(options(home, "reinforce", out, steps=2, **changes))
+        second = load_file(out / "model.safetensors")
+        assert first.keys() == second.keys()
+        assert {name for name in first if not torch.equal(first[name], second[name])} == first.keys() - {"d2t", "t2d"}
+    start = PPOWDrafter.from_pretrained(tmp_path / "stage1")
+    target = AutoModelForCausalLM.from_pretrained(home / "target")
+    owning = PPOWDrafter(PPOWConfig.from_dict(start.config.to_dict() | {"share_target_head": False}))
+    head = {"lm_head.weight": target.get_output_embeddings().weight.detach()[start.draft_columns()]}
+    owning.load_state_dict(start.state_dict() | head)
+    reading, text = FrozenTarget(target, start.config.target_taps), [Example(list(range(9, 29)), [0] * 5 + [1] * 15)]
+    losses = [supervised.loss(reading, each, make_batch(text, 0, "cpu", 0), 3, 0.8)[0] for each in (start, owning)]
+    torch.testing.assert_close(*losses)
+    with pytest.raises(ValueError, match="share_head goes with share_embeddings"):
+        options(home, "supervised", tmp_path / "other", share_head=True)
 
 
 def test_a_shared_embedding_is_a_copy_less_and_nothing_else(home, tmp_path):
