@@ -40,7 +40,6 @@ SHOWN, CHAINS = ("0", "0s", "1", "tree"), ("0", "0s", "1")
 OURS, OURS_LAST = "exact text-rule + 3 lk averaged", "exact text-rule + 3 lk"  # ppow reinforce, mean and last weights
 OURS_MIXED = f"{OURS} mixed"  # half of the answers sampled
 OURS_HIGH = "exact text-rule + 3 lk 3e-3 averaged"
-OURS_MUON = "exact text-rule + 3 lk 1e-3 averaged"
 UNSEEN = "exact text-rule + 3 lk 1e-3"
 KERNEL = "kernel where it is faster"
 ROLLOUTS, ANSWERS = "rollouts-llama-3.1-8b-h100", "rollouts-llama-3.1-8b-h100-answers"
@@ -241,13 +240,6 @@ def against(name: str, wanted: str) -> str:
 
 def estimator(verification: str, name: str) -> dict:
     return summary(f"gradients-{verification}")["estimators"][name]
-
-
-def noise(verification: str, name: str) -> str:
-    """Cells: noise, length of the mean, cosine, seconds."""
-    found = estimator(verification, name)
-    pairs = (f"{found[key]:.3f} ± {found[f'{key}_error']:.3f}" for key in ("gradient_norm", "cosine_with_exact"))
-    return " | ".join([f"{found['noise']:.1f}", *pairs, f"{found['seconds']:.1f}"])
 
 
 def timed(found: dict, unit: str) -> str:
