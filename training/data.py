@@ -385,4 +385,12 @@ def make_batch(examples: Sequence[Example], pad_id: int, device: torch.device | 
     for row, example in enumerate(examples):
         input_ids[row, : lengths[row]] = torch.tensor(example.input_ids)
         loss_mask[row, : lengths[row]] = torch.tensor(example.loss_mask, dtype=torch.bool)
-    return Batch(input_ids.to(device), loss_mask.to(device), lengths.to(device), seed)
+    input_ids, loss_mask, lengths = to_device([input_ids, loss_mask, lengths], torch.device(device))
+    return Batch(input_ids, loss_mask, lengths, seed)
+
+
+def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The same on a device; a GPU gets them in its turn, and nobody waits for what it has still to do."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]

@@ -235,13 +235,17 @@ class Trainer:
         Raises:
             ValueError: the run has diverged: loss, gradient or weights are not finite. No checkpoint holds that.
         """
+        watched: dict[str, torch.Tensor] = {}
         for _ in range(times):
-            metrics = self._update_once(step, losses)
-        self._check(step, "some weights are", largest(self.parameters))
+            metrics = self._update_once(step, losses, watched)
+        watched["some weights are"] = largest(self.parameters)
+        self._check(step, watched)
         self._average_weights(step)
         return metrics
 
-    def _update_once(self, step: int, losses: Sequence[Callable[[], tuple[torch.Tensor, dict]]]) -> dict:
+    def _update_once(
+        self, step: int, losses: Sequence[Callable[[], tuple[torch.Tensor, dict]]], watched: dict[str, torch.Tensor]
+    ) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
         collected = []
         for compute in losses:
@@ -250,20 +254,21 @@ class Trainer:
             (loss / len(losses)).backward()
             collected.append({"loss": loss.detach(), **metrics})
         mean, gradient = self.average(collected), self._reduce_gradient()
-        self._check(step, "the loss is", mean["loss"])
-        self._check(step, "the gradient is", gradient)
-        scale = min(1.0, self.config.max_grad_norm / (float(gradient) + 1e-12))
-        if scale < 1.0:
-            torch._foreach_mul_([p.grad for p in self.parameters], scale)
+        for what, value in (("the loss is", mean["loss"]), ("the gradient is", gradient)):
+            watched[what] = watched.get(what, 0.0) + value  # a sum is finite if all are
+        scale = (self.config.max_grad_norm / (gradient + 1e-12)).clamp(max=1.0)
+        torch._foreach_mul_([p.grad for p in self.parameters], scale)
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         return {**mean, "gradient_norm": gradient, "learning_rate": rate}
 
-    def _check(self, step: int, what: str, value: torch.Tensor) -> None:
-        """Raise a ValueError, the same on every process, unless ``value`` () is finite."""
-        if torch.isfinite(value):
+    def _check(self, step: int, watched: dict[str, torch.Tensor]) -> None:
+        """Raise a ValueError, the same on every process, unless what is watched is finite: () each, read at once."""
+        finite = torch.stack([value.float() for value in watched.values()]).isfinite().tolist()
+        what = next((what for what, fine in zip(watched, finite) if not fine), None)
+        if what is None:
             return
         good = checkpoints.latest(self.folder / "checkpoints")
         again = f"from the last checkpoint, --drafter {good}, or anew" if good else "anew (there is no checkpoint yet)"

@@ -23,7 +23,7 @@ from ppow.drafting_ppow import DEFAULT_WINDOW_SIZE
 
 from . import preparation
 from .config import SupervisedConfig
-from .data import Batch, Example, make_batch
+from .data import Batch, Example, make_batch, to_device
 from .loop import Trainer
 from .objectives import batch_mean, block_loss, supervised_step_loss
 from .preparation import load_examples, load_target, pad_token, prepare_drafter
@@ -123,46 +123,47 @@ def loss(
     if drafter.config.is_block:
         size = min(ttt_steps, drafter.config.longest_window)
         return block_step(target, drafter, batch, step_weight, anchors=anchors, size=size, fused=fused)
-    ids, length = batch.input_ids, batch.input_ids.shape[1]
+    ids, words = batch.input_ids, drafter.embedding_for(target.model)
+    answers = batch.loss_mask.cpu()  # before the device has anything to be waited for
     reading = target.read(ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns()).flatten(0, 1)  # (B * T, D)
     best = reading.logits.argmax(-1).flatten()  # (B * T,), of the whole vocabulary: what verification compares with
-    asked = batch.loss_mask[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
+    asked = answers[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
     for i in range(1, ttt_steps):
-        asked[:, :-i] |= batch.loss_mask[:, 2 + i :]
+        asked[:, :-i] |= answers[:, 2 + i :]
     if anchors is None:
         starts, exists = wanted_windows(asked)
     else:
         starts, exists = sample_windows(None, asked, anchors, batch.generator(), adaptive=False)
-    place = starts[:, :, None] + 2 + torch.arange(ttt_steps, device=ids.device)  # (B, R, steps) of the drafted tokens
-    inside, place = place < length, place.clamp(max=length - 1)
-    tokens, answers = (values.gather(1, place.flatten(1)).view(place.shape) for values in (ids, batch.loss_mask))
-    masks = answers & inside & exists[:, :, None]
-    begun = answers[:, :, :1] & inside & exists[:, :, None]  # windows from an answer's token that reach so far
-    said = torch.arange(len(ids), device=ids.device)[:, None, None] * length + place - 1  # where the target says it
-    # the n states of each step that count; found before the drafter runs, since that waits for the device
+    place = starts[:, :, None] + 2 + torch.arange(ttt_steps)  # (B, R, steps) of the drafted tokens
+    inside, place = place < ids.shape[1], place.clamp(max=ids.shape[1] - 1)
+    masks = answers.gather(1, place.flatten(1)).view(place.shape) & inside & exists[:, :, None]
+    begun = (masks[:, :, :1] & inside).sum((0, 1)).tolist()  # windows from an answer's token that reach so far
+    place += ids.shape[1] * torch.arange(len(ids))[:, None, None]  # in the texts behind each other
+    # of each step the n states that count, and where the target says the word that they are to draft
     states = [masks[:, :, i].flatten().nonzero()[:, 0] for i in range(ttt_steps)]
+    said = [place[:, :, i].flatten()[here] - 1 for i, here in enumerate(states)]
+    starts, place, *found = to_device([starts, place, *states, *said], ids.device)
+    states, said = found[:ttt_steps], found[ttt_steps:]
+    tokens = ids.flatten()[place]  # (B, R, steps)
 
-    words = drafter.embedding_for(target.model)
     unrolled = Unrolled(drafter, words, ids, reading.taps)
     features, total, weights = unrolled.begin(starts), torch.zeros((), device=ids.device), 0.0
     losses, agreements, lengths = [], [], torch.ones((), device=ids.device)
-    unbroken = torch.ones_like(exists)
-    for i, here in enumerate(states):
+    unbroken = torch.ones(starts.numel(), dtype=torch.bool, device=ids.device)
+    for i, (here, word) in enumerate(zip(states, said)):
         if i:
             features = unrolled.advance(tokens[:, :, i - 1])
-        word = said[:, :, i].flatten()[here]  # the target's
         logits = drafter.logits(features.flatten(0, 1).index_select(0, here), words)  # (n, D)
         losses_of = compiled() if fused and len(here) > 1 else supervised_step_loss  # one row would be compiled anew
         step_loss = batch_mean(losses_of(logits, labels.index_select(0, word)))
         total = total + step_weight**i * step_loss
         weights += step_weight**i
         right = drafter.to_target_ids(logits.detach().argmax(-1)) == best[word]
-        hit = torch.zeros_like(exists).flatten().index_copy(0, here, right).view_as(exists)
-        unbroken = unbroken & hit
-        lengths = lengths + unbroken.sum() / begun[:, :, i].sum().clamp(min=1)
+        unbroken = unbroken & torch.zeros_like(unbroken).index_copy(0, here, right)
+        lengths = lengths + unbroken.sum() / max(1, begun[i])
         losses.append(step_loss.detach())
-        agreements.append(hit.sum() / masks[:, :, i].sum().clamp(min=1))
+        agreements.append(right.sum() / max(1, len(here)))
     metrics = {
         "step_losses": torch.stack(losses),
         "agreement": torch.stack(agreements),
