@@ -116,6 +116,8 @@ ARMS: dict[str, tuple[dict | None, int]] = {
 # Arms that train a fresh drafter, by stage 1: (changes to what `ppow train` does at 0.1B, seeds)
 _FRESH = {"optimizer": "muon", "learning_rate": 2e-3, "norm_before_fc": True, "norm_output": True}
 _FRESH |= {"share_embeddings": True, "average_from": 0.5, "stage": 1}
+_TRAIN = {**_FRESH, "learning_rate": 3e-3, "anchors": 100}  # today's choice of `ppow train`
+_SHARED = {**_TRAIN, "share_head": True}  # its head neither trained nor stored
 _BLOCK = {"architecture": "block", "optimizer": "muon", "learning_rate": 3e-3, "average_from": 0.5, "stage": 1}
 ARMS |= {
     "fresh": (_FRESH, 3),
@@ -131,6 +133,12 @@ ARMS |= {
     "fresh 50 windows 8e-3": ({**_FRESH, "anchors": 50, "learning_rate": 8e-3}, 1),
     "fresh 1e-3": ({**_FRESH, "learning_rate": 1e-3}, 1),
     "fresh 4e-3": ({**_FRESH, "learning_rate": 4e-3}, 3),
+    "fresh train": (_TRAIN, 3),
+    "fresh train wide": ({**_TRAIN, "intermediate_size": 4608}, 3),
+    "fresh shared head": (_SHARED, 3),
+    "fresh shared head wide": ({**_SHARED, "intermediate_size": 4608}, 3),
+    "fresh shared head 24k": ({**_SHARED, "draft_vocab_size": 24576}, 3),
+    "fresh shared head wide 24k": ({**_SHARED, "intermediate_size": 4608, "draft_vocab_size": 24576}, 3),
     "fresh block": (_BLOCK, 3),  # DSpark's loss, three layers, 64 windows of a text
     "fresh block decay": ({**_BLOCK, "block_loss": "ce"}, 3),
     "fresh block kl": ({**_BLOCK, "block_loss": "kl"}, 3),

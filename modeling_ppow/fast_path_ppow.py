@@ -18,6 +18,7 @@ from .prompt_ppow import Prompt
 from .recording_ppow import GATE, SIBLINGS, Replay, Twin
 from .streamed_ppow import streamed_bytes, sums_of
 from .target_ppow import decoder_layers
+from .words_ppow import TargetWords
 
 logger = logging.get_logger(__name__)
 
@@ -136,6 +137,8 @@ class FastPaths:
         """
         if self.twins is not None and not self.twins.are_of(target, drafter):
             self.forget()
+        elif self.twins is not None and isinstance(self.twins.embed, TargetWords):
+            self.twins.embed.refresh()
         known = self.by_batch.get(batch)
         if known is not None and capacity <= known.capacity:
             self.by_batch[batch] = self.by_batch.pop(batch)

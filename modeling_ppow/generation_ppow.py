@@ -7,6 +7,7 @@ processors and stopping criteria are passed. In bfloat16 a window's forward may 
 forward, so that two tokens whose logits differ by less than that rounding can change places.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +93,14 @@ def decode(
         torch.cuda.device(place),
         without_cudnn_attention(),
         fast_path(target, drafter, options, prompt, most) as fast,
-        few_rows(*(() if fast or split else (target, drafter, drafter.embedding_for(target)))),
+        contextlib.ExitStack() as stack,
     ):
+        words = None
+        if fast is None:
+            words = drafter.embedding_for(target)
+            stack.enter_context(few_rows(*(() if split else (target, drafter, words))))
         options = options.on_path(fast is not None, steady=bool(config.do_sample) or split)
-        pair = Pair(target, drafter, options, prompt, text, verifier, fast)
+        pair = Pair(target, drafter, words, options, prompt, text, verifier, fast)
         text.commit(pair.prefill(config.prefill_chunk_size), drafted=None)
         while not text.finished:
             window = pair.draft()

@@ -280,6 +280,10 @@ class PPOWDrafter(PreTrainedModel, GenerationMixin):
         if not (self.config.norm_output or self.config.is_block):  # else they are normed
             hidden = self.norm(hidden)
         if self.config.share_target_head:
+            if not isinstance(words, TargetWords):
+                raise ValueError(
+                    "This drafter reads tokens off with its target's head: pass drafter.embedding_for(target), too."
+                )
             return words.logits(hidden).to(hidden.device)
         return self.lm_head(hidden)
 

@@ -4,7 +4,7 @@ On the fast path the next cycle is under way before this one's tokens are read; 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -36,6 +36,7 @@ class Pair:
 
     Args:
         target, drafter: the pair.
+        words: of ``drafter.embedding_for(target)``; None on the fast path, which has its own.
         options: how to draft, as in effect on this path.
         prompt: what the target has to read.
         text: the transcript that tells what room is left and who still grows.
@@ -52,13 +53,14 @@ class Pair:
         self,
         target: PreTrainedModel,
         drafter: PreTrainedModel,
+        words: Any,
         options: DraftOptions,
         prompt: Prompt,
         text: Transcript,
         verifier: Verifier,
         fast: FastPath | None,
     ):
-        self.target, self.drafter, self.options, self.prompt = target, drafter, options, prompt
+        self.target, self.drafter, self.words, self.options, self.prompt = target, drafter, words, options, prompt
         self.text, self.verifier, self.fast = text, verifier, fast
         if fast is None:
             capacity = prompt.end + min(text.remaining(), PLAIN_CAPACITY) + options.slots
@@ -256,7 +258,7 @@ class Pair:
             valid = torch.ones(batch, prompt.end, dtype=torch.bool, device=device) if valid is None else valid.clone()
             valid[:, known : prompt.start] = False
         lengths = torch.full((batch,), prompt.start, dtype=torch.long, device=device)
-        return drafter.state_kind(drafter, drafter.embedding_for(self.target), cache, lengths, valid)
+        return drafter.state_kind(drafter, self.words, cache, lengths, valid)
 
 
 def draft(

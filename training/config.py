@@ -103,7 +103,7 @@ class StageConfig(Config):
 BLOCKS = 64  # windows of a text in a step of a block drafter (ours)
 # What shapes drafters of one architecture alone.
 BLOCK_SHAPE = ["block_size", "predict_from_anchor", "mask_token_id", "markov_rank", "confidence_head"]
-_NOT_OF_BLOCKS = ["hidden_size", "norm_before_fc", "norm_output", "ttt_steps"]
+_NOT_OF_BLOCKS = ["hidden_size", "share_head", "norm_before_fc", "norm_output", "ttt_steps"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,8 +158,8 @@ class SupervisedConfig(StageConfig):
         "use the target's embeddings instead of a copy of them; needs the target's width", False
     )
     share_head: bool = option(
-        "use the target's head instead of one that is trained; goes with share_embeddings, and a drafter of the same "
-        "size can have more tokens to draft and wider layers",
+        "use the target's embeddings, and its head instead of one that is trained: a drafter of the same size can have "
+        "more tokens to draft and wider layers",
         False,
     )
 
@@ -193,8 +193,6 @@ class SupervisedConfig(StageConfig):
             raise ValueError(f"{', '.join(given)} shape a fresh drafter, but --drafter {self.drafter} has its shape.")
 
     def _check_architecture(self) -> None:
-        if self.share_head and not self.share_embeddings and self.architecture == "eagle3":
-            raise ValueError("share_head goes with share_embeddings: a drafter that uses its target's head uses both.")
         fresh = {field.name: field.default for field in dataclasses.fields(self)}
         others = [*BLOCK_SHAPE, "block_loss"] if self.architecture == "eagle3" else _NOT_OF_BLOCKS
         given = [name for name in others if getattr(self, name) != fresh[name]]

@@ -225,7 +225,7 @@ def _weight(target: str, model: PreTrainedModel, of: str) -> torch.Tensor:
     """
     layer = getattr(model, of)()
     if getattr(layer, "bias", None) is not None:
-        raise ValueError(f"The head of {target} has a bias, which no engine's format has a place for.")
+        raise ValueError(f"The head of {target} has a bias, for which no engine's format has a place in a drafter.")
     if is_gguf(target):
         return getattr(AutoModelForCausalLM.from_pretrained(**place_of(target), dtype="auto"), of)().weight.data
     weight = layer.weight

@@ -110,6 +110,7 @@ class Shape:
         self.step = sum(p.numel() for p in drafter.layers.parameters() if p.dim() >= 2)
         rows = drafter_config.draft_vocab_size or self.vocabulary
         self.frozen_head = rows * self.hidden if drafter_config.share_target_head else 0  # the target's
+        self.borrowed = self.frozen_head if rows < self.vocabulary else 0  # copied, side by side
         self.head = self.frozen_head or drafter.lm_head.weight.numel()
         self.head += drafter_config.markov_rank * self.vocabulary
         both = "k_proj.weight", "v_proj.weight"
@@ -237,18 +238,17 @@ class _Step:
 
     def operations(self) -> dict[str, float]:
         head, states, taught = 2 * self.shape.head, self.states, self.taught
+        learnt = 3 * head - 2 * self.shape.frozen_head  # 1 forward, 2 backward, but of a frozen head no gradient itself
         found = {"target reads": self._read(self.length, self.length) * (2 if taught else 1)}
         if self.rolls:
             drawn = self._unroll(self.rows) + head * states
             criticality = head * self.batch * self.pairs + (self._unroll(self.pairs) if self.block else 0)
             found["target verifies"] = self._read(self.nodes, self.length + self.forest)
             found["drafter draws"] = drawn + criticality  # which is that of the whole text
-            found["drafter learns"] = 3 * drawn  # 1 forward, 2 backward
-            found["drafter learns"] += 3 * (self._unroll(self.pairs) + head * taught) if taught else 0
+            found["drafter learns"] = 3 * self._unroll(self.rows) + learnt * states
+            found["drafter learns"] += 3 * self._unroll(self.pairs) + learnt * taught if taught else 0
             return found
-        again = 4 if self.again else 3  # a second time on the way back
-        found["drafter learns"] = 3 * self._unroll(self.rows)
-        found["drafter learns"] += (again * head - 2 * self.shape.frozen_head) * states  # which has no gradient itself
+        found["drafter learns"] = 3 * self._unroll(self.rows) + (learnt + head * self.again) * states
         return found
 
     # -- bytes
@@ -266,7 +266,7 @@ class _Step:
         mean = 4 * shape.trained if self.config.average_from < 1 else 0
         cached = self.batch * (self.length + self.forest) if self.rolls else 0
         return {
-            "target": shape.target_parameters * e,
+            "target": (shape.target_parameters + shape.borrowed) * e,
             "drafter, gradient, optimizer": (16 + e * self.half) * shape.trained + frozen + mean,
             "target's word on the text": self._reading()
             + 2 * shape.layers * shape.kv_heads * shape.head_dim * cached * e,

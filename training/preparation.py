@@ -168,7 +168,7 @@ def fresh_config(config: SupervisedConfig, target_config: PreTrainedConfig) -> P
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         **{name: True for name in ("norm_before_fc", "norm_output", "qk_norm") if getattr(config, name)},
-        "share_target_embeddings": config.share_embeddings or None,
+        "share_target_embeddings": config.share_embeddings or config.share_head or None,
         "share_target_head": config.share_head or None,
     }
     if block:

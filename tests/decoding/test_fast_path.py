@@ -412,7 +412,7 @@ def test_no_layer_is_touched_for_products_of_few_rows(anywhere, tiny_config, mon
     monkeypatch.setattr(generation_ppow, "few_rows", lambda *models: touched.extend(models) or contextlib.nullcontext())
     target = LlamaForCausalLM(tiny_config).eval()
     drafter = PPOWDrafter(PPOWConfig.from_target(tiny_config)).eval()
-    for graphs, models in ((True, []), (False, [target, drafter])):
+    for graphs, models in ((True, []), (False, [target, drafter, drafter.embed_tokens])):
         drafter.generation_config.cuda_graphs = graphs
         target.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=4, assistant_model=drafter)
         assert touched == models

@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import gc
-import weakref
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from decoding_helpers import (
     train,
 )
 from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, products_ppow
-from ppow.words_ppow import rows_of
 
 SHARED = {"share_target_embeddings": True, "share_target_head": True}
 
@@ -84,38 +81,60 @@ def test_its_forward_leaves_the_logits_to_the_targets_words():
     torch.testing.assert_close(drafter.logits(found.hidden_states, words), copied.logits)
 
 
-def test_rows_are_taken_once_and_again_when_the_head_has_changed():
-    head, columns = nn.Linear(4, 9), torch.tensor([1, 5, 7])
-    with torch.inference_mode():  # as `generate` may be called; training may follow
-        first = rows_of(head, columns)
-    assert rows_of(head, columns.clone()) is first and not first.weight.requires_grad
-    x = torch.randn(2, 4, requires_grad=True)
-    torch.testing.assert_close(first(x), head(x)[:, columns])
-    first(x).sum().backward()
-    assert x.grad.any()
-    others = torch.tensor([0, 5, 7])
-    torch.testing.assert_close(rows_of(head, others)(x), head(x)[:, others])
-    for tensor in (head.weight, head.bias):
+@pytest.mark.parametrize("path", ["plain", "fast"])
+@pytest.mark.parametrize("change", ["in place", "data", "dtype", "another"])
+def test_a_head_that_changes_between_calls_is_read_anew(change, path, monkeypatch):
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
+    target, drafter, _ = (copy.deepcopy(model) for model in trained(VOCAB - 6))
+    ids, head = torch.tensor([[3, 1, 4, 1, 5]]), target.get_output_embeddings()
+    options = {"max_new_tokens": 24, "cuda_graphs": path == "fast"}
+    generate_with(target, drafter, ids, config=options)
+    turned = head.weight.detach().roll(1, 0)
+    if change == "in place":
         with torch.no_grad():
-            tensor.mul_(2)
-        torch.testing.assert_close(rows_of(head, others)(x), head(x)[:, others])
-    head.weight = nn.Parameter(torch.randn(9, 4))
-    torch.testing.assert_close(rows_of(head, others)(x), head(x)[:, others])
-    gone = weakref.ref(rows_of(head, others))
-    del head, first
-    gc.collect()
-    assert gone() is None
+            head.weight.copy_(turned)
+    elif change == "data":
+        head.weight.data = turned
+    elif change == "dtype":
+        target.float()
+        drafter.float()
+    else:
+        target.set_output_embeddings(nn.Linear(*reversed(head.weight.shape), bias=True, dtype=head.weight.dtype))
+    found = generate_with(target, drafter, ids, config=options)
+    fresh = generate_with(target, copy.deepcopy(drafter), ids, config=options)
+    assert torch.equal(found.sequences, fresh.sequences) and found.acceptance.accepted == fresh.acceptance.accepted
+
+
+def test_other_calls_and_training_may_follow_one_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
+    target, drafter, _ = (copy.deepcopy(model) for model in trained(VOCAB - 6))
+    for graphs in (False, True):
+        for mode in (True, False):
+            with torch.inference_mode(mode):
+                options = {"max_new_tokens": 4, "cuda_graphs": graphs}
+                generate_with(target, drafter, torch.tensor([[3, 1, 4]]), config=options)
+    features = torch.randn(2, 32, dtype=target.dtype, requires_grad=True)
+    drafter.logits(features, drafter.embedding_for(target)).sum().backward()
+    assert features.grad.any()
 
 
 def test_on_a_cpu_the_rows_are_multiplied_in_the_faster_order(monkeypatch):
     target, drafter, _ = trained(VOCAB - 6)
-    rows, seen = drafter.embedding_for(target).rows, []
+    size, seen = drafter.config.draft_vocab_size, []
     for name, value in (("FEWEST_IN_ALL", 0), ("FEWEST_WEIGHTS", 0), ("_CHOSEN", {})):
         monkeypatch.setattr(products_ppow, name, value)
-    monkeypatch.setattr(products_ppow, "_fits", lambda layer: layer is rows)
+    monkeypatch.setattr(products_ppow, "_fits", lambda layer: type(layer) is nn.Linear and len(layer.weight) == size)
     monkeypatch.setattr(products_ppow, "_measure", lambda weights, count: seen.append(count) or True)
     generate_with(target, drafter, torch.tensor([[3, 1, 4]]), config={"max_new_tokens": 4})
-    assert seen == [1] and "forward" not in vars(rows)
+    assert seen == [1]
+
+
+def test_logits_without_the_words_say_what_is_missing():
+    _, drafter, _ = trained(VOCAB - 6)
+    with pytest.raises(ValueError, match=r"pass drafter.embedding_for\(target\)"):
+        drafter.logits(torch.zeros(1, 32, dtype=drafter.dtype))
 
 
 def test_what_cannot_share_a_head_is_refused():

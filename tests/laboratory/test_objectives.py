@@ -286,7 +286,7 @@ def test_fresh_drafters_are_compared_as_well(benchmark, prompts, tmp_path):
     """Stage 1 in the same time: from nothing, so that nothing of the given drafter is left."""
     given = arguments(prompts, "--tree-prompts", "0", "--output", str(tmp_path / "fresh.json"))
     more = ["--draft-vocab-size=100", f"--mixed={prompts.parent / 'train.jsonl'}", "--seeds=1"]
-    names = ["fresh", "fresh mixed", "fresh 100 windows", "fresh qk-norm", "fresh block"]
+    names = ["fresh", "fresh mixed", "fresh 100 windows", "fresh shared head", "fresh block"]
     report = benchmark.main([*given, *more, "--arms", ",".join(["stage1", *names])])
     chains = {name: report["arms"][f"{name}/0"]["results"]["questions T=0"]["chain"] for name in names}
     assert chains["fresh"] == chains["fresh mixed"]  # the same texts here

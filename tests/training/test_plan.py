@@ -29,6 +29,10 @@ CONFIGS = {
     "block, stage 1": SupervisedConfig(**SHARED, architecture="block", anchors=16),
     "block, exact": ReinforceConfig(**STAGE2, anchors=16),
     "block, compiled": ReinforceConfig(**STAGE2, anchors=16, compile_loss=True),
+    "shared head, stage 1": SupervisedConfig(**SHARED),
+    "shared head, rollouts, supervised": ReinforceConfig.from_dict(
+        {**STAGE2, "preset": "published", "supervised_coef": 1.0}
+    ),
     "rollouts, supervised": ReinforceConfig.from_dict({**STAGE2, "preset": "published", "supervised_coef": 1.0}),
 }
 
@@ -72,7 +76,10 @@ def pairs(pair):
     target, drafter = pair
     shape = {"architecture": "block", "num_hidden_layers": 2, "markov_rank": 8}
     block = PPOWBlockDrafter(PPOWConfig.from_target(target.model.config, **shape))
-    return {name: (target, block if "block" in name else drafter) for name in CONFIGS}
+    shared = {"draft_vocab_size": 500, "share_target_embeddings": True, "share_target_head": True}
+    borrowing = PPOWDrafter(PPOWConfig.from_target(target.model.config, **shared))
+    kinds = {"block": block, "shared head": borrowing}
+    return {name: (target, kinds.get(name.partition(",")[0], drafter)) for name in CONFIGS}
 
 
 def planned(config, pair, device=plan.DEVICES["h200"]):

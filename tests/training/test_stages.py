@@ -483,8 +483,7 @@ def test_held_out_figures_rest_on_the_same_texts_whatever_the_batch(size, monkey
 
 def test_a_shared_head_is_not_trained_and_not_stored(home, tmp_path):
     """Both stages train the rest, as they would beside a copy of the target's rows that is frozen."""
-    shared = {"share_embeddings": True, "share_head": True}
-    supervised.main(options(home, "supervised", tmp_path / "stage1", steps=2, **shared))
+    supervised.main(options(home, "supervised", tmp_path / "stage1", steps=2, share_head=True))
     first = load_file(tmp_path / "stage1" / "model.safetensors")
     assert "lm_head.weight" not in first
     for preset in ("published", "ppow"):  # rollouts, and texts
@@ -501,8 +500,10 @@ def test_a_shared_head_is_not_trained_and_not_stored(home, tmp_path):
     reading, text = FrozenTarget(target, start.config.target_taps), [Example(list(range(9, 29)), [0] * 5 + [1] * 15)]
     losses = [supervised.loss(reading, each, make_batch(text, 0, "cpu", 0), 3, 0.8)[0] for each in (start, owning)]
     torch.testing.assert_close(*losses)
-    with pytest.raises(ValueError, match="share_head goes with share_embeddings"):
-        options(home, "supervised", tmp_path / "other", share_head=True)
+    with pytest.raises(ValueError, match="share_head shape a fresh drafter"):
+        options(home, "supervised", tmp_path / "other", share_head=True, draft_vocab_size=None, drafter="x")
+    with pytest.raises(ValueError, match="share_head: not for a fresh drafter of architecture block"):
+        options(home, "supervised", tmp_path / "other", share_head=True, ttt_steps=7, architecture="block")
 
 
 def test_a_shared_embedding_is_a_copy_less_and_nothing_else(home, tmp_path):

@@ -524,7 +524,10 @@ def test_the_plan_loads_nothing_and_says_what_fits(home, tmp_path, capsys):
         titles = [part.title for part in PARTS.values() if part.share]
         lines = [next(line for line in told.splitlines() if line.startswith(title)) for title in (*titles, "together")]
         assert all(" GiB" in line for line in lines) and not (tmp_path / "run").exists()
-    assert cli.main(command(home, tmp_path / "run", "--plan=here")) == 0 and not (tmp_path / "run").exists()
+    shared = '--supervised={"share_head": true, "intermediate_size": 96}'
+    for more in ([], [shared]):
+        assert cli.main(command(home, tmp_path / "run", "--plan=here", *more)) == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_page_says_what_the_code_does():
