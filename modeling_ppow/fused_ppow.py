@@ -21,6 +21,7 @@ from .triton_ppow import HAS_TRITON, INTERPRETED, tl, triton
 
 ROTATION = "apply_rotary_pos_emb"  # transformers' name for the rotation of queries and keys
 GATED = "gate_proj", "up_proj", "down_proj"  # and for the products of a gated MLP
+MANY_NODES = 4096  # keep a GPU busy though one program rotates all heads of one
 LARGE = 30.0  # deviation of a gate's input that shows whether an MLP clamps
 GAIN_AFTER, ONE_MORE, GAIN_BEFORE = range(3)  # a norm rounds before its gain, has the gain 1 + w, or rounds after it
 
@@ -183,9 +184,10 @@ def rotated(
         query, key = query.contiguous(), key.contiguous()
     cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
     out = query.new_empty(batch, nodes, heads + kv_heads, size)
-    _rotated[(batch * nodes, heads + kv_heads)](
+    every = heads + kv_heads
+    _rotated[(batch * nodes, 1 if batch * nodes >= MANY_NODES else every)](
         query, key, cos, sin, out, *query.stride()[:3], *key.stride()[:3], *cos.stride(), *sin.stride(),
-        heads, kv_heads, nodes, size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1,
+        heads, every, nodes, size // 2, BLOCK=triton.next_power_of_2(size // 2), num_warps=1,
     )  # fmt: skip
     return out[:, :, :heads].transpose(1, 2), out[:, :, heads:].transpose(1, 2)
 
@@ -286,30 +288,31 @@ if HAS_TRITON:
     @triton.jit
     def _rotated(  # type: ignore[no-untyped-def]
         query, key, cos, sin, out, q_batch, q_head, q_node, k_batch, k_head, k_node,
-        c_batch, c_node, c_column, s_batch, s_node, s_column, heads, kv_heads, nodes, half, BLOCK: tl.constexpr,
+        c_batch, c_node, c_column, s_batch, s_node, s_column, heads, every, nodes, half, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One head of one node: x1 cos1 - x2 sin1 and x2 cos2 + x1 sin2, each product and each sum rounded."""
-        place, head, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+        """One head of one node, or all: x1 cos1 - x2 sin1 and x2 cos2 + x1 sin2, each product and each sum rounded."""
+        place, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         batch, node = place // nodes, place % nodes
         inside = column < half
-        if head < heads:
-            at = query + batch * q_batch + head * q_head + node * q_node + column
-        else:
-            at = key + batch * k_batch + (head - heads) * k_head + node * k_node + column
         cosines = cos + batch * c_batch + node * c_node + column * c_column
         sines = sin + batch * s_batch + node * s_node + column * s_column
-        first = tl.load(at, mask=inside, other=0.0)
-        kind = first.dtype
-        first, second = first.to(tl.float32), tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        kind = out.dtype.element_ty
         cos1 = tl.load(cosines, mask=inside, other=0.0).to(tl.float32)
         cos2 = tl.load(cosines + half * c_column, mask=inside, other=0.0).to(tl.float32)
         sin1 = tl.load(sines, mask=inside, other=0.0).to(tl.float32)
         sin2 = tl.load(sines + half * s_column, mask=inside, other=0.0).to(tl.float32)
-        x = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
-        y = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
-        to = out + (place * (heads + kv_heads) + head) * (2 * half) + column
-        tl.store(to, x.to(kind), mask=inside)
-        tl.store(to + half, y.to(kind), mask=inside)
+        for head in range(tl.program_id(1), every, tl.num_programs(1)):
+            if head < heads:
+                at = query + batch * q_batch + head * q_head + node * q_node + column
+            else:
+                at = key + batch * k_batch + (head - heads) * k_head + node * k_node + column
+            first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+            x = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
+            y = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
+            to = out + (place * every + head) * (2 * half) + column
+            tl.store(to, x.to(kind), mask=inside)
+            tl.store(to + half, y.to(kind), mask=inside)
 
     @triton.jit
     def _likeliest(  # type: ignore[no-untyped-def]

@@ -3,8 +3,10 @@
 import copy
 import functools
 import gc
+import itertools
 import types
 import weakref
+from unittest import mock
 
 import torch
 from torch.nn.utils import prune
@@ -20,7 +22,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from ppow import PPOWConfig, PPOWDrafter, draws_ppow, streamed_ppow, verifier_ppow
+from ppow import PPOWConfig, PPOWDrafter, draws_ppow, fused_ppow, streamed_ppow, verifier_ppow
 from ppow.acceptance_ppow import reject, sample
 from ppow.cache_ppow import SlotLayer
 from ppow.drafting_ppow import DraftWindow
@@ -107,9 +109,10 @@ def check_strides(device: str, dtype: torch.dtype) -> None:
     for row in (whole[0, 0], whole[0], whole):
         left, right = row[..., :70], row[..., 66:136]
         same(gated(left, right), torch.nn.functional.silu(left) * right)
-    for rows in (1, 2):
+    for rows, many in itertools.product((1, 2), (1, 4096)):
         cos, sin = torch.randn(2, rows, 3, 16, device=device, dtype=dtype)
-        ours = rotated(heads.transpose(1, 2), keys.transpose(1, 2), cos, sin)
+        with mock.patch.object(fused_ppow, "MANY_NODES", many):  # all heads by one program, or each by its own
+            ours = rotated(heads.transpose(1, 2), keys.transpose(1, 2), cos, sin)
         for mine, given in zip(ours, (heads, keys)):
             turned = torch.cat((-given[..., 8:], given[..., :8]), -1)
             same(mine, (given * cos[:, :, None] + turned * sin[:, :, None]).transpose(1, 2))
