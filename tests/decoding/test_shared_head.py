@@ -15,8 +15,7 @@ from decoding_helpers import (
     build_target,
     generate_with,
     prompt_batches,
-    random_drafter,
-    train,
+    sharing_pair,
 )
 from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, products_ppow
 
@@ -26,8 +25,7 @@ SHARED = {"share_target_embeddings": True, "share_target_head": True}
 @functools.cache
 def trained(size: int):
     """A target, a drafter that shares its head, and one that owns a copy of the same rows."""
-    target = build_target()
-    drafter = train(random_drafter(target, draft_vocab_size=size, **SHARED), target)
+    target, drafter = sharing_pair(size)
     config = copy.deepcopy(drafter.config)
     config.share_target_head = False
     owning = PPOWDrafter(config).to(target.dtype).eval()

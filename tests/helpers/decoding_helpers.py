@@ -189,6 +189,13 @@ def trained_pair(family: str = "llama"):
     return target, train(random_drafter(target, draft_vocab_size=VOCAB - 6), target)
 
 
+@functools.cache
+def sharing_pair(draft_vocabulary: int = VOCAB - 6):
+    """As :func:`trained_pair`, with a drafter that reads tokens off with its target's head."""
+    target, shared = build_target(), {"share_target_embeddings": True, "share_target_head": True}
+    return target, train(random_drafter(target, draft_vocab_size=draft_vocabulary, **shared), target)
+
+
 def prompt_batches(
     batch: int, count: int, seed: int, vocab_size: int = VOCAB
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
