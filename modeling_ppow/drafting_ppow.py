@@ -23,6 +23,7 @@ DEFAULT_WINDOW_SIZE = 10  # K of the paper
 Steps = Generator[torch.Tensor, Any, None]
 # logits (B, D) -> the draft ids (B,) drawn and the distributions (B, D) they were drawn from
 Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+STEADY_THRESHOLD = 0.4  # of GammaTune+ (ours, by measurement: docs/speed.md)
 DEFAULT_TREE = {"tree_depth": 7, "tree_top_k": 10, "tree_nodes": 60}  # EAGLE's protocol
 
 
@@ -42,7 +43,7 @@ class DraftOptions:
             "heuristic" (transformers'); "gammatune" (with ``draft_threshold``: GammaTune+); "cost", by what drafting
             and verifying were measured to cost, on the plain path decided draft by draft; "auto": "constant" on the
             fast path, on the plain one "cost", and where tokens are sampled "gammatune", since a seed then brings the
-            same tokens whatever time things take. Trees know no schedule.
+            same tokens whatever time things take (on a CPU with a ``draft_threshold`` of 0.4). Trees know no schedule.
         cuda_graphs: take the fast path of :mod:`fast_path_ppow`. None: where the hardware and the target allow it;
             True: or else raise; False: never.
         accept_drafts: False decodes without drafts, in the same loop: windows of the same shapes pass through the same
@@ -157,15 +158,17 @@ class DraftOptions:
         """
         return bool(self.cuda_graphs) and not self.is_tree and self.window_schedule == "constant"
 
-    def on_path(self, fast: bool, steady: bool = False) -> "DraftOptions":
+    def on_path(self, fast: bool, steady: bool = False, on_cpu: bool = False) -> "DraftOptions":
         """What of these options has an effect on the fast path, or on the plain one; ``cuda_graphs`` says which.
 
-        ``steady``: "auto" is not to follow measured time.
+        ``steady``: "auto" is not to follow measured time. ``on_cpu``: where a draft step that is not taken saves time.
         """
         schedule = self.window_schedule
         if schedule == "auto":
             schedule = "constant" if fast or self.is_tree else "gammatune" if steady else "cost"
         threshold = 0.0 if fast or schedule == "cost" else self.draft_threshold
+        if on_cpu and self.window_schedule == "auto" and schedule == "gammatune":
+            threshold = threshold or STEADY_THRESHOLD
         return dataclasses.replace(self, window_schedule=schedule, draft_threshold=threshold, cuda_graphs=fast)
 
 

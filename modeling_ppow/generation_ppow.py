@@ -99,7 +99,8 @@ def decode(
         if fast is None:
             words = drafter.embedding_for(target)
             stack.enter_context(few_rows(*(() if split else (target, drafter, words))))
-        options = options.on_path(fast is not None, steady=bool(config.do_sample) or split)
+        steady = bool(config.do_sample) or split
+        options = options.on_path(fast is not None, steady, on_cpu=not prompt.ids.is_cuda)
         pair = Pair(target, drafter, words, options, prompt, text, verifier, fast)
         text.commit(pair.prefill(config.prefill_chunk_size), drafted=None)
         while not text.finished:

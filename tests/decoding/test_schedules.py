@@ -450,6 +450,19 @@ def test_who_names_a_schedule_or_a_size_is_taken_at_his_word(call, own, plain, f
     assert options.on_path(True).repeats_exactly is (fast == "constant" and not options.is_tree)
 
 
+def test_sampling_on_a_cpu_ends_windows_by_their_probability_unless_somebody_says_otherwise():
+    target, drafter = trained_pair()
+    drafter = copy.deepcopy(drafter)
+    drafter.generation_config = GenerationConfig(window_size=6)
+    ids = torch.arange(1, 9)[None]
+    for asked, found in (({}, 0.4), ({"window_schedule": "gammatune"}, 0.0), ({"draft_threshold": 0.2}, 0.2)):
+        out = generate_with(target, drafter, ids, config={"max_new_tokens": 9, "do_sample": True, **asked})
+        assert out.drafting.draft_threshold == found
+        assert out.drafting.window_schedule == ("constant" if "draft_threshold" in asked else "gammatune")
+    for options in ({"steady": True}, {"on_cpu": True}):  # a GPU would wait at every step; time is followed instead
+        assert DraftOptions.resolve(GenerationConfig(window_size=6)).on_path(False, **options).draft_threshold == 0.0
+
+
 def test_cost_takes_no_threshold_and_says_so():
     options = DraftOptions(window_size=3, draft_threshold=0.4, window_schedule="cost")
     assert options.on_path(False).draft_threshold == 0.0
