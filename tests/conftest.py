@@ -53,6 +53,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Take the fast path on the CPU too, without the graphs themselves, which test_gpu.py records."""
+    from ppow import fast_path_ppow
+
+    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
+    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
+
+
 @pytest.fixture(scope="module")
 def benchmark(request):
     """The module of ``benchmarks/`` that the test module names in ``BENCHMARK``."""

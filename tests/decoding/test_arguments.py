@@ -35,7 +35,7 @@ from decoding_helpers import (
     random_drafter,
     trained_pair,
 )
-from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, recording_ppow
+from ppow import PPOWConfig, PPOWDrafter, recording_ppow
 from ppow.attention_ppow import without_cudnn_attention
 from ppow.cache_ppow import CACHE_NAME
 from ppow.drafting_ppow import DraftOptions
@@ -46,13 +46,6 @@ from ppow.transcript_ppow import Acceptance
 PROMPT = torch.tensor([[7, 3, 11, 5]])
 GREEDY = {"do_sample": False, "pad_token_id": PAD, "max_new_tokens": 12}
 EOS = [9, 20, 31, 4, 5]
-
-
-@pytest.fixture
-def anywhere(monkeypatch):
-    """Take the fast path on the CPU too."""
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
 
 
 def both(ids=PROMPT, mask=None, config=None, pair=None, **kwargs):

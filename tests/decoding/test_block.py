@@ -16,7 +16,7 @@ from decoding_helpers import (
     prompt_batches,
     trained_block,
 )
-from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter, fast_path_ppow
+from ppow import PPOWBlockDrafter, PPOWConfig, PPOWDrafter
 from ppow.cache_ppow import SlotCache
 from ppow.training.blocks import Blocks
 from ppow.training.target import FrozenTarget
@@ -232,10 +232,8 @@ def test_taps_are_those_of_dflash():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_fast_path_serves_block_drafters(kind, mode, monkeypatch):
+def test_the_fast_path_serves_block_drafters(kind, mode, anywhere):
     """Without the graphs themselves, which test_gpu.py records."""
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
     target, drafter = (copy.deepcopy(model) for model in trained_block(**KINDS[kind]))
     for batch in (1, 3):
         for ids, mask in prompt_batches(batch, 1, seed=batch):

@@ -37,13 +37,6 @@ from ppow.target_ppow import TargetState
 from tiny_targets import build
 
 
-@pytest.fixture
-def anywhere(monkeypatch):
-    """Take the fast path on the CPU too."""
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "qwen2-sliding", "gemma3", "phi3", "gpt-neox"])
 def test_greedy_tokens_are_the_targets_own(family, mode, anywhere):

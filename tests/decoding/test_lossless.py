@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from decoding_helpers import CHAIN, MODES, PAD, build_target, generate_with, prompt_batches, trained_pair
-from ppow import fast_path_ppow, graphs_ppow
+from ppow import graphs_ppow
 from ppow.drafting_ppow import DraftOptions, DraftWindow, call_config
 from ppow.lossless_ppow import explain, first_difference, in_dtype, without_drafts
 from ppow.target_ppow import TargetState
@@ -107,10 +107,8 @@ def test_precise_scores_leave_the_target_as_it_was(family):
 
 @pytest.mark.parametrize("path", ["plain", "fast"])
 @pytest.mark.parametrize("mode", MODES)
-def test_without_drafts_every_token_comes_from_a_root(mode, path, monkeypatch):
+def test_without_drafts_every_token_comes_from_a_root(mode, path, monkeypatch, anywhere):
     """The target's tokens, from windows of the very shapes that drafts have, of which nothing is kept."""
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
     target, drafter = trained_pair()
     kind, shapes = (TargetState if path == "plain" else graphs_ppow.GraphTarget), []
     verify = kind.verify

@@ -60,13 +60,6 @@ def _no_grad():
         yield
 
 
-@pytest.fixture
-def anywhere(monkeypatch):
-    """Take the fast path on the CPU too."""
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
-
-
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_with_quantized_weights_greedy_tokens_are_the_targets_own(kind, load, anywhere):
     target = load(WEIGHTS[kind])

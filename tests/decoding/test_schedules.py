@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from decoding_helpers import MODES, generate_with, prompt_batches, trained_pair
-from ppow import fast_path_ppow, graphs_ppow, pair_ppow, recording_ppow
+from ppow import graphs_ppow, pair_ppow, recording_ppow
 from ppow.drafting_ppow import DraftOptions, what_was_drafted
 from ppow.schedules_ppow import (
     SCHEDULES,
@@ -55,13 +55,6 @@ class Table(Costs):
 FLAT = Table(lambda nodes: 10.0, step=0.01)  # a further draft is all but free
 STEEP = Table(lambda nodes: 10.0 * nodes)  # a window of n nodes costs what n tokens cost
 MIDDLE = Table(lambda nodes: 9.0 + nodes, rest=1.0)
-
-
-@pytest.fixture
-def anywhere(monkeypatch):
-    """Take the fast path on the CPU too."""
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
 
 
 # -- what pays ---------------------------------------------------------------------------------------------------------

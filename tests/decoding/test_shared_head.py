@@ -17,7 +17,7 @@ from decoding_helpers import (
     prompt_batches,
     sharing_pair,
 )
-from ppow import PPOWConfig, PPOWDrafter, fast_path_ppow, products_ppow
+from ppow import PPOWConfig, PPOWDrafter, products_ppow
 
 SHARED = {"share_target_embeddings": True, "share_target_head": True}
 
@@ -38,9 +38,7 @@ def trained(size: int):
 @pytest.mark.parametrize("path", ["plain", "fast"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [VOCAB, VOCAB - 6])
-def test_it_drafts_as_one_with_a_copy_of_the_rows(size, mode, path, monkeypatch):
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
+def test_it_drafts_as_one_with_a_copy_of_the_rows(size, mode, path, anywhere):
     target, drafter, owning = trained(size)
     assert not [name for name in drafter.state_dict() if "lm_head" in name or "embed" in name]
     gained = []
@@ -81,9 +79,7 @@ def test_its_forward_leaves_the_logits_to_the_targets_words():
 
 @pytest.mark.parametrize("path", ["plain", "fast"])
 @pytest.mark.parametrize("change", ["in place", "data", "dtype", "another"])
-def test_a_head_that_changes_between_calls_is_read_anew(change, path, monkeypatch):
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
+def test_a_head_that_changes_between_calls_is_read_anew(change, path, anywhere):
     target, drafter, _ = (copy.deepcopy(model) for model in trained(VOCAB - 6))
     ids, head = torch.tensor([[3, 1, 4, 1, 5]]), target.get_output_embeddings()
     options = {"max_new_tokens": 24, "cuda_graphs": path == "fast"}
@@ -104,9 +100,7 @@ def test_a_head_that_changes_between_calls_is_read_anew(change, path, monkeypatc
     assert torch.equal(found.sequences, fresh.sequences) and found.acceptance.accepted == fresh.acceptance.accepted
 
 
-def test_other_calls_and_training_may_follow_one_in_inference_mode(monkeypatch):
-    monkeypatch.setattr(fast_path_ppow, "place_obstacle", lambda *args: None)
-    monkeypatch.setattr(fast_path_ppow, "shortage", lambda *args: None)
+def test_other_calls_and_training_may_follow_one_in_inference_mode(anywhere):
     target, drafter, _ = (copy.deepcopy(model) for model in trained(VOCAB - 6))
     for graphs in (False, True):
         for mode in (True, False):
