@@ -105,6 +105,34 @@ def block_step(
     return value, metrics | {"agreement": hit.sum(0) / count, "acceptance_length": 1 + reached.sum()}
 
 
+def _drafted(
+    answers: torch.Tensor, steps: int, anchors: int | None, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """Which windows a step of training drafts, and which of their states count, from the loss mask (B, T) on the host.
+
+    Returns:
+        starts (B, R); place (B, R, steps) of the drafted tokens in the texts behind each other; of each step the n
+        states that count, as places in (B * R), and where the target says the word that each is to draft; of each step
+        how many windows from an answer's token reach so far.
+    """
+    length = answers.shape[1]
+    asked = answers[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
+    for i in range(1, steps):
+        asked[:, :-i] |= answers[:, 2 + i :]
+    if anchors is None:
+        starts, exists = wanted_windows(asked)
+    else:
+        starts, exists = sample_windows(None, asked, anchors, batch.generator(), adaptive=False)
+    place = starts[:, :, None] + 2 + torch.arange(steps)
+    inside, place = place < length, place.clamp(max=length - 1)
+    masks = answers.gather(1, place.flatten(1)).view(place.shape) & inside & exists[:, :, None]
+    begun = (masks[:, :, :1] & inside).sum((0, 1)).tolist()
+    place += length * torch.arange(len(answers))[:, None, None]
+    states = [masks[:, :, i].flatten().nonzero()[:, 0] for i in range(steps)]
+    said = [place[:, :, i].flatten()[here] - 1 for i, here in enumerate(states)]
+    return starts, place, states, said, begun
+
+
 def loss(
     target: FrozenTarget,
     drafter: PPOWDrafter,
@@ -128,21 +156,7 @@ def loss(
     reading = target.read(ids)
     labels = reading.logits.index_select(-1, drafter.draft_columns()).flatten(0, 1)  # (B * T, D)
     best = reading.logits.argmax(-1).flatten()  # (B * T,), of the whole vocabulary: what verification compares with
-    asked = answers[:, 2:].clone()  # window s drafts x_{s+2}, x_{s+3}, ..; those that meet an answer count
-    for i in range(1, ttt_steps):
-        asked[:, :-i] |= answers[:, 2 + i :]
-    if anchors is None:
-        starts, exists = wanted_windows(asked)
-    else:
-        starts, exists = sample_windows(None, asked, anchors, batch.generator(), adaptive=False)
-    place = starts[:, :, None] + 2 + torch.arange(ttt_steps)  # (B, R, steps) of the drafted tokens
-    inside, place = place < ids.shape[1], place.clamp(max=ids.shape[1] - 1)
-    masks = answers.gather(1, place.flatten(1)).view(place.shape) & inside & exists[:, :, None]
-    begun = (masks[:, :, :1] & inside).sum((0, 1)).tolist()  # windows from an answer's token that reach so far
-    place += ids.shape[1] * torch.arange(len(ids))[:, None, None]  # in the texts behind each other
-    # of each step the n states that count, and where the target says the word that they are to draft
-    states = [masks[:, :, i].flatten().nonzero()[:, 0] for i in range(ttt_steps)]
-    said = [place[:, :, i].flatten()[here] - 1 for i, here in enumerate(states)]
+    starts, place, states, said, begun = _drafted(answers, ttt_steps, anchors, batch)
     starts, place, *found = to_device([starts, place, *states, *said], ids.device)
     states, said = found[:ttt_steps], found[ttt_steps:]
     tokens = ids.flatten()[place]  # (B, R, steps)
